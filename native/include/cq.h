@@ -1,0 +1,109 @@
+/* The C ABI of the native library: a program of operations over buffers that the caller owns.
+ *
+ * Python describes a forward pass once as an array of cq_op; cq_run executes it for one batch of tokens in a single
+ * team of threads. Nothing here allocates, prints or exits; every function returns a cq_status. The caller checks shapes:
+ * pointers and dimensions given here are trusted. This header is the cffi declaration, so it stays free of macros. */
+#ifndef CQ_H
+#define CQ_H
+#include <stdint.h>
+
+enum cq_status { CQ_OK = 0, CQ_ERR_ARGUMENT = 1, CQ_ERR_UNSUPPORTED = 2 };
+
+/* Element types of a matrix, by GGUF's tensor type ids. */
+enum cq_type { CQ_F32 = 0, CQ_F16 = 1, CQ_Q8_0 = 8, CQ_CQ2 = 17202, CQ_CQ3 = 17203, CQ_CQ4 = 17204 };
+
+/* Weights [n_experts][n_rows][n_cols] as they lie in the memory map (docs/format.md). */
+typedef struct {
+    int32_t type, n_experts, n_rows, n_cols;
+    int32_t codebook_cols;      /* columns that share a codebook, a multiple of 64; n_cols: one per row */
+    int32_t scale_cols;         /* columns that share a group scale, a multiple of 64; 0: no group scales */
+    const uint8_t *data;        /* packed indices, or F32, F16, Q8_0 elements */
+    const int8_t *centroids;    /* [n_experts][n_rows][n_cols / codebook_cols, rounded up][2^bits] */
+    const int8_t *group_scales; /* [n_experts][n_rows][n_cols / scale_cols, rounded up], 0..127 */
+    const float *scales;        /* [n_experts][n_rows] */
+} cq_matrix;
+
+/* Activations quantized per token (group 0: for CQ types) or per 32 columns (group 32: for Q8_0). */
+typedef struct {
+    int32_t bits, group; /* bits 8: -127..127, bits 4: -7..7 */
+    int8_t *q;           /* [n_rows][n_cols] */
+    float *scales;       /* [n_rows][1, or n_cols / 32] */
+    int32_t *sums;       /* [n_rows]: sum of q over the row */
+} cq_activation;
+
+/* Which experts each token goes to. A slot is token * top_k + rank. */
+typedef struct {
+    int32_t n_experts, top_k;
+    int32_t *ids;     /* [n_tokens][top_k], best first */
+    float *weights;   /* [n_tokens][top_k] */
+    int32_t *order;   /* [n_tokens * top_k]: slots sorted by expert, then by token */
+    int32_t *offsets; /* [n_experts + 1]: where each expert's slots start in order */
+} cq_routing;
+
+enum cq_opcode {
+    CQ_OP_EMBED, CQ_OP_RMS_NORM, CQ_OP_QUANTIZE, CQ_OP_LINEAR, CQ_OP_ROPE, CQ_OP_ATTENTION, CQ_OP_SWIGLU, CQ_OP_ROUTE,
+    CQ_OP_COMBINE, CQ_OP_SELECT_OUTPUTS, CQ_OP_COUNT
+};
+
+/* How many rows an operation works on: the batch's tokens, their expert slots (tokens * top_k), or the last n_outputs. */
+enum cq_rows { CQ_ROWS_TOKENS, CQ_ROWS_SLOTS, CQ_ROWS_OUTPUTS };
+
+typedef struct { const cq_matrix *table; float *out; } cq_embed;
+typedef struct { const float *x, *weight; float *out; int32_t n; float eps; } cq_rms_norm;
+typedef struct { const float *x; cq_activation *out; int32_t n; } cq_quantize;
+/* out (+)= x W^T (+ bias). With a routing, expert e multiplies its slots; the input row of a slot is its token if
+ * gather is set, else the slot itself. CQ types and Q8_0 read act, F16 and F32 read x. */
+typedef struct {
+    const cq_matrix *w; const float *x; const cq_activation *act; const float *bias; const cq_routing *routing;
+    float *out; int32_t gather, accumulate;
+} cq_linear;
+/* cos_sin: [n_ctx][n_rot / 2][2]. interleaved: pairs (2i, 2i+1), else (i, i + n_rot/2). In place. */
+typedef struct { float *x; const float *cos_sin; int32_t n_heads, head_dim, n_rot, interleaved; } cq_rope;
+/* Appends k, v to the cache (F16, [n_kv_heads][n_ctx][head_dim]), then causal attention; window 0: unlimited. */
+typedef struct {
+    const float *q, *k, *v; uint16_t *k_cache, *v_cache; float *out;
+    int32_t n_heads, n_kv_heads, head_dim, n_ctx, window; float scale;
+} cq_attention;
+typedef struct { const float *gate, *up; float *out; int32_t n; } cq_swiglu;
+/* Softmax over all experts, then the top_k largest; normalize: their weights are divided by their sum. */
+typedef struct { const float *logits; cq_routing *routing; int32_t normalize; } cq_route;
+/* out[t] += sum over rank of weights[t][rank] * y[slot] */
+typedef struct { const float *y; const cq_routing *routing; float *out; int32_t n; } cq_combine;
+typedef struct { const float *x; float *out; int32_t n; } cq_select_outputs;
+
+typedef struct {
+    int32_t code, rows, top_k; /* top_k: slots per token where rows is CQ_ROWS_SLOTS */
+    union {
+        cq_embed embed; cq_rms_norm rms_norm; cq_quantize quantize; cq_linear linear; cq_rope rope; cq_attention attention;
+        cq_swiglu swiglu; cq_route route; cq_combine combine; cq_select_outputs select_outputs;
+    } u;
+} cq_op;
+
+typedef struct {
+    const int32_t *tokens; /* [n_tokens] */
+    int32_t n_tokens, position, n_outputs, n_threads;
+    uint8_t *scratch; /* n_threads * cq_scratch_bytes(ops, n_ops), 64-byte aligned */
+    int64_t scratch_bytes;
+} cq_step;
+
+int64_t cq_scratch_bytes(const cq_op *ops, int32_t n_ops);
+int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step);
+
+/* Instruction sets: the names this host supports, best first; choosing NULL takes the best. */
+const char *cq_isa_name(int32_t index);
+const char *cq_isa_current(void);
+int cq_isa_choose(const char *name);
+
+/* The integer core alone: acc[n_tokens][n_rows] = x[n_tokens][n_cols] times expert 0 of a CQ matrix, exact in int32. */
+int cq_gemv_i32(const cq_matrix *w, const int8_t *x, int32_t n_tokens, int32_t *acc, int32_t n_threads);
+int cq_gemm_i32(const cq_matrix *w, const int8_t *x, int32_t n_tokens, int32_t *acc, int32_t n_threads, uint8_t *scratch);
+int64_t cq_gemm_scratch_bytes(const cq_matrix *w);
+
+/* This machine's limits: bytes per second read from a buffer, and int8 multiply-adds per second of the current set. */
+double cq_measure_bandwidth(const uint8_t *buffer, int64_t n_bytes, int32_t n_threads);
+double cq_measure_peak(int32_t n_threads);
+
+/* Exact weighted 1-D k-means with int8 centroids, one codebook per row (cluster.c). */
+int cq_cluster_rows(const float *w, const float *weight, int32_t n_rows, int32_t n_cols, int32_t k, int32_t n_threads,
+                    float *centroids, uint8_t *indices);
+#endif

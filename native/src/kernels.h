@@ -1,0 +1,68 @@
+/* What one instruction set provides. Each of portable.c, avx2.c, avx512.c and neon.c defines one cq_kernels; dispatch.c
+ * lists them. Adding an instruction set is adding one such file and one line there.
+ *
+ * The effective weight is an int8: W = centroid, or (centroid * group_scale + 64) >> 7 where the matrix has group scales.
+ * With |W| <= 128 and |x| <= 127, a sum over n_cols <= CQ_MAX_COLS stays inside int32, also in the offset form
+ * (W + 128) * x that unsigned-by-signed instructions need: 255 * 127 * 65536 < 2^31. */
+#ifndef CQ_KERNELS_H
+#define CQ_KERNELS_H
+#include "../include/cq.h"
+#include <stddef.h>
+
+#define CQ_MAX_COLS 65536
+#define CQ_BLOCK 64       /* weights per packed block: 8 * bits bytes */
+#define CQ_MAX_HEAD_DIM 512
+
+typedef struct {
+    const char *name;
+    int (*supported)(void);
+
+    /* ---- integers: exact, equal to the oracle in tests ---- */
+
+    /* acc[n_rows]: rows row .. row + n_rows - 1 (counted over all experts) times x[n_cols]; x_sum = sum of x. */
+    void (*gemv)(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc);
+
+    /* Decode n_rows <= panel_rows rows into a panel of panel_rows * n_cols bytes in an order private to the file. */
+    int32_t panel_rows;
+    void (*decode_panel)(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel);
+
+    /* acc[n_tokens][panel_rows], any n_tokens; x: a pointer per token, x_sum: a sum per token. */
+    void (*gemm_panel)(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
+                       int32_t n_tokens, int32_t *acc);
+
+    /* One row of Q8_0 blocks (F16 scale, 32 int8) times activations quantized per 32 columns. */
+    float (*dot_q8_0)(const uint8_t *blocks, const int8_t *q, const float *scales, int32_t n_cols);
+
+    /* Runs a fixed loop of int8 multiply-adds in registers; returns how many it made. */
+    int64_t (*peak_macs)(int32_t iterations);
+
+    /* ---- floats: float_ops.h compiled for this instruction set ---- */
+    void (*rms_norm)(const float *x, const float *weight, float *out, int32_t n, float eps);
+    void (*quantize)(const float *x, int32_t n, int32_t bits, int32_t group, int8_t *q, float *scales, int32_t *sum);
+    void (*swiglu)(const float *gate, const float *up, float *out, int32_t n);
+    void (*axpy)(float a, const float *x, float *y, int32_t n); /* y += a x */
+    void (*scale_acc)(const int32_t *acc, const float *row_scales, float token_scale, float *out, int32_t n,
+                      int32_t accumulate);
+    /* dot[n_tokens] of one F32 or F16 row with float activations */
+    void (*dot_f32)(const float *w, const float *const *x, int32_t n_tokens, int32_t n_cols, float *dot);
+    void (*dot_f16)(const uint16_t *w, const float *const *x, int32_t n_tokens, int32_t n_cols, float *dot);
+    void (*f16_to_f32)(const uint16_t *x, float *out, int32_t n);
+    void (*f32_to_f16)(const float *x, uint16_t *out, int32_t n);
+    /* Attention of n_queries consecutive positions of one head, the first at position `position`; q and out are strided. */
+    void (*attention_head)(const cq_attention *op, int32_t head, int32_t position, int32_t n_queries, const float *q,
+                           float *out, float *scratch);
+} cq_kernels;
+
+extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avx512, cq_kernels_neon, cq_kernels_neon_dotprod;
+
+const cq_kernels *cq_kernels_current(void);
+
+static inline int32_t cq_bits(const cq_matrix *w) { return w->type - 17200; }
+static inline int32_t cq_ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+/* Floats that attention_head needs for scratch. */
+enum { CQ_QUERY_TILE = 16, CQ_KEY_TILE = 64 };
+static inline size_t cq_attention_scratch_floats(int32_t head_dim) {
+    return (size_t)CQ_KEY_TILE * head_dim + (size_t)CQ_QUERY_TILE * CQ_KEY_TILE + 4 * CQ_QUERY_TILE;
+}
+#endif
