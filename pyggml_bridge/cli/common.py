@@ -1,0 +1,54 @@
+"""What every command line shares: exit codes, one-line errors, JSON on standard output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from pyggml_bridge.errors import CQError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, except that bad usage is one `error: ...` line, like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise CQError instead of printing the usage."""
+        raise CQError(message)
+
+
+def run_main(command: Callable[[], None]) -> NoReturn:
+    """Run a command and exit: 0 done, 2 bad usage or input (one line on stderr), 130 interrupted."""
+    try:
+        command()
+        sys.stdout.flush()
+    except CQError as error:
+        fail(str(error))
+    except BrokenPipeError:  # the reader of our output went away: nothing left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:
+        fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    except MemoryError as error:
+        fail(f"not enough memory: {error}" if str(error) else "not enough memory")
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(0)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one `error: ...` line on stderr and exit with 2."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def print_json(document: dict[str, Any] | list[dict[str, Any]]) -> None:
+    """Write the one JSON document of --json to standard output."""
+    print(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1))
