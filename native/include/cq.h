@@ -82,11 +82,10 @@ typedef struct {
 typedef struct {
     const int32_t *tokens; /* [n_tokens] */
     int32_t n_tokens, position, n_outputs, n_threads;
-    uint8_t *scratch; /* n_threads * cq_scratch_bytes(ops, n_ops), 64-byte aligned */
-    int64_t scratch_bytes;
+    uint8_t *scratch; /* cq_scratch_bytes(ops, n_ops, n_threads) bytes, 64-byte aligned */
 } cq_step;
 
-int64_t cq_scratch_bytes(const cq_op *ops, int32_t n_ops);
+int64_t cq_scratch_bytes(const cq_op *ops, int32_t n_ops, int32_t n_threads);
 int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step);
 
 /* Instruction sets: the names this host supports, best first; choosing NULL takes the best. */
@@ -103,7 +102,22 @@ int64_t cq_gemm_scratch_bytes(const cq_matrix *w);
 double cq_measure_bandwidth(const uint8_t *buffer, int64_t n_bytes, int32_t n_threads);
 double cq_measure_peak(int32_t n_threads);
 
-/* Exact weighted 1-D k-means with int8 centroids, one codebook per row (cluster.c). */
-int cq_cluster_rows(const float *w, const float *weight, int32_t n_rows, int32_t n_cols, int32_t k, int32_t n_threads,
-                    float *centroids, uint8_t *indices);
+/* Codebooks and assignments of a float matrix, fitted to the int8 weights that the kernels multiply (cluster.c). */
+typedef struct {
+    int32_t n_rows, n_cols, n_centroids;
+    int32_t codebook_cols, scale_cols; /* as in cq_matrix */
+    int32_t n_iterations;              /* at most this many rounds of refitting after the exact k-means */
+    const float *w;                    /* [n_rows][n_cols] */
+    const float *weight;               /* [n_cols]: the loss of a row is the sum of weight * (w - effective weight)^2 */
+    uint8_t *indices;                  /* [n_rows][n_cols] */
+    int8_t *centroids, *group_scales;  /* as in cq_matrix; group_scales unused without scale_cols */
+    float *scales;                     /* [n_rows] */
+    double *loss;                      /* [n_rows] */
+} cq_clustering;
+
+int64_t cq_cluster_scratch_bytes(int32_t n_cols); /* per thread */
+int cq_cluster_rows(const cq_clustering *job, int32_t n_threads, uint8_t *scratch);
+/* Keeps the codebooks, chooses the indices anew from left to right with error feedback. u: [n_cols][n_cols], the upper
+ * Cholesky factor of the inverse of the inputs' second moments. */
+int cq_feedback_rows(const cq_clustering *job, const float *u, int32_t n_threads, uint8_t *scratch);
 #endif

@@ -1,0 +1,1 @@
+"""Checkpoint -> rotated, permuted, clustered GGUF."""

@@ -1,0 +1,72 @@
+"""Mixtral: Llama's attention; a softmax router over experts, the weights of the chosen ones renormalized to 1.
+
+transformers holds gate and up of all experts in one parameter; checkpoints hold w1 (gate), w3 (up) and w2 (down) of each
+expert below block_sparse_moe. llama.cpp calls this architecture llama, told apart by its expert count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..architecture import Architecture, ChannelGroup, HeadGroup, HParams, Linear
+from . import llama
+
+EXPERT = "block_sparse_moe.experts.{}"
+
+MOE = (
+    Linear(
+        "ffn_gate_inp", "mlp.gate.weight", "mlp.gate", "ffn_norm", on_disk="block_sparse_moe.gate.weight", router=True
+    ),
+    Linear(
+        "ffn_gate_exps",
+        "mlp.experts.gate_up_proj",
+        "mlp.experts",
+        "ffn_norm",
+        part=(0, 2),
+        experts=True,
+        on_disk=f"{EXPERT}.w1.weight",
+    ),
+    Linear(
+        "ffn_up_exps",
+        "mlp.experts.gate_up_proj",
+        "mlp.experts",
+        "ffn_norm",
+        part=(1, 2),
+        experts=True,
+        on_disk=f"{EXPERT}.w3.weight",
+    ),
+    Linear(
+        "ffn_down_exps",
+        "mlp.experts.down_proj",
+        "mlp.experts.hidden",
+        writes_residual=True,
+        experts=True,
+        on_disk=f"{EXPERT}.w2.weight",
+    ),
+)
+
+
+def check(config: Any) -> None:  # noqa: ANN401
+    """Refuse what this file does not describe."""
+    llama.check(config)
+    llama.require(config, sliding_window=None)
+
+
+def hparams(config: Any) -> HParams:  # noqa: ANN401
+    """llama.cpp's keys of a Mixtral model, below `llama.`."""
+    experts = {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
+    return {**llama.hparams(config), **experts}
+
+
+ARCHITECTURE = Architecture(
+    model_type="mixtral",
+    gguf_name="llama",
+    norms=llama.NORMS,
+    linears=llama.ATTENTION + MOE,
+    channels=ChannelGroup(("ffn_gate_exps", "ffn_up_exps"), "ffn_down_exps"),
+    heads=HeadGroup("attn_v", "attn_output"),
+    check=check,
+    hparams=hparams,
+    n_experts=lambda config: config.num_local_experts,
+    gguf_input=False,
+)

@@ -1,0 +1,100 @@
+"""How a checkpoint's architecture is described: its tensors, their names in both worlds, and what feeds what.
+
+A decoder layer is handled as a dict {GGUF stem: float32 tensor}: norms [n], linears [out, in], experts' linears
+[n_experts, out, in], all in transformers' row order. Everything the stages need to know is in the specs below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Layer = dict[str, Tensor]
+HParams = dict[str, int | float | str]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm whose scale folds into the linears that read it."""
+
+    name: str  # GGUF stem: blk.N.<name>.weight
+    parameter: str  # inside transformers' decoder layer
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer, or the copies of it that all experts hold."""
+
+    name: str  # GGUF stem: blk.N.<name>.weight
+    parameter: str  # inside transformers' decoder layer
+    site: str  # module whose input it reads; `<experts>.hidden`: what an expert's down projection reads
+    norm: str | None = None  # the norm that feeds it: its columns are in the residual basis
+    writes_residual: bool = False  # its rows are in the residual basis
+    part: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal row blocks of the parameter
+    rope_heads: str | None = None  # config field with its number of heads, if its rows go through rope
+    experts: bool = False  # one matrix per expert
+    on_disk: str | None = None  # another name in checkpoints; `{}` stands for the expert
+    router: bool = False  # tiny and decisive: stays F32
+
+    def rows_of(self, parameter: Tensor) -> Tensor:
+        """The view of this linear [..., out, in] in the parameter [..., n * out, in]."""
+        index, count = self.part
+        return parameter.chunk(count, dim=-2)[index]
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Intermediate FFN channels: rows of `producers` and columns of `consumer`, free to permute together."""
+
+    producers: tuple[str, ...]
+    consumer: str
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """Rows of the value projection inside each KV head, with the columns of the output projection that read them."""
+
+    value: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model_type. `check` raises CQError for a config field that is not supported, naming it and its value."""
+
+    model_type: str
+    gguf_name: str
+    norms: tuple[Norm, ...]
+    linears: tuple[Linear, ...]
+    channels: ChannelGroup
+    heads: HeadGroup
+    check: Callable[[Any], None]
+    hparams: Callable[[Any], HParams]  # GGUF keys below `<gguf_name>.`
+    n_experts: Callable[[Any], int] = lambda config: 0
+    gguf_input: bool = True  # a GGUF file of this architecture can be converted
+
+    def linear(self, name: str) -> Linear:
+        """The linear with this GGUF stem."""
+        return next(linear for linear in self.linears if linear.name == name)
+
+    def install(self, module: torch.nn.Module, layer: Layer) -> None:
+        """Copy a layer's tensors into transformers' decoder layer module."""
+        with torch.no_grad():
+            for norm in self.norms:
+                module.get_parameter(norm.parameter).copy_(layer[norm.name])
+            for linear in self.linears:
+                linear.rows_of(module.get_parameter(linear.parameter)).copy_(layer[linear.name])
+
+
+def interleave_rope(weight: Tensor, n_heads: int) -> Tensor:
+    """Rows [n_heads * head_dim, in] from transformers' halves (i, i + d/2) to llama.cpp's pairs (2i, 2i + 1)."""
+    return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+
+
+def split_rope(weight: Tensor, n_heads: int) -> Tensor:
+    """Inverse of interleave_rope."""
+    return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,107 @@
+"""Where a checkpoint's tensors lie: safetensors files or a GGUF file, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pyggml_bridge.errors import CQError
+
+
+class Source(Protocol):
+    """Named tensors on disk."""
+
+    path: Path
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a tensor, None if there is none of this name."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as float32; CQError if it cannot be read."""
+
+
+class SafetensorsSource:
+    """The safetensors files of a directory, with or without an index."""
+
+    def __init__(self, path: Path) -> None:
+        """Open every file; CQError for a missing, truncated or foreign one."""
+        self.path = path
+        self._stack = ExitStack()
+        self._files = {}
+        for file in self._file_names():
+            with _readable(file):
+                handle = self._stack.enter_context(safe_open(file, framework="pt"))
+            self._files |= dict.fromkeys(handle.keys(), handle)
+
+    def _file_names(self) -> list[Path]:
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise CQError(f"{index}: not a safetensors index") from error
+            files = [self.path / name for name in sorted(names)]
+        else:
+            files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise CQError(f"{self.path}: no safetensors files")
+        for file in files:
+            if not file.is_file():
+                raise CQError(f"{file}: missing, though the index names it")
+        return files
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a tensor, None if there is none of this name."""
+        return tuple(self._files[name].get_slice(name).get_shape()) if name in self._files else None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as float32; CQError if it is not a float tensor."""
+        with _readable(self.path):
+            tensor = self._files[name].get_tensor(name)
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise CQError(f"{self.path}: tensor {name} is {tensor.dtype}: only float checkpoints can be converted")
+        return tensor.float()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CQError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+class GgufSource:
+    """A GGUF file whose types gguf-py can dequantize."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file; CQError if it is not a GGUF file."""
+        self.path = path
+        try:
+            self.reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError, KeyError, OverflowError, UnicodeError) as error:
+            raise CQError(f"{path}: not a readable GGUF file ({error})") from error
+        self._tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a tensor in torch's order, None if there is none of this name."""
+        return tuple(int(n) for n in reversed(self._tensors[name].shape)) if name in self._tensors else None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as float32; CQError for a type that cannot be dequantized."""
+        tensor = self._tensors[name]
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise CQError(f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be read") from error
+        return torch.from_numpy(np.array(values, np.float32)).reshape(self.shape(name))

@@ -1,0 +1,187 @@
+/* Attention of a tile of consecutive queries of one head, included by float_ops.h.
+ *
+ * Keys are walked in tiles of CQ_KEY_TILE, converted from F16 once per tile, with an online softmax: running maximum m
+ * and sum l per query; when m grows, what was summed so far shrinks by exp(m_old - m_new).
+ *
+ * A batch keeps the queries in the vector lanes: scores are [key][CQ_QUERY_TILE], so that maximum, exponential and sum
+ * need no operation across lanes. One query alone (decoding) would leave those lanes empty, so it keeps the head
+ * dimension in the lanes instead and has scores [key]. */
+#ifndef CQ_ATTENTION_H
+#define CQ_ATTENTION_H
+
+#define CQ_MASKED (-1e30f) /* finite: masked minus masked must not be NaN */
+
+typedef struct {
+    const cq_attention *op;
+    int32_t position, n_queries;
+    float *tile;    /* [CQ_KEY_TILE][head_dim]: keys, then values */
+    float *queries; /* [head_dim][CQ_QUERY_TILE], times op->scale */
+    float *scores;  /* [CQ_KEY_TILE][CQ_QUERY_TILE], or [CQ_KEY_TILE] for one query; then probabilities */
+    float *max, *sum, *shrink; /* [CQ_QUERY_TILE] */
+} attention_tile;
+
+static void transpose_queries(const attention_tile *a, const float *q) {
+    const int32_t dim = a->op->head_dim;
+    const int64_t stride = (int64_t)a->op->n_heads * dim;
+    memset(a->queries, 0, sizeof(float) * (size_t)dim * CQ_QUERY_TILE);
+    for (int32_t i = 0; i < a->n_queries; i++)
+        for (int32_t d = 0; d < dim; d++) a->queries[d * CQ_QUERY_TILE + i] = q[i * stride + d] * a->op->scale;
+}
+
+/* scores[key][query] = key . query, CQ_SCORE_KEYS keys at a time; rows past n_keys are computed from zeros. */
+static void batch_scores(const attention_tile *a, int32_t n_keys) {
+    enum { VECS = CQ_QUERY_TILE / CQ_LANES };
+    const int32_t dim = a->op->head_dim;
+    const int32_t padding = (CQ_SCORE_KEYS - n_keys % CQ_SCORE_KEYS) % CQ_SCORE_KEYS;
+    memset(a->tile + n_keys * dim, 0, sizeof(float) * (size_t)padding * dim);
+    for (int32_t first = 0; first < n_keys; first += CQ_SCORE_KEYS) {
+        const float *keys = a->tile + first * dim;
+        vec acc[CQ_SCORE_KEYS][VECS] = {0};
+        for (int32_t d = 0; d < dim; d++)
+#pragma GCC unroll 16
+            for (int32_t v = 0; v < VECS; v++) {
+                const vec query = load_vec(a->queries + d * CQ_QUERY_TILE + v * CQ_LANES);
+#pragma GCC unroll 16
+                for (int32_t k = 0; k < CQ_SCORE_KEYS; k++) acc[k][v] += keys[k * dim + d] * query;
+            }
+#pragma GCC unroll 16
+        for (int32_t k = 0; k < CQ_SCORE_KEYS; k++)
+#pragma GCC unroll 16
+            for (int32_t v = 0; v < VECS; v++)
+                store_vec(a->scores + (first + k) * CQ_QUERY_TILE + v * CQ_LANES, acc[k][v]);
+    }
+}
+
+/* Scores -> exp(score - max), per lane; keys in a query's future or before its window get zero. */
+static void batch_softmax(const attention_tile *a, int32_t first_key, int32_t n_keys) {
+    const int32_t window = a->op->window > 0 ? a->op->window : INT32_MAX;
+    float previous[CQ_QUERY_TILE];
+    memcpy(previous, a->max, sizeof previous);
+    for (int32_t k = 0; k < n_keys; k++)
+#pragma omp simd
+        for (int32_t i = 0; i < CQ_QUERY_TILE; i++) {
+            const int32_t distance = a->position + i - (first_key + k);
+            const float score = a->scores[k * CQ_QUERY_TILE + i];
+            const float masked = (distance >= 0) & (distance < window) ? score : CQ_MASKED;
+            a->scores[k * CQ_QUERY_TILE + i] = masked;
+            a->max[i] = masked > a->max[i] ? masked : a->max[i];
+        }
+#pragma omp simd
+    for (int32_t i = 0; i < CQ_QUERY_TILE; i++) {
+        a->shrink[i] = exp_f32(previous[i] - a->max[i]);
+        a->sum[i] *= a->shrink[i];
+    }
+    for (int32_t k = 0; k < n_keys; k++)
+#pragma omp simd
+        for (int32_t i = 0; i < CQ_QUERY_TILE; i++) {
+            const float score = a->scores[k * CQ_QUERY_TILE + i], p = exp_f32(score - a->max[i]);
+            const float kept = score == CQ_MASKED ? 0.0f : p;
+            a->scores[k * CQ_QUERY_TILE + i] = kept;
+            a->sum[i] += kept;
+        }
+}
+
+static void single_scores(const attention_tile *a, const float *q, int32_t n_keys) {
+    const float *keys[CQ_KEY_TILE];
+    for (int32_t k = 0; k < n_keys; k++) keys[k] = a->tile + k * a->op->head_dim;
+    dot_f32(q, keys, n_keys, a->op->head_dim, a->scores);
+}
+
+static void single_softmax(const attention_tile *a, int32_t n_keys) {
+    float largest = *a->max, sum = 0;
+#pragma omp simd reduction(max : largest)
+    for (int32_t k = 0; k < n_keys; k++) {
+        a->scores[k] *= a->op->scale;
+        largest = a->scores[k] > largest ? a->scores[k] : largest;
+    }
+#pragma omp simd reduction(+ : sum)
+    for (int32_t k = 0; k < n_keys; k++) {
+        a->scores[k] = exp_f32(a->scores[k] - largest);
+        sum += a->scores[k];
+    }
+    *a->shrink = exp_f32(*a->max - largest);
+    *a->sum = *a->sum * *a->shrink + sum;
+    *a->max = largest;
+}
+
+/* out[i][d ..] = out * shrink[i] + sum over keys of p[key][i] * value[key][d ..], N queries times V vectors. */
+CQ_INLINE void value_tile(const int32_t N, const int32_t V, const attention_tile *a, int32_t n_keys, int32_t i,
+                          int32_t d, float *out) {
+    const int32_t dim = a->op->head_dim, stride = a->n_queries == 1 ? 1 : CQ_QUERY_TILE;
+    const int64_t out_stride = (int64_t)a->op->n_heads * dim;
+    vec acc[4][CQ_TILE_VECS];
+#pragma GCC unroll 16
+    for (int32_t n = 0; n < N; n++)
+#pragma GCC unroll 16
+        for (int32_t v = 0; v < V; v++)
+            acc[n][v] = load_vec(out + (i + n) * out_stride + d + v * CQ_LANES) * a->shrink[i + n];
+    for (int32_t k = 0; k < n_keys; k++)
+#pragma GCC unroll 16
+        for (int32_t v = 0; v < V; v++) {
+            const vec value = load_vec(a->tile + k * dim + d + v * CQ_LANES);
+#pragma GCC unroll 16
+            for (int32_t n = 0; n < N; n++) acc[n][v] += a->scores[k * stride + i + n] * value;
+        }
+#pragma GCC unroll 16
+    for (int32_t n = 0; n < N; n++)
+#pragma GCC unroll 16
+        for (int32_t v = 0; v < V; v++) store_vec(out + (i + n) * out_stride + d + v * CQ_LANES, acc[n][v]);
+}
+
+CQ_INLINE void value_rows(const int32_t N, const attention_tile *a, int32_t n_keys, int32_t i, float *out) {
+    const int32_t dim = a->op->head_dim, stride = a->n_queries == 1 ? 1 : CQ_QUERY_TILE;
+    int32_t d = 0;
+    for (; d + CQ_TILE_VECS * CQ_LANES <= dim; d += CQ_TILE_VECS * CQ_LANES)
+        value_tile(N, CQ_TILE_VECS, a, n_keys, i, d, out);
+    for (; d + CQ_LANES <= dim; d += CQ_LANES) value_tile(N, 1, a, n_keys, i, d, out);
+    for (; d < dim; d++)
+        for (int32_t n = 0; n < N; n++) {
+            float *element = out + (int64_t)(i + n) * a->op->n_heads * dim + d, sum = *element * a->shrink[i + n];
+            for (int32_t k = 0; k < n_keys; k++) sum += a->scores[k * stride + i + n] * a->tile[k * dim + d];
+            *element = sum;
+        }
+}
+
+static void add_values(const attention_tile *a, int32_t n_keys, float *out) {
+    int32_t i = 0;
+    for (; i + 4 <= a->n_queries; i += 4) value_rows(4, a, n_keys, i, out);
+    for (; i < a->n_queries; i++) value_rows(1, a, n_keys, i, out);
+}
+
+static attention_tile carve_scratch(const cq_attention *op, int32_t position, int32_t n_queries, float *scratch) {
+    attention_tile a = {.op = op, .position = position, .n_queries = n_queries, .tile = scratch};
+    a.queries = a.tile + CQ_KEY_TILE * op->head_dim;
+    a.scores = a.queries + CQ_QUERY_TILE * op->head_dim;
+    a.max = a.scores + CQ_KEY_TILE * CQ_QUERY_TILE;
+    a.sum = a.max + CQ_QUERY_TILE;
+    a.shrink = a.sum + CQ_QUERY_TILE;
+    for (int32_t i = 0; i < CQ_QUERY_TILE; i++) a.max[i] = CQ_MASKED, a.sum[i] = 0;
+    return a;
+}
+
+static void attention_head(const cq_attention *op, int32_t head, int32_t position, int32_t n_queries, const float *q,
+                           float *out, float *scratch) {
+    const int32_t dim = op->head_dim, end = position + n_queries;
+    const int64_t stride = (int64_t)op->n_heads * dim, kv_head = head / (op->n_heads / op->n_kv_heads);
+    const uint16_t *keys = op->k_cache + kv_head * op->n_ctx * dim, *values = op->v_cache + kv_head * op->n_ctx * dim;
+    const attention_tile a = carve_scratch(op, position, n_queries, scratch);
+    if (n_queries > 1) transpose_queries(&a, q);
+    for (int32_t i = 0; i < n_queries; i++) memset(out + i * stride, 0, sizeof(float) * (size_t)dim);
+    const int32_t start = op->window > 0 && position >= op->window ? position - op->window + 1 : 0;
+    for (int32_t first = start; first < end; first += CQ_KEY_TILE) {
+        const int32_t n_keys = end - first < CQ_KEY_TILE ? end - first : CQ_KEY_TILE;
+        f16_to_f32(keys + (int64_t)first * dim, a.tile, n_keys * dim);
+        if (n_queries > 1) {
+            batch_scores(&a, n_keys);
+            batch_softmax(&a, first, n_keys);
+        } else {
+            single_scores(&a, q, n_keys);
+            single_softmax(&a, n_keys);
+        }
+        f16_to_f32(values + (int64_t)first * dim, a.tile, n_keys * dim);
+        add_values(&a, n_keys, out);
+    }
+    for (int32_t i = 0; i < n_queries; i++)
+        for (int32_t d = 0; d < dim; d++) out[i * stride + d] /= a.sum[i];
+}
+#endif

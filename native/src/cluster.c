@@ -1,0 +1,358 @@
+/* Codebooks for the rows of a weight matrix: exact weighted 1-D k-means, then a fit to what the kernels multiply.
+ *
+ * 1. Every scale group of a row is divided by its weighted root mean square.
+ * 2. Each codebook is solved exactly: sort, prefix sums, dynamic programming over the sorted values with divide and
+ *    conquer over the monotone split points, O(k n log n) (Wang & Song, Ckmeans.1d.dp, R Journal 2011; Gronlund et al.,
+ *    arXiv 1701.07204). With S0 and S1 the sums of weights and of weighted values of a cluster, its squared error is
+ *    sum(q v^2) - S1^2 / S0, so the program maximizes the sum of S1^2 / S0.
+ * 3. Centroids become int8. Then group scales, centroids, assignments and the row's scale are refitted in turn by least
+ *    squares. A round counts only if the loss, measured on the effective int8 weights, falls: it never increases.
+ *
+ * Rows are independent, so the result does not depend on the number of threads. */
+#include "kernels.h"
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+enum { MAX_CENTROIDS = 16, RADIX_BITS = 11, RADIX = 1 << RADIX_BITS };
+
+/* One row's solution. */
+typedef struct {
+    float scale;
+    uint8_t *indices;
+    int8_t *centroids, *group_scales;
+    double loss;
+} fit;
+
+/* Per thread; every array holds n_cols elements, rounded up, and one more where prefix sums need it. */
+typedef struct {
+    uint32_t *key, *key_tmp; /* sortable bit patterns of the normalized values */
+    float *q, *q_tmp, *residual, *amplitude;
+    double *s0, *s1, *best, *next, *codebook;
+    uint16_t *split; /* [MAX_CENTROIDS][n_cols] */
+    uint8_t *indices;
+    int8_t *centroids, *group_scales;
+} workspace;
+
+static size_t take(uint8_t *base, size_t *used, void *field, size_t bytes) {
+    uint8_t *at = base ? base + *used : NULL;
+    memcpy(field, &at, sizeof at);
+    return *used += (bytes + 63) & ~(size_t)63;
+}
+
+static size_t carve(workspace *s, uint8_t *base, int32_t n_cols) {
+    size_t n = (size_t)n_cols + 1, used = 0;
+    take(base, &used, &s->key, 4 * n);
+    take(base, &used, &s->key_tmp, 4 * n);
+    take(base, &used, &s->q, 4 * n);
+    take(base, &used, &s->q_tmp, 4 * n);
+    take(base, &used, &s->residual, 4 * n);
+    take(base, &used, &s->amplitude, 4 * (n / CQ_BLOCK + 1));
+    take(base, &used, &s->s0, 8 * n);
+    take(base, &used, &s->s1, 8 * n);
+    take(base, &used, &s->best, 8 * n);
+    take(base, &used, &s->next, 8 * n);
+    take(base, &used, &s->split, 2 * n * MAX_CENTROIDS);
+    take(base, &used, &s->codebook, 8 * (n / CQ_BLOCK + 1) * MAX_CENTROIDS);
+    take(base, &used, &s->indices, n);
+    take(base, &used, &s->centroids, (n / CQ_BLOCK + 1) * MAX_CENTROIDS);
+    return take(base, &used, &s->group_scales, n / CQ_BLOCK + 1);
+}
+
+/* ---- sorting ---- */
+
+/* Floats as unsigned integers of the same order: negative values have all bits flipped, the others the sign bit. */
+static uint32_t sortable(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
+}
+
+static float unsortable(uint32_t key) {
+    uint32_t bits = key ^ ((key & 0x80000000u) ? 0x80000000u : 0xffffffffu);
+    float v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+/* Sorts key[n], carrying q along: three stable counting passes of 11 bits. An odd number: the result is swapped in. */
+static void sort_pairs(workspace *s, int32_t n) {
+    for (int shift = 0; shift < 32; shift += RADIX_BITS) {
+        int32_t start[RADIX + 1] = {0};
+        for (int32_t i = 0; i < n; i++) start[((s->key[i] >> shift) & (RADIX - 1)) + 1]++;
+        for (int32_t b = 0; b < RADIX; b++) start[b + 1] += start[b];
+        for (int32_t i = 0; i < n; i++) {
+            int32_t at = start[(s->key[i] >> shift) & (RADIX - 1)]++;
+            s->key_tmp[at] = s->key[i], s->q_tmp[at] = s->q[i];
+        }
+        uint32_t *key = s->key;
+        float *q = s->q;
+        s->key = s->key_tmp, s->key_tmp = key, s->q = s->q_tmp, s->q_tmp = q;
+    }
+}
+
+/* ---- exact k-means ---- */
+
+static double gain(const workspace *s, int32_t from, int32_t to) {
+    double s0 = s->s0[to] - s->s0[from], s1 = s->s1[to] - s->s1[from];
+    return s0 > 0 ? s1 * s1 / s0 : 0;
+}
+
+/* next[i] = max over j in [j_lo, j_hi], j < i, of best[j] + gain(j, i) for i in [lo, hi]: the maximizing j grows with
+ * i. */
+static void solve_range(workspace *s, uint16_t *split, int32_t lo, int32_t hi, int32_t j_lo, int32_t j_hi) {
+    while (lo <= hi) {
+        int32_t i = lo + (hi - lo) / 2, last = j_hi < i - 1 ? j_hi : i - 1, arg = j_lo;
+        double top = -1;
+        for (int32_t j = j_lo; j <= last; j++) {
+            double value = s->best[j] + gain(s, j, i);
+            if (value > top) top = value, arg = j;
+        }
+        s->next[i] = top, split[i] = (uint16_t)arg;
+        solve_range(s, split, lo, i - 1, j_lo, arg);
+        lo = i + 1, j_lo = arg;
+    }
+}
+
+/* The k best centroids, ascending, of the n sorted pairs in key and q; fewer than k pairs: the last one repeats. */
+static void kmeans_sorted(workspace *s, int32_t n, int32_t k, double *centroids) {
+    s->s0[0] = s->s1[0] = 0;
+    for (int32_t i = 0; i < n; i++) {
+        s->s0[i + 1] = s->s0[i] + (double)s->q[i];
+        s->s1[i + 1] = s->s1[i] + (double)s->q[i] * unsortable(s->key[i]);
+    }
+    int32_t clusters = k < n ? k : n;
+    for (int32_t i = 0; i <= n; i++) s->best[i] = gain(s, 0, i);
+    for (int32_t c = 1; c < clusters; c++) {
+        int32_t first = c + 1 == clusters ? n : c + 1; /* the last cluster always ends at n */
+        solve_range(s, s->split + (size_t)c * (n + 1), first, n, c, n - 1);
+        double *swap = s->best;
+        s->best = s->next, s->next = swap;
+    }
+    int32_t end = n;
+    for (int32_t c = clusters - 1; c >= 0; c--) {
+        int32_t begin = c ? s->split[(size_t)c * (n + 1) + end] : 0;
+        double s0 = s->s0[end] - s->s0[begin];
+        centroids[c] = s0 > 0 ? (s->s1[end] - s->s1[begin]) / s0 : unsortable(s->key[begin]);
+        end = begin;
+    }
+    for (int32_t c = clusters; c < k; c++) centroids[c] = centroids[clusters - 1];
+}
+
+/* ---- one row ---- */
+
+static int32_t n_codebooks(const cq_clustering *job) { return cq_ceil_div(job->n_cols, job->codebook_cols); }
+static int32_t n_groups(const cq_clustering *job) {
+    return job->scale_cols ? cq_ceil_div(job->n_cols, job->scale_cols) : 1;
+}
+static int32_t group_of(const cq_clustering *job, int32_t col) { return job->scale_cols ? col / job->scale_cols : 0; }
+
+/* Rounds the amplitudes of all groups to the file's grid: u8 steps of the row's scale. */
+static void set_scales(const cq_clustering *job, workspace *s, fit *f) {
+    float top = 0;
+    for (int32_t g = 0; g < n_groups(job); g++) top = fmaxf(top, s->amplitude[g]);
+    f->scale = top;
+    if (!job->scale_cols) return;
+    f->scale = top * (128.0f / 127.0f);
+    for (int32_t g = 0; g < n_groups(job); g++) {
+        f->group_scales[g] = (int8_t)(top > 0 ? lrintf(127.0f * s->amplitude[g] / top) : 0);
+        s->amplitude[g] = f->scale * (float)f->group_scales[g] / 128.0f;
+    }
+}
+
+/* Start: each group's weighted root mean square. */
+static void start_scales(const cq_clustering *job, const float *w, workspace *s, fit *f) {
+    int32_t cols = job->scale_cols ? job->scale_cols : job->n_cols;
+    for (int32_t g = 0; g < n_groups(job); g++) {
+        int32_t end = (g + 1) * cols < job->n_cols ? (g + 1) * cols : job->n_cols;
+        double sum = 0, total = 0;
+        for (int32_t i = g * cols; i < end; i++) {
+            sum += (double)job->weight[i] * w[i] * w[i];
+            total += (double)job->weight[i];
+        }
+        s->amplitude[g] = total > 0 ? (float)sqrt(sum / total) : 0;
+    }
+    set_scales(job, s, f);
+}
+
+/* Least squares of each group's amplitude with centroids and assignments fixed. */
+static void refit_scales(const cq_clustering *job, const float *w, workspace *s, fit *f) {
+    int32_t cols = job->scale_cols ? job->scale_cols : job->n_cols;
+    for (int32_t g = 0; g < n_groups(job); g++) {
+        int32_t end = (g + 1) * cols < job->n_cols ? (g + 1) * cols : job->n_cols;
+        double wc = 0, cc = 0;
+        for (int32_t i = g * cols; i < end; i++) {
+            double c = f->centroids[i / job->codebook_cols * job->n_centroids + f->indices[i]];
+            wc += job->weight[i] * c * w[i];
+            cc += job->weight[i] * c * c;
+        }
+        s->amplitude[g] = wc > 0 ? (float)(wc / cc) : 0;
+    }
+    set_scales(job, s, f);
+}
+
+/* Exact codebooks for the current amplitudes. */
+static void solve_codebooks(const cq_clustering *job, const float *w, workspace *s) {
+    for (int32_t b = 0; b < n_codebooks(job); b++) {
+        int32_t begin = b * job->codebook_cols, n = job->n_cols - begin;
+        if (n > job->codebook_cols) n = job->codebook_cols;
+        for (int32_t i = 0; i < n; i++) {
+            float a = s->amplitude[group_of(job, begin + i)];
+            s->key[i] = sortable(a > 0 ? w[begin + i] / a : 0);
+            s->q[i] = job->weight[begin + i] * a * a;
+        }
+        sort_pairs(s, n);
+        kmeans_sorted(s, n, job->n_centroids, s->codebook + b * job->n_centroids);
+    }
+}
+
+/* Least squares of each centroid with amplitudes and assignments fixed: one Lloyd step. */
+static void refit_codebooks(const cq_clustering *job, const float *w, workspace *s, const fit *f) {
+    for (int32_t b = 0; b < n_codebooks(job); b++) {
+        double wa[MAX_CENTROIDS] = {0}, aa[MAX_CENTROIDS] = {0};
+        int32_t begin = b * job->codebook_cols, end = begin + job->codebook_cols;
+        if (end > job->n_cols) end = job->n_cols;
+        for (int32_t i = begin; i < end; i++) {
+            double a = s->amplitude[group_of(job, i)], qa = job->weight[i] * a;
+            wa[f->indices[i]] += qa * w[i];
+            aa[f->indices[i]] += qa * a;
+        }
+        for (int32_t c = 0; c < job->n_centroids; c++) {
+            int32_t at = b * job->n_centroids + c;
+            s->codebook[at] = aa[c] > 0 ? wa[c] / aa[c] : f->centroids[at];
+        }
+    }
+}
+
+/* Rounds the real codebooks to int8, the largest of the row to 127, and sorts each. */
+static void set_centroids(const cq_clustering *job, workspace *s, fit *f) {
+    int32_t k = job->n_centroids, n = n_codebooks(job) * k;
+    double top = 0;
+    for (int32_t i = 0; i < n; i++) top = fmax(top, fabs(s->codebook[i]));
+    f->scale = (float)(f->scale * top / 127.0);
+    for (int32_t i = 0; i < n; i++) {
+        int8_t c = (int8_t)(top > 0 ? lrint(s->codebook[i] * 127.0 / top) : 0);
+        int32_t at = i, first = i / k * k;
+        for (; at > first && f->centroids[at - 1] > c; at--) f->centroids[at] = f->centroids[at - 1];
+        f->centroids[at] = c;
+    }
+}
+
+/* The effective int8 weights of the codebook at one column. */
+static void effective_weights(const cq_clustering *job, const fit *f, int32_t col, float *w8) {
+    const int8_t *c = f->centroids + col / job->codebook_cols * job->n_centroids;
+    int32_t scale = job->scale_cols ? f->group_scales[col / job->scale_cols] : 128;
+    for (int32_t i = 0; i < job->n_centroids; i++) w8[i] = (float)((c[i] * scale + 64) >> 7);
+}
+
+/* Nearest effective weight per element; then the best scale for these assignments, rounded to float, and its loss. */
+static void assign(const cq_clustering *job, const float *w, fit *f) {
+    double ww = 0, we = 0, ee = 0;
+    for (int32_t begin = 0; begin < job->n_cols; begin += CQ_BLOCK) {
+        float w8[MAX_CENTROIDS], middle[MAX_CENTROIDS];
+        int32_t end = begin + CQ_BLOCK < job->n_cols ? begin + CQ_BLOCK : job->n_cols;
+        effective_weights(job, f, begin, w8);
+        for (int32_t c = 0; c + 1 < job->n_centroids; c++) middle[c] = f->scale * 0.5f * (w8[c] + w8[c + 1]);
+        for (int32_t i = begin; i < end; i++) {
+            int32_t index = 0;
+            for (int32_t c = 0; c + 1 < job->n_centroids; c++) index += w[i] > middle[c];
+            f->indices[i] = (uint8_t)index;
+            double h = job->weight[i], e = w8[index];
+            ww += h * w[i] * w[i], we += h * w[i] * e, ee += h * e * e;
+        }
+    }
+    f->scale = we > 0 ? (float)(we / ee) : 0;
+    f->loss = fmax(0, ww + f->scale * (f->scale * ee - 2 * we));
+}
+
+static void keep(const cq_clustering *job, fit *best, const fit *candidate) {
+    best->scale = candidate->scale, best->loss = candidate->loss;
+    memcpy(best->indices, candidate->indices, (size_t)job->n_cols);
+    memcpy(best->centroids, candidate->centroids, (size_t)n_codebooks(job) * job->n_centroids);
+    if (job->scale_cols) memcpy(best->group_scales, candidate->group_scales, (size_t)n_groups(job));
+}
+
+static fit output_fit(const cq_clustering *job, int32_t row) {
+    return (fit){job->scales[row], job->indices + (size_t)row * job->n_cols,
+                 job->centroids + (size_t)row * n_codebooks(job) * job->n_centroids,
+                 job->scale_cols ? job->group_scales + (size_t)row * n_groups(job) : NULL, job->loss[row]};
+}
+
+static void cluster_row(const cq_clustering *job, int32_t row, workspace *s) {
+    const float *w = job->w + (size_t)row * job->n_cols;
+    fit best = output_fit(job, row), candidate = {0, s->indices, s->centroids, s->group_scales, 0};
+    start_scales(job, w, s, &candidate);
+    solve_codebooks(job, w, s);
+    set_centroids(job, s, &candidate);
+    assign(job, w, &candidate);
+    keep(job, &best, &candidate);
+    for (int32_t round = 0; round < job->n_iterations; round++) {
+        refit_scales(job, w, s, &candidate);
+        refit_codebooks(job, w, s, &candidate);
+        set_centroids(job, s, &candidate);
+        assign(job, w, &candidate);
+        if (!(candidate.loss < best.loss)) break;
+        keep(job, &best, &candidate);
+    }
+    job->scales[row] = best.scale, job->loss[row] = best.loss;
+}
+
+/* ---- error feedback ---- */
+
+/* GPTQ (arXiv 2210.17323) on given codebooks: each column takes its nearest effective weight, and the error made is
+ * moved to the columns after it in proportion to their correlation. */
+static void feedback_row(const cq_clustering *job, const float *u, int32_t row, workspace *s) {
+    int32_t n = job->n_cols;
+    fit f = output_fit(job, row);
+    memcpy(s->residual, job->w + (size_t)row * n, 4 * (size_t)n);
+    for (int32_t i = 0; i < n; i++) {
+        float w8[MAX_CENTROIDS], w = s->residual[i];
+        effective_weights(job, &f, i, w8);
+        int32_t index = 0;
+        for (int32_t c = 0; c + 1 < job->n_centroids; c++) index += w > f.scale * 0.5f * (w8[c] + w8[c + 1]);
+        f.indices[i] = (uint8_t)index;
+        const float *row_u = u + (size_t)i * n;
+        float error = (w - f.scale * w8[index]) / row_u[i];
+        for (int32_t j = i + 1; j < n; j++) s->residual[j] -= error * row_u[j];
+    }
+}
+
+/* ---- entry points ---- */
+
+int64_t cq_cluster_scratch_bytes(int32_t n_cols) {
+    workspace s;
+    return (int64_t)carve(&s, NULL, n_cols);
+}
+
+static int valid(const cq_clustering *job) {
+    return job->n_rows >= 0 && job->n_cols > 0 && job->n_cols <= CQ_MAX_COLS && job->n_centroids > 0 &&
+           job->n_centroids <= MAX_CENTROIDS && job->codebook_cols > 0 && job->codebook_cols % CQ_BLOCK == 0 &&
+           job->scale_cols >= 0 && job->scale_cols % CQ_BLOCK == 0;
+}
+
+/* Rows in any order, one workspace per thread; u selects error feedback. */
+static int for_rows(const cq_clustering *job, const float *u, int32_t n_threads, uint8_t *scratch) {
+    if (!valid(job) || n_threads < 1) return CQ_ERR_ARGUMENT;
+    int64_t bytes = cq_cluster_scratch_bytes(job->n_cols);
+#pragma omp parallel num_threads(n_threads)
+    {
+        workspace s;
+        carve(&s, scratch + bytes * omp_get_thread_num(), job->n_cols);
+#pragma omp for schedule(dynamic, 8)
+        for (int32_t row = 0; row < job->n_rows; row++) {
+            if (u)
+                feedback_row(job, u, row, &s);
+            else
+                cluster_row(job, row, &s);
+        }
+    }
+    return CQ_OK;
+}
+
+int cq_cluster_rows(const cq_clustering *job, int32_t n_threads, uint8_t *scratch) {
+    return for_rows(job, NULL, n_threads, scratch);
+}
+
+int cq_feedback_rows(const cq_clustering *job, const float *u, int32_t n_threads, uint8_t *scratch) {
+    return for_rows(job, u, n_threads, scratch);
+}

@@ -1,0 +1,171 @@
+/* The float operations, in generic C that each instruction set's file compiles once for itself.
+ *
+ * The including file defines, before the include:
+ *   CQ_LANES, vec     floats per vector, and a vector_size type of that many
+ *   sum_lanes(vec)    their sum
+ *   f16_to_f32, f32_to_f16   as in cq_kernels
+ *   CQ_TILE_VECS, CQ_SCORE_KEYS   register tiles of attention.h
+ * and lists CQ_FLOAT_KERNELS at the end of its cq_kernels. */
+#ifndef CQ_FLOAT_OPS_H
+#define CQ_FLOAT_OPS_H
+#include "kernels.h"
+#include <math.h>
+#include <string.h>
+
+#define CQ_INLINE static inline __attribute__((always_inline))
+
+typedef float unaligned_vec __attribute__((vector_size(4 * CQ_LANES), aligned(4), may_alias));
+
+CQ_INLINE vec load_vec(const float *p) { return *(const unaligned_vec *)p; }
+CQ_INLINE void store_vec(float *p, vec v) { *(unaligned_vec *)p = v; }
+
+/* exp(x) within 2 ulp for x in [-87, 88]; outside it is clamped to exp of the nearer end, NaN stays NaN.
+ * x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 leaves the integer n in the low bits of the float, from where a
+ * shift moves it into the exponent: no float-to-int conversion, so that NaN is no undefined behaviour. */
+CQ_INLINE float exp_f32(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    const float magic = 12582912.0f, shifted = x * 1.44269504f + magic, n = shifted - magic;
+    float r = x - n * 0.693359375f; /* ln 2 in two parts; the first has 9 bits, so n times it is exact */
+    r = r + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f; /* the minimax polynomial of Cephes' expf */
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    uint32_t bits;
+    float power;
+    memcpy(&bits, &shifted, 4);
+    bits = (bits << 23) + 0x3f800000;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+/* Squares are summed in double, so that every instruction set gives the same scale to the last bit or nearly so. */
+static void rms_norm(const float *x, const float *weight, float *out, int32_t n, float eps) {
+    double squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int32_t i = 0; i < n; i++) squares += (double)x[i] * x[i];
+    const float scale = (float)(1.0 / sqrt(squares / n + eps));
+    if (weight) {
+#pragma omp simd
+        for (int32_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+    } else {
+#pragma omp simd
+        for (int32_t i = 0; i < n; i++) out[i] = x[i] * scale;
+    }
+}
+
+/* max |x|, compared as integers: the order is the same for magnitudes, and a NaN comes out as the largest. */
+static float max_magnitude(const float *x, int32_t n) {
+    int32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int32_t i = 0; i < n; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    float magnitude;
+    memcpy(&magnitude, &largest, 4);
+    return magnitude;
+}
+
+static int32_t quantize_group(const float *x, int32_t n, float top, int8_t *q, float *scale) {
+    *scale = max_magnitude(x, n) / top;
+    const float inverse = *scale > 0 ? 1.0f / *scale : 0.0f;
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int32_t i = 0; i < n; i++) {
+        float v = rintf(x[i] * inverse);
+        v = v < -top ? -top : v;
+        v = v > top ? top : v;
+        v = v == v ? v : 0.0f; /* 0 * inf where the scale is subnormal */
+        const int32_t integer = (int32_t)v;
+        q[i] = (int8_t)integer;
+        sum += integer;
+    }
+    return sum;
+}
+
+static void quantize(const float *x, int32_t n, int32_t bits, int32_t group, int8_t *q, float *scales, int32_t *sum) {
+    const float top = (float)((1 << (bits - 1)) - 1);
+    const int32_t step = group ? group : n;
+    *sum = 0;
+    for (int32_t i = 0; i < n; i += step) *sum += quantize_group(x + i, step, top, q + i, scales + i / step);
+}
+
+/* silu(gate) * up. exp saturates, so a very negative gate needs its own bound to reach zero instead of -inf * tiny. */
+static void swiglu(const float *gate, const float *up, float *out, int32_t n) {
+#pragma omp simd
+    for (int32_t i = 0; i < n; i++) {
+        const float g = gate[i] < -100.0f ? -100.0f : gate[i];
+        out[i] = g / (1.0f + exp_f32(-g)) * up[i];
+    }
+}
+
+static void axpy(float a, const float *x, float *y, int32_t n) {
+#pragma omp simd
+    for (int32_t i = 0; i < n; i++) y[i] += a * x[i];
+}
+
+static void scale_acc(const int32_t *acc, const float *row_scales, float token_scale, float *out, int32_t n,
+                      int32_t accumulate) {
+    if (accumulate) {
+#pragma omp simd
+        for (int32_t i = 0; i < n; i++) out[i] += (float)acc[i] * (row_scales[i] * token_scale);
+    } else {
+#pragma omp simd
+        for (int32_t i = 0; i < n; i++) out[i] = (float)acc[i] * (row_scales[i] * token_scale);
+    }
+}
+
+/* dot[t] (+)= w . x[t][offset ..] for N <= 4 tokens. Two chains per token, so that a token's sum has one order
+ * whatever batch it comes in. */
+CQ_INLINE void dot_tile(const int32_t N, const float *w, const float *const *x, int32_t offset, int32_t n, float *dot,
+                        int32_t accumulate) {
+    vec even[4] = {0}, odd[4] = {0};
+    int32_t i = 0;
+    for (; i + 2 * CQ_LANES <= n; i += 2 * CQ_LANES) {
+        const vec w0 = load_vec(w + i), w1 = load_vec(w + i + CQ_LANES);
+        for (int32_t t = 0; t < N; t++) {
+            even[t] += w0 * load_vec(x[t] + offset + i);
+            odd[t] += w1 * load_vec(x[t] + offset + i + CQ_LANES);
+        }
+    }
+    for (int32_t t = 0; t < N; t++) {
+        float total = sum_lanes(even[t] + odd[t]);
+        for (int32_t j = i; j < n; j++) total += w[j] * x[t][offset + j];
+        dot[t] = accumulate ? dot[t] + total : total;
+    }
+}
+
+static void dot_part(const float *w, const float *const *x, int32_t n_tokens, int32_t offset, int32_t n, float *dot,
+                     int32_t accumulate) {
+    int32_t t = 0;
+    for (; t + 4 <= n_tokens; t += 4) dot_tile(4, w, x + t, offset, n, dot + t, accumulate);
+    for (; t < n_tokens; t++) dot_tile(1, w, x + t, offset, n, dot + t, accumulate);
+}
+
+static void dot_f32(const float *w, const float *const *x, int32_t n_tokens, int32_t n_cols, float *dot) {
+    dot_part(w, x, n_tokens, 0, n_cols, dot, 0);
+}
+
+/* A part of the row is converted once, then read from the first-level cache for every token. */
+static void dot_f16(const uint16_t *w, const float *const *x, int32_t n_tokens, int32_t n_cols, float *dot) {
+    enum { PART = 1024 };
+    float part[PART];
+    for (int32_t i = 0; i < n_cols; i += PART) {
+        const int32_t n = n_cols - i < PART ? n_cols - i : PART;
+        f16_to_f32(w + i, part, n);
+        dot_part(part, x, n_tokens, i, n, dot, i > 0);
+    }
+}
+
+#include "attention.h"
+
+#define CQ_FLOAT_KERNELS                                                                                               \
+    rms_norm, quantize, swiglu, axpy, scale_acc, dot_f32, dot_f16, f16_to_f32, f32_to_f16, attention_head
+#endif

@@ -1,0 +1,129 @@
+/* The reference: plain C, one weight at a time. Every other instruction set must equal its integers. */
+#include "indices.h"
+#include <string.h>
+
+#define CQ_LANES 4
+#define CQ_TILE_VECS 2  /* 4 queries x 2 vectors of accumulators fit 16 registers of SSE2 */
+#define CQ_SCORE_KEYS 2 /* as do 2 keys x 16 queries */
+typedef float vec __attribute__((vector_size(4 * CQ_LANES)));
+
+static inline float sum_lanes(vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+static float f16_value(uint16_t half) {
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
+    uint32_t bits;
+    float value;
+    if (exponent == 0) { /* zero or subnormal: mantissa * 2^-24, exact */
+        value = (float)mantissa * 0x1p-24f;
+        memcpy(&bits, &value, 4);
+        bits |= sign;
+    } else {
+        bits = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
+        if (exponent == 31 && mantissa) bits |= 1 << 22; /* a signalling NaN becomes quiet, as in hardware */
+    }
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Round to nearest, ties to even: the dropped bits decide through one addition that may carry into the exponent. */
+static uint16_t f16_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    const uint16_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return sign | 0x7e00 | (bits >> 13 & 0x1ff);
+    if (bits >= 0x477ff000) return sign | 0x7c00; /* 65520 and above round to infinity */
+    if (bits < 0x38800000) {                      /* below 2^-14: a multiple of 2^-24, rounded by the float adder */
+        float magnitude, shifted;
+        memcpy(&magnitude, &bits, 4);
+        shifted = magnitude + 0.5f;
+        memcpy(&bits, &shifted, 4);
+        return sign | (uint16_t)(bits - 0x3f000000);
+    }
+    return sign | (uint16_t)((bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+
+static void f16_to_f32(const uint16_t *x, float *out, int32_t n) {
+    for (int32_t i = 0; i < n; i++) out[i] = f16_value(x[i]);
+}
+
+static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
+    for (int32_t i = 0; i < n; i++) out[i] = f16_bits(x[i]);
+}
+
+#include "float_ops.h"
+
+static int32_t index_at(const uint8_t *block, int32_t bits, int32_t i) {
+    if (bits == 4) return block[i % 32] >> (i / 32 * 4) & 15;
+    const int32_t low = block[i % 16] >> (i / 16 * 2) & 3;
+    return bits == 2 ? low : low | (block[16 + i / 8] >> (i % 8) & 1) << 2;
+}
+
+static void decode_row(const cq_matrix *w, int64_t row_index, int8_t *out) {
+    const int32_t bits = cq_bits(w);
+    const cq_row row = cq_row_at(w, row_index);
+    for (cq_span span = cq_first_span(&row);; cq_next_span(&row, bits, &span)) {
+        for (int32_t i = span.begin * CQ_BLOCK; i < span.end * CQ_BLOCK; i++) {
+            const uint8_t *block = row.indices + (int64_t)(i / CQ_BLOCK) * 8 * bits;
+            const int32_t centroid = span.centroids[index_at(block, bits, i % CQ_BLOCK)];
+            out[i] = (int8_t)(span.group_scale ? (centroid * *span.group_scale + 64) >> 7 : centroid);
+        }
+        if (span.end == row.n_blocks) return;
+    }
+}
+
+static int32_t dot_i8(const int8_t *w, const int8_t *x, int32_t n) {
+    int32_t sum = 0;
+    for (int32_t i = 0; i < n; i++) sum += w[i] * x[i];
+    return sum;
+}
+
+static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc) {
+    int8_t decoded[CQ_MAX_COLS];
+    (void)x_sum;
+    for (int32_t r = 0; r < n_rows; r++) {
+        decode_row(w, row + r, decoded);
+        acc[r] = dot_i8(decoded, x, w->n_cols);
+    }
+}
+
+enum { PANEL_ROWS = 4 };
+
+/* The panel is int8 [PANEL_ROWS][n_cols]. */
+static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
+    for (int32_t r = 0; r < n_rows; r++) decode_row(w, row + r, (int8_t *)panel + (int64_t)r * w->n_cols);
+    memset(panel + (int64_t)n_rows * w->n_cols, 0, (size_t)(PANEL_ROWS - n_rows) * w->n_cols);
+}
+
+static void gemm_panel(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
+                       int32_t n_tokens, int32_t *acc) {
+    (void)x_sum;
+    for (int32_t t = 0; t < n_tokens; t++)
+        for (int32_t r = 0; r < PANEL_ROWS; r++)
+            acc[t * PANEL_ROWS + r] = dot_i8((const int8_t *)panel + (int64_t)r * n_cols, x[t], n_cols);
+}
+
+static float dot_q8_0(const uint8_t *blocks, const int8_t *q, const float *scales, int32_t n_cols) {
+    float sum = 0;
+    for (int32_t b = 0; b < n_cols / 32; b++, blocks += 34) {
+        const uint16_t half = (uint16_t)(blocks[0] | blocks[1] << 8);
+        sum += (float)dot_i8((const int8_t *)blocks + 2, q + b * 32, 32) * (f16_value(half) * scales[b]);
+    }
+    return sum;
+}
+
+static int64_t peak_macs(int32_t iterations) {
+    int8_t w[256], x[256];
+    for (int32_t i = 0; i < 256; i++) w[i] = (int8_t)i, x[i] = (int8_t)(i / 2);
+    for (int32_t i = 0; i < iterations; i++) {
+        __asm__ volatile("" : : "r"(w), "r"(x) : "memory"); /* the arrays may have changed: no iteration is dropped */
+        const int32_t sum = dot_i8(w, x, 256);
+        __asm__ volatile("" : : "r"(sum));
+    }
+    return (int64_t)iterations * 256;
+}
+
+static int supported(void) { return 1; }
+
+const cq_kernels cq_kernels_portable = {"scalar", supported, gemv, PANEL_ROWS, decode_panel, gemm_panel, dot_q8_0,
+                                        peak_macs, CQ_FLOAT_KERNELS};

@@ -1,0 +1,185 @@
+/* The program executor: one team of threads walks the operations, with a barrier after each. */
+#include "worker.h"
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+static void run_embed(const cq_worker *worker, const cq_embed *op) {
+    cq_range range = cq_share(worker, worker->step->n_tokens);
+    for (int32_t t = range.begin; t < range.end; t++)
+        cq_dequantize_row(worker->kernels, op->table, worker->step->tokens[t], op->out + (int64_t)t * op->table->n_cols);
+}
+
+static void run_rms_norm(const cq_worker *worker, const cq_rms_norm *op, int32_t n_rows) {
+    cq_range range = cq_share(worker, n_rows);
+    for (int64_t t = range.begin; t < range.end; t++)
+        worker->kernels->rms_norm(op->x + t * op->n, op->weight, op->out + t * op->n, op->n, op->eps);
+}
+
+static void run_quantize(const cq_worker *worker, const cq_quantize *op, int32_t n_rows) {
+    cq_range range = cq_share(worker, n_rows);
+    int32_t n_scales = op->out->group ? op->n / op->out->group : 1;
+    for (int64_t t = range.begin; t < range.end; t++)
+        worker->kernels->quantize(op->x + t * op->n, op->n, op->out->bits, op->out->group, op->out->q + t * op->n,
+                                  op->out->scales + t * n_scales, op->out->sums + t);
+}
+
+static void rotate_head(float *x, const float *cos_sin, int32_t n_rot, int32_t interleaved) {
+    int32_t half = n_rot / 2, step = interleaved ? 2 : 1, distance = interleaved ? 1 : half;
+    for (int32_t i = 0; i < half; i++) {
+        float *a = x + i * step, *b = a + distance;
+        float c = cos_sin[2 * i], s = cos_sin[2 * i + 1], rotated = *a * c - *b * s;
+        *b = *b * c + *a * s;
+        *a = rotated;
+    }
+}
+
+static void run_rope(const cq_worker *worker, const cq_rope *op, int32_t n_rows) {
+    cq_range range = cq_share(worker, n_rows);
+    for (int64_t t = range.begin; t < range.end; t++)
+        for (int64_t h = 0; h < op->n_heads; h++)
+            rotate_head(op->x + (t * op->n_heads + h) * op->head_dim,
+                        op->cos_sin + (worker->step->position + t) * op->n_rot, op->n_rot, op->interleaved);
+}
+
+static void run_attention(const cq_worker *worker, const cq_attention *op) {
+    const cq_kernels *kernels = worker->kernels;
+    int32_t n_tokens = worker->step->n_tokens, position = worker->step->position, dim = op->head_dim;
+    cq_range range = cq_share(worker, n_tokens * op->n_kv_heads);
+    for (int32_t item = range.begin; item < range.end; item++) {
+        int64_t token = item / op->n_kv_heads, head = item % op->n_kv_heads;
+        int64_t from = (token * op->n_kv_heads + head) * dim, to = (head * op->n_ctx + position + token) * dim;
+        kernels->f32_to_f16(op->k + from, op->k_cache + to, dim);
+        kernels->f32_to_f16(op->v + from, op->v_cache + to, dim);
+    }
+#pragma omp barrier
+    int32_t tiles = cq_ceil_div(n_tokens, CQ_QUERY_TILE), unit;
+    while ((unit = cq_next_unit(worker)) < tiles * op->n_heads) {
+        /* The last queries see the most keys, so they go first. */
+        int32_t head = unit % op->n_heads, first = (tiles - 1 - unit / op->n_heads) * CQ_QUERY_TILE;
+        int32_t n = n_tokens - first < CQ_QUERY_TILE ? n_tokens - first : CQ_QUERY_TILE;
+        int64_t offset = ((int64_t)first * op->n_heads + head) * dim;
+        kernels->attention_head(op, head, position + first, n, op->q + offset, op->out + offset,
+                                (float *)worker->scratch);
+    }
+}
+
+static void run_swiglu(const cq_worker *worker, const cq_swiglu *op, int32_t n_rows) {
+    cq_range range = cq_share(worker, n_rows);
+    for (int64_t t = range.begin; t < range.end; t++)
+        worker->kernels->swiglu(op->gate + t * op->n, op->up + t * op->n, op->out + t * op->n, op->n);
+}
+
+/* Softmax over all experts and the top_k best, ties to the lower index. */
+static void route_token(const float *logits, int32_t n_experts, int32_t top_k, int32_t normalize, int32_t *ids,
+                        float *weights) {
+    float max = -FLT_MAX, total = 0.0f, chosen = 0.0f;
+    for (int32_t e = 0; e < n_experts; e++) max = fmaxf(max, logits[e]);
+    for (int32_t e = 0; e < n_experts; e++) total += expf(logits[e] - max);
+    for (int32_t rank = 0; rank < top_k; rank++) {
+        int32_t best = -1;
+        for (int32_t e = 0; e < n_experts; e++) {
+            int taken = 0;
+            for (int32_t before = 0; before < rank; before++) taken |= ids[before] == e;
+            if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
+        }
+        ids[rank] = best;
+        weights[rank] = expf(logits[best] - max) / total;
+        chosen += weights[rank];
+    }
+    if (normalize && chosen > 0.0f)
+        for (int32_t rank = 0; rank < top_k; rank++) weights[rank] /= chosen;
+}
+
+/* Counting sort of the slots by expert; within an expert they stay in token order. */
+static void group_by_expert(const cq_routing *routing, int32_t n_slots) {
+    int32_t *offsets = routing->offsets;
+    memset(offsets, 0, sizeof(int32_t) * (size_t)(routing->n_experts + 1));
+    for (int32_t slot = 0; slot < n_slots; slot++) offsets[routing->ids[slot] + 1]++;
+    for (int32_t e = 0; e < routing->n_experts; e++) offsets[e + 1] += offsets[e];
+    for (int32_t slot = 0; slot < n_slots; slot++) routing->order[offsets[routing->ids[slot]]++] = slot;
+    for (int32_t e = routing->n_experts; e > 0; e--) offsets[e] = offsets[e - 1];
+    offsets[0] = 0;
+}
+
+static void run_route(const cq_worker *worker, const cq_route *op, int32_t n_rows) {
+    const cq_routing *routing = op->routing;
+    cq_range range = cq_share(worker, n_rows);
+    for (int64_t t = range.begin; t < range.end; t++)
+        route_token(op->logits + t * routing->n_experts, routing->n_experts, routing->top_k, op->normalize,
+                    routing->ids + t * routing->top_k, routing->weights + t * routing->top_k);
+#pragma omp barrier
+    if (worker->thread == 0) group_by_expert(routing, n_rows * routing->top_k);
+}
+
+static void run_combine(const cq_worker *worker, const cq_combine *op, int32_t n_rows) {
+    cq_range range = cq_share(worker, n_rows);
+    int32_t top_k = op->routing->top_k;
+    for (int64_t t = range.begin; t < range.end; t++)
+        for (int64_t slot = t * top_k; slot < (t + 1) * top_k; slot++)
+            worker->kernels->axpy(op->routing->weights[slot], op->y + slot * op->n, op->out + t * op->n, op->n);
+}
+
+static void run_select_outputs(const cq_worker *worker, const cq_select_outputs *op) {
+    const cq_step *step = worker->step;
+    cq_range range = cq_share(worker, step->n_outputs);
+    const float *x = op->x + (int64_t)(step->n_tokens - step->n_outputs) * op->n;
+    for (int64_t t = range.begin; t < range.end; t++)
+        memcpy(op->out + t * op->n, x + t * op->n, sizeof(float) * (size_t)op->n);
+}
+
+static void run_op(const cq_worker *worker, const cq_op *op) {
+    int32_t n_rows = cq_row_count(op, worker->step);
+    switch (op->code) {
+    case CQ_OP_EMBED: run_embed(worker, &op->u.embed); break;
+    case CQ_OP_RMS_NORM: run_rms_norm(worker, &op->u.rms_norm, n_rows); break;
+    case CQ_OP_QUANTIZE: run_quantize(worker, &op->u.quantize, n_rows); break;
+    case CQ_OP_LINEAR: cq_run_linear(worker, &op->u.linear, n_rows); break;
+    case CQ_OP_ROPE: run_rope(worker, &op->u.rope, n_rows); break;
+    case CQ_OP_ATTENTION: run_attention(worker, &op->u.attention); break;
+    case CQ_OP_SWIGLU: run_swiglu(worker, &op->u.swiglu, n_rows); break;
+    case CQ_OP_ROUTE: run_route(worker, &op->u.route, n_rows); break;
+    case CQ_OP_COMBINE: run_combine(worker, &op->u.combine, n_rows); break;
+    case CQ_OP_SELECT_OUTPUTS: run_select_outputs(worker, &op->u.select_outputs); break;
+    }
+}
+
+static int64_t align64(int64_t n) { return (n + 63) & ~(int64_t)63; }
+
+static int64_t thread_scratch_bytes(const cq_op *ops, int32_t n_ops) {
+    int64_t most = 0;
+    for (int32_t i = 0; i < n_ops; i++) {
+        int64_t need = 0;
+        if (ops[i].code == CQ_OP_LINEAR) need = cq_linear_scratch_bytes(cq_kernels_current(), ops[i].u.linear.w);
+        if (ops[i].code == CQ_OP_ATTENTION)
+            need = (int64_t)(sizeof(float) * cq_attention_scratch_floats(ops[i].u.attention.head_dim));
+        if (need > most) most = need;
+    }
+    return align64(most);
+}
+
+/* Layout: a work counter per operation, then each thread's own part. */
+int64_t cq_scratch_bytes(const cq_op *ops, int32_t n_ops, int32_t n_threads) {
+    return align64((int64_t)sizeof(int32_t) * n_ops) + n_threads * thread_scratch_bytes(ops, n_ops);
+}
+
+int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step) {
+    if (n_ops < 1 || step->n_tokens < 1 || step->n_outputs > step->n_tokens || step->n_threads < 1 || step->position < 0)
+        return CQ_ERR_ARGUMENT;
+    for (int32_t i = 0; i < n_ops; i++)
+        if (ops[i].code < 0 || ops[i].code >= CQ_OP_COUNT) return CQ_ERR_ARGUMENT;
+    int32_t *counters = (int32_t *)step->scratch;
+    int64_t counter_bytes = align64((int64_t)sizeof(int32_t) * n_ops), part = thread_scratch_bytes(ops, n_ops);
+    memset(counters, 0, (size_t)counter_bytes);
+#pragma omp parallel num_threads(step->n_threads)
+    {
+        cq_worker worker = {cq_kernels_current(), step, omp_get_thread_num(), omp_get_num_threads(), NULL, NULL};
+        worker.scratch = step->scratch + counter_bytes + worker.thread * part;
+        for (int32_t i = 0; i < n_ops; i++) {
+            worker.counter = counters + i;
+            run_op(&worker, ops + i);
+#pragma omp barrier
+        }
+    }
+    return CQ_OK;
+}

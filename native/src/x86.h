@@ -1,0 +1,59 @@
+/* What avx2.c and avx512.c share: codebook loads, F16C conversion, Q8_0. Included after the target pragma. */
+#ifndef CQ_X86_H
+#define CQ_X86_H
+#include "kernels.h"
+#include <immintrin.h>
+#include <string.h>
+
+/* The 2^bits centroids of a codebook, zeros after them; reads no byte beyond. */
+static inline __m128i load_centroids(const int8_t *centroids, int32_t bits) {
+    uint64_t few = 0;
+    if (bits == 4) return _mm_loadu_si128((const __m128i *)centroids);
+    memcpy(&few, centroids, bits == 3 ? 8 : 4);
+    return _mm_cvtsi64_si128((long long)few);
+}
+
+static void f16_to_f32(const uint16_t *x, float *out, int32_t n) {
+    int32_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + i))));
+    for (; i < n; i++) out[i] = _cvtsh_ss(x[i]);
+}
+
+static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
+    int32_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i < n; i++) out[i] = _cvtss_sh(x[i], _MM_FROUND_TO_NEAREST_INT);
+}
+
+/* Eight int32 sums of 32 products. maddubs wants unsigned times signed: |w| * (x with w's sign). With |w| <= 128 and
+ * |x| <= 127 a pair is at most 2 * 128 * 127 = 32512, which int16 holds, so nothing saturates. */
+static inline __m256i multiply_i8(__m256i w, __m256i x) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+static inline int32_t sum_i32(__m256i v) {
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
+
+static inline float sum_f32(__m256 v) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+static float dot_q8_0(const uint8_t *blocks, const int8_t *q, const float *scales, int32_t n_cols) {
+    __m256 sum = _mm256_setzero_ps();
+    for (int32_t b = 0; b < n_cols / 32; b++, blocks += 34) {
+        const float scale = _cvtsh_ss((uint16_t)(blocks[0] | blocks[1] << 8)) * scales[b];
+        const __m256i w = _mm256_loadu_si256((const __m256i *)(blocks + 2));
+        const __m256i x = _mm256_loadu_si256((const __m256i *)(q + b * 32));
+        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(multiply_i8(w, x)), _mm256_set1_ps(scale), sum);
+    }
+    return sum_f32(sum);
+}
+#endif

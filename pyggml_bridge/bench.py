@@ -1,0 +1,140 @@
+"""Speed: tokens per second as llama-bench measures them, and the kernels alone against this machine's limits."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml_bridge.cpu import native_matrix
+from pyggml_bridge.format import Clustered, CQType
+from pyggml_bridge.model import Model
+from pyggml_bridge.native import aligned_empty, ffi, lib, pointer
+from pyggml_bridge.weights import Matrix
+
+STREAM_BYTES = 192 << 20  # several times any laptop's last-level cache
+MIN_SECONDS = 0.3
+
+
+def cpu_name() -> str:
+    """The processor's marketing name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "Model", "Processor"))]
+    return names[0] if names else platform.machine()
+
+
+def measure_tests(
+    model: Model, n_prompt: int, n_gen: int, depth: int, repetitions: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """llama-bench's pp (one prompt of n_prompt tokens) and tg (n_gen single tokens) tests after `depth` cached tokens."""
+    rng = np.random.default_rng(seed)
+    results = []
+    if depth:
+        model.forward(_random_tokens(rng, model, depth), 0, 0)
+    if n_prompt:
+        prompt = _random_tokens(rng, model, n_prompt)
+        results.append(_time_test(f"pp{n_prompt}", n_prompt, repetitions, lambda: model.forward(prompt, depth, 1)))
+    if n_gen:
+        tokens = _random_tokens(rng, model, n_gen)
+
+        def generate() -> None:
+            for i in range(n_gen):
+                model.forward(tokens[i : i + 1], depth + i, 1)
+
+        results.append(_time_test(f"tg{n_gen}", n_gen, repetitions, generate))
+    for result in results:
+        result["test"] += f" @ d{depth}" if depth else ""
+    return results
+
+
+def _random_tokens(rng: np.random.Generator, model: Model, n: int) -> NDArray[np.int32]:
+    return rng.integers(0, model.vocab_size, n, dtype=np.int32)
+
+
+def _time_test(name: str, n_tokens: int, repetitions: int, run: Callable[[], object]) -> dict[str, Any]:
+    run()  # warm-up: page faults, caches
+    samples = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        run()
+        samples.append(n_tokens / (time.perf_counter() - start))
+    spread = float(np.std(samples, ddof=1)) if repetitions > 1 else 0.0
+    return {"test": name, "avg_ts": float(np.mean(samples)), "stddev_ts": spread, "samples_ts": samples}
+
+
+# ---- kernels ----
+
+
+def measure_limits(n_threads: int) -> tuple[float, float]:
+    """(bytes per second read from memory, int8 multiply-adds per second) on n_threads threads."""
+    buffer = aligned_empty(STREAM_BYTES)
+    buffer[:] = 1
+    bandwidth = lib.cq_measure_bandwidth(pointer(buffer, "const uint8_t *"), buffer.nbytes, n_threads)
+    return bandwidth, lib.cq_measure_peak(n_threads)
+
+
+def measure_kernels(
+    shapes: list[tuple[CQType, int, int]], n_threads: int, n_tokens: int = 512, scale_cols: int = 64
+) -> list[dict[str, Any]]:
+    """Time the integer GEMV and GEMM on matrices [rows, cols]; rates beside the limits measured in the same run.
+
+    GEMV: rows are repeated until the matrix is several caches large, so that it streams from memory as in a model.
+    """
+    results = []
+    for cq, rows, cols in shapes:
+        bandwidth, peak = measure_limits(n_threads)
+        row_bytes = random_matrix(cq, 1, cols, scale_cols).clustered.nbytes  # type: ignore[union-attr]
+        tall = random_matrix(cq, -(-STREAM_BYTES // (row_bytes * rows)) * rows, cols, scale_cols)
+        gemv = _time_core(tall, 1, n_threads)
+        gemm = _time_core(random_matrix(cq, rows, cols, scale_cols), n_tokens, n_threads)
+        assert tall.clustered is not None
+        read, macs = tall.clustered.nbytes / gemv, tall.n_rows * cols / gemv
+        shape = f"{cq.name} {rows}x{cols}"
+        results.append({"kernel": "gemv", "shape": shape, "gbps": read / 1e9, "gmacs": macs / 1e9})
+        results[-1] |= {"frac_bandwidth": read / bandwidth, "frac_peak": macs / peak}
+        read, macs = rows * row_bytes / gemm, rows * cols * n_tokens / gemm
+        results.append({"kernel": f"gemm{n_tokens}", "shape": shape, "gbps": read / 1e9, "gmacs": macs / 1e9})
+        results[-1] |= {"frac_bandwidth": read / bandwidth, "frac_peak": macs / peak}
+    return results
+
+
+def random_matrix(cq: CQType, rows: int, cols: int, scale_cols: int, seed: int = 0) -> Matrix:
+    """A clustered [rows, cols] matrix of random bytes with unit row scales."""
+    rng = np.random.default_rng(seed)
+    packed = rng.integers(0, 256, (rows, cols // 64 * cq.block_bytes), dtype=np.uint8)
+    centroids = rng.integers(-127, 128, (rows, cq.n_centroids), dtype=np.int8)
+    groups = rng.integers(1, 128, (rows, -(-cols // scale_cols)), dtype=np.int8) if scale_cols else None
+    clustered = Clustered(cq, packed, centroids, np.ones(rows, np.float32), groups, cols, scale_cols)
+    return Matrix("random", cq, 1, rows, cols, packed.reshape(-1), clustered)  # type: ignore[arg-type]
+
+
+def _time_core(matrix: Matrix, n_tokens: int, n_threads: int) -> float:
+    """Best seconds per call of the integer core."""
+    struct = native_matrix(matrix)
+    x = np.random.default_rng(1).integers(-127, 128, (n_tokens, matrix.n_cols), dtype=np.int8)
+    acc = np.empty((n_tokens, matrix.n_rows), np.int32)
+    scratch = aligned_empty(max(1, lib.cq_gemm_scratch_bytes(struct) * n_threads))
+    x_at, acc_at, scratch_at = pointer(x, "int8_t *"), pointer(acc, "int32_t *"), pointer(scratch, "uint8_t *")
+
+    def call() -> None:
+        if n_tokens == 1:
+            lib.cq_gemv_i32(struct, x_at, 1, acc_at, n_threads)
+        else:
+            lib.cq_gemm_i32(struct, x_at, n_tokens, acc_at, n_threads, scratch_at)
+
+    call()
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < MIN_SECONDS:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    assert struct != ffi.NULL
+    return best

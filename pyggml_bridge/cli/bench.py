@@ -1,0 +1,109 @@
+"""cq-bench: prefill and decode speed as llama-bench measures them, or the kernels alone with --kernels."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from pyggml_bridge.bench import cpu_name, measure_kernels, measure_tests
+from pyggml_bridge.cli.common import ArgumentParser, print_json, run_main
+from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import CQType
+from pyggml_bridge.model import Model
+from pyggml_bridge.models import load_model
+from pyggml_bridge.native import choose_isa, default_threads
+from pyggml_bridge.reader import GGUFFile
+from pyggml_bridge.weights import Weights
+
+
+def main() -> None:
+    """Entry point."""
+    run_main(_command)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = ArgumentParser(prog="cq-bench", description=__doc__)
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="tokens of the prefill test (512)")
+    parser.add_argument("-n", "--n-gen", type=int, default=128, metavar="N", help="tokens of the decode test (128)")
+    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="runs of each test (5)")
+    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (physical cores)")
+    parser.add_argument("-d", "--n-depth", type=int, default=0, metavar="N", help="tokens in the KV cache before (0)")
+    parser.add_argument("-o", "--output", choices=("md", "json"), default="md", help="table or JSON")
+    parser.add_argument("--isa", metavar="NAME", help="scalar, avx2, avx512 or neon: can only lower")
+    parser.add_argument("--kernels", action="store_true", help="the GEMV and GEMM alone on the model's shapes")
+    parser.add_argument("--cuda", action="store_true", help="run on an NVIDIA GPU")
+    parser.add_argument("--json", action="store_true", help="same as -o json")
+    return parser.parse_args()
+
+
+def _command() -> None:
+    args = _arguments()
+    if args.cuda:
+        raise CQError("--cuda: this version has no CUDA backend yet")
+    if min(args.n_prompt, args.n_gen, args.n_depth) < 0 or args.repetitions < 1 or (args.threads or 1) < 1:
+        raise CQError("-p, -n and -d must be at least 0, -r and -t at least 1")
+    choose_isa(args.isa)
+    results = _kernels(args) if args.kernels else _tests(args)
+    if args.json or args.output == "json":
+        print_json(results)
+    elif args.kernels:
+        _print_table(results, ("kernel", "shape", "gbps", "gmacs", "frac_bandwidth", "frac_peak"))
+    else:
+        _print_table([_table_row(result) for result in results], ("model", "size", "params", "backend", "threads", "test", "t/s"))
+
+
+def _tests(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if not args.n_prompt and not args.n_gen:
+        raise CQError("-p and -n are both 0: nothing to measure")
+    longest = args.n_depth + max(args.n_prompt, args.n_gen)
+    model = load_model(args.file, n_ctx=longest, n_threads=args.threads)
+    common = _description(model)
+    tests = measure_tests(model, args.n_prompt, args.n_gen, args.n_depth, args.repetitions)
+    return [common | {"n_depth": args.n_depth} | test for test in tests]
+
+
+def _description(model: Model) -> dict[str, Any]:
+    tensors = model.file.tensors.values()
+    sidecars = (".centroids", ".scales", ".group_scales")
+    return {
+        "model_filename": str(model.file.path),
+        "model_type": f"{model.metadata['general.architecture']} {model.metadata.get('general.size_label', '')}".strip(),
+        "model_size": sum(tensor.nbytes for tensor in tensors),
+        "model_n_params": sum(tensor.n_elements for tensor in tensors if not tensor.name.endswith(sidecars)),
+        "n_threads": model.n_threads,
+        "backend": model.backend,
+        "cpu_info": cpu_name(),
+    }
+
+
+def _kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
+    file = GGUFFile(args.file)
+    scale_group = Weights(file).scale_group
+    shapes = {(CQType(int(t.type)), *t.shape[-2:]) for t in file.tensors.values() if int(t.type) in list(CQType)}
+    if not shapes:
+        raise CQError(f"{file.path}: holds no CQ tensors")
+    print(f"{cpu_name()}, {args.threads or default_threads()} threads", file=sys.stderr)
+    return measure_kernels(sorted(shapes), args.threads or default_threads(), scale_cols=max(scale_group, 0))
+
+
+def _table_row(result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": result["model_type"],
+        "size": f"{result['model_size'] / 2**20:.2f} MiB",
+        "params": f"{result['model_n_params'] / 1e6:.2f} M",
+        "backend": result["backend"],
+        "threads": result["n_threads"],
+        "test": result["test"],
+        "t/s": f"{result['avg_ts']:.2f} ± {result['stddev_ts']:.2f}",
+    }
+
+
+def _print_table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    cells = [[f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
+    widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
+    print("| " + " | ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)) + " |")
+    print("| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
+    for row in cells:
+        print("| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |")

@@ -1,0 +1,233 @@
+"""The CPU backend: lowers a Program to the native library's operations and runs it.
+
+Lowering adds the quantization of activations where a matrix needs it, and gives every value a buffer that is reused as
+soon as its last reader has run.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from pyggml_bridge import program as p
+from pyggml_bridge.kv_cache import KVCache
+from pyggml_bridge.native import aligned_empty, current_isa, ffi, lib, pointer
+from pyggml_bridge.weights import Matrix
+
+Q8_0_BLOCK = 32
+
+
+class CPUBackend:
+    """A program bound to buffers for batches of up to n_batch tokens."""
+
+    def __init__(self, program: p.Program, n_batch: int, n_threads: int) -> None:
+        """Allocate buffers and lower the program."""
+        self.name = f"CPU ({current_isa()})"
+        self.n_batch, self.n_threads = n_batch, n_threads
+        self._cache = KVCache(program.n_layers, program.n_kv_heads, program.n_ctx, program.head_dim)
+        self._n_kv_heads, self._n_ctx = program.n_kv_heads, program.n_ctx
+        self._bits = program.activation_bits
+        self._keep: list[Any] = []  # what C points to
+        self._buffers = _BufferPool()
+        self._values: dict[p.Value, NDArray[np.float32]] = {}
+        self._routings: dict[p.Routing, Any] = {}
+        self.routing_ids: list[NDArray[np.int32]] = []
+        lowered = self._lower(program)
+        self._ops = ffi.new("cq_op[]", lowered)
+        self._n_ops = len(lowered)
+        self._scratch = aligned_empty(lib.cq_scratch_bytes(self._ops, self._n_ops, n_threads))
+        self._step = ffi.new("cq_step *")
+        self._step.n_threads = n_threads
+        self._step.scratch = pointer(self._scratch, "uint8_t *")
+        assert program.logits is not None
+        self._logits = self._values[program.logits]
+
+    def run(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> NDArray[np.float32]:
+        """Logits [n_outputs, vocab] of the batch's last rows: a view that the next run overwrites.
+
+        tokens: int32 [n], n <= n_batch, stored in the KV cache from `position` on.
+        """
+        self._step.tokens = pointer(tokens, "const int32_t *")
+        self._step.n_tokens, self._step.position, self._step.n_outputs = len(tokens), position, n_outputs
+        status = lib.cq_run(self._ops, self._n_ops, self._step)
+        assert status == lib.CQ_OK, f"cq_run refused a program of {self._n_ops} operations"
+        return self._logits[:n_outputs]
+
+    # ---- lowering ----
+
+    def _lower(self, program: p.Program) -> list[Any]:
+        last_use = {value: i for i, op in enumerate(program.ops) for value in _values_of(op)}
+        last_use[program.logits] = len(program.ops)
+        lowered: list[Any] = []
+        quantized: dict[tuple[p.Value, int], Any] = {}
+        for i, op in enumerate(program.ops):
+            if isinstance(op, p.Linear) and op.w.is_quantized:
+                group = Q8_0_BLOCK if op.w.type == GGMLQuantizationType.Q8_0 else 0
+                if (op.x, group) not in quantized:
+                    quantized[op.x, group] = self._activation(op.x, group)
+                    arguments = {"x": self._pointer(op.x), "out": quantized[op.x, group], "n": op.x.width}
+                    lowered.append(_native_op(lib.CQ_OP_QUANTIZE, op.x, "quantize", arguments))
+                lowered.append(self._linear(op, quantized[op.x, group]))
+            elif isinstance(op, p.Linear):
+                lowered.append(self._linear(op, ffi.NULL))
+            else:
+                lowered.append(self._simple(op))
+            for value in _values_of(op):
+                if last_use[value] == i:
+                    self._buffers.release(self._values[value])
+                if last_use[value] == i or value is _updated_in_place(op):
+                    for key in [key for key in quantized if key[0] is value]:
+                        self._buffers.release_all(quantized.pop(key))
+        return lowered
+
+    def _simple(self, op: p.Op) -> Any:
+        at = self._pointer
+        match op:
+            case p.Embed():
+                return _native_op(lib.CQ_OP_EMBED, op.out, "embed", {"table": self._matrix(op.table), "out": at(op.out)})
+            case p.RmsNorm():
+                weight = self._array(op.weight, "const float *")
+                arguments = {"x": at(op.x), "weight": weight, "out": at(op.out), "n": op.x.width, "eps": op.eps}
+                return _native_op(lib.CQ_OP_RMS_NORM, op.x, "rms_norm", arguments)
+            case p.Rope():
+                n_heads, n_rot = op.x.width // op.head_dim, op.cos_sin.shape[1] * 2
+                table = self._array(op.cos_sin, "const float *")
+                arguments = {"x": at(op.x), "cos_sin": table, "n_heads": n_heads, "head_dim": op.head_dim}
+                arguments |= {"n_rot": n_rot, "interleaved": op.interleaved}
+                return _native_op(lib.CQ_OP_ROPE, op.x, "rope", arguments)
+            case p.Attention():
+                return self._attention(op)
+            case p.SwiGLU():
+                arguments = {"gate": at(op.gate), "up": at(op.up), "out": at(op.out), "n": op.gate.width}
+                return _native_op(lib.CQ_OP_SWIGLU, op.gate, "swiglu", arguments)
+            case p.Route():
+                arguments = {"logits": at(op.logits), "routing": self._routing(op.routing), "normalize": op.normalize}
+                return _native_op(lib.CQ_OP_ROUTE, op.logits, "route", arguments)
+            case p.Combine():
+                arguments = {"y": at(op.y), "routing": self._routing(op.routing), "out": at(op.out), "n": op.out.width}
+                return _native_op(lib.CQ_OP_COMBINE, op.out, "combine", arguments)
+            case p.SelectOutputs():
+                arguments = {"x": at(op.x), "out": at(op.out), "n": op.x.width}
+                return _native_op(lib.CQ_OP_SELECT_OUTPUTS, op.out, "select_outputs", arguments)
+        raise AssertionError(f"no lowering for {type(op).__name__}")
+
+    def _linear(self, op: p.Linear, activation: Any) -> Any:
+        gather = op.routing is not None and op.x.rows is p.Rows.TOKENS
+        arguments = {
+            "w": self._matrix(op.w),
+            "x": self._pointer(op.x),
+            "act": activation,
+            "bias": self._array(op.bias, "const float *"),
+            "routing": ffi.NULL if op.routing is None else self._routing(op.routing),
+            "out": self._pointer(op.out),
+            "gather": gather,
+            "accumulate": op.accumulate,
+        }
+        return _native_op(lib.CQ_OP_LINEAR, op.out, "linear", arguments)
+
+    def _attention(self, op: p.Attention) -> Any:
+        arguments = {name: self._pointer(getattr(op, name)) for name in ("q", "k", "v", "out")}
+        arguments |= {"k_cache": self._array(self._cache.k[op.layer], "uint16_t *")}
+        arguments |= {"v_cache": self._array(self._cache.v[op.layer], "uint16_t *")}
+        arguments |= {"n_heads": op.q.width // op.head_dim, "n_kv_heads": self._n_kv_heads, "head_dim": op.head_dim}
+        arguments |= {"n_ctx": self._n_ctx, "window": op.window, "scale": op.scale}
+        return _native_op(lib.CQ_OP_ATTENTION, op.out, "attention", arguments)
+
+    # ---- what C points to ----
+
+    def _array(self, array: NDArray[Any] | None, ctype: str) -> Any:
+        self._keep.append(array)
+        return pointer(array, ctype)
+
+    def _pointer(self, value: p.Value) -> Any:
+        if value not in self._values:
+            n_rows = self.n_batch * value.top_k
+            self._values[value] = self._buffers.take(np.float32, (n_rows, value.width))
+        return pointer(self._values[value], "float *")
+
+    def _activation(self, x: p.Value, group: int) -> Any:
+        n_rows = self.n_batch * x.top_k
+        q = self._buffers.take(np.int8, (n_rows, x.width))
+        scales = self._buffers.take(np.float32, (n_rows, x.width // group if group else 1))
+        sums = self._buffers.take(np.int32, (n_rows, 1))
+        # Blocks of 32 belong to Q8_0 tensors, which keep 8 bits whatever the file's activation bits.
+        activation = ffi.new("cq_activation *", {"bits": 8 if group else self._bits, "group": group})
+        activation.q, activation.scales = pointer(q, "int8_t *"), pointer(scales, "float *")
+        activation.sums = pointer(sums, "int32_t *")
+        self._buffers.owners[activation] = [q, scales, sums]
+        self._keep.append(activation)
+        return activation
+
+    def _routing(self, routing: p.Routing) -> Any:
+        if routing not in self._routings:
+            n_slots = self.n_batch * routing.top_k
+            ids, order = np.zeros((self.n_batch, routing.top_k), np.int32), np.zeros(n_slots, np.int32)
+            weights, offsets = np.zeros(n_slots, np.float32), np.zeros(routing.n_experts + 1, np.int32)
+            struct = ffi.new("cq_routing *", {"n_experts": routing.n_experts, "top_k": routing.top_k})
+            struct.ids, struct.order = self._array(ids, "int32_t *"), self._array(order, "int32_t *")
+            struct.offsets, struct.weights = self._array(offsets, "int32_t *"), self._array(weights, "float *")
+            self._routings[routing] = struct
+            self.routing_ids.append(ids)
+        return self._routings[routing]
+
+    def _matrix(self, matrix: Matrix) -> Any:
+        struct = native_matrix(matrix)
+        self._keep += [struct, matrix]
+        return struct
+
+
+def native_matrix(matrix: Matrix) -> Any:
+    """The cq_matrix of a weight; the caller keeps both alive."""
+    clustered = matrix.clustered
+    struct = ffi.new("cq_matrix *", {"type": int(matrix.type), "n_experts": matrix.n_experts})
+    struct.n_rows, struct.n_cols = matrix.n_rows, matrix.n_cols
+    struct.data = pointer(matrix.data, "const uint8_t *")
+    if clustered is not None:
+        struct.codebook_cols, struct.scale_cols = clustered.codebook_cols, clustered.scale_cols
+        struct.centroids = pointer(clustered.centroids, "const int8_t *")
+        struct.group_scales = pointer(clustered.group_scales, "const int8_t *")
+        struct.scales = pointer(clustered.scales, "const float *")
+    return struct
+
+
+def _native_op(code: int, shape: p.Value, member: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"code": code, "rows": shape.rows.value, "top_k": shape.top_k, "u": {member: arguments}}
+
+
+def _values_of(op: p.Op) -> list[p.Value]:
+    return [value for field in fields(op) if isinstance(value := getattr(op, field.name), p.Value)]
+
+
+def _updated_in_place(op: p.Op) -> p.Value | None:
+    if isinstance(op, p.Rope):
+        return op.x
+    return op.out if isinstance(op, p.Combine) or (isinstance(op, p.Linear) and op.accumulate) else None
+
+
+class _BufferPool:
+    """Buffers by size; one given back is handed out again for the next value of that size."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)
+        self._bytes: dict[int, NDArray[np.uint8]] = {}  # address -> buffer in use
+        self.owners: dict[Any, list[NDArray[Any]]] = {}
+
+    def take(self, dtype: Any, shape: tuple[int, int]) -> NDArray[Any]:
+        n_bytes = np.dtype(dtype).itemsize * shape[0] * shape[1]
+        free = self._free[n_bytes]
+        buffer = free.pop() if free else aligned_empty(n_bytes)
+        self._bytes[buffer.ctypes.data] = buffer
+        return buffer.view(dtype).reshape(shape)
+
+    def release(self, array: NDArray[Any]) -> None:
+        buffer = self._bytes.pop(array.ctypes.data)
+        self._free[buffer.nbytes].append(buffer)
+
+    def release_all(self, owner: Any) -> None:
+        for array in self.owners.pop(owner):
+            self.release(array)

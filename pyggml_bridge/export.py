@@ -1,0 +1,58 @@
+"""CQ file -> GGUF of stock types, so that llama.cpp and others can read the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quant_shape_to_byte_shape, quantize
+from numpy.typing import NDArray
+
+from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import CQType, Sidecars
+from pyggml_bridge.output import complete_file
+from pyggml_bridge.reader import GGUFFile, Tensor
+from pyggml_bridge.weights import Weights
+
+TYPES = {"f16": GGMLQuantizationType.F16, "f32": GGMLQuantizationType.F32, "q8_0": GGMLQuantizationType.Q8_0}
+
+
+def export(source: Path, out: Path, kind: GGMLQuantizationType) -> None:
+    """Write `source` with every clustered weight dequantized to `kind`; all other tensors and keys are kept."""
+    file = GGUFFile(source)
+    weights = Weights(file)
+    clustered = {name for name, tensor in file.tensors.items() if int(tensor.type) in list(CQType)}
+    sidecars = {name for weight in clustered for name in vars(Sidecars.of(weight)).values()}
+    kept = {name: tensor for name, tensor in file.tensors.items() if name not in sidecars}
+    with complete_file(out) as part:
+        writer = GGUFWriter(part, str(file.get("general.architecture", str)))
+        for key, value in file.metadata.items():
+            value_type, item_type = file.types[key]
+            if not key.startswith("cq.") and key not in ("general.architecture", "general.alignment"):
+                writer.add_key_value(key, value, value_type, item_type)
+        for name, tensor in kept.items():
+            target = kind if name in clustered else tensor.type
+            shape = quant_shape_to_byte_shape(tensor.shape, target) if target == GGMLQuantizationType.Q8_0 else tensor.shape
+            dtype = np.uint8 if target == GGMLQuantizationType.Q8_0 else _DTYPES[target]
+            nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            writer.add_tensor_info(name, shape, np.dtype(dtype), nbytes, raw_dtype=target)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in kept.items():
+            writer.write_tensor_data(_converted(weights, tensor, kind) if name in clustered else tensor.data)
+        writer.close()
+
+
+_DTYPES = {GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.I8: np.int8}
+
+
+def _converted(weights: Weights, tensor: Tensor, kind: GGMLQuantizationType) -> NDArray[np.uint8]:
+    *experts, n_rows, n_cols = tensor.shape
+    matrix = weights.matrix(tensor.name, n_rows, n_cols, *experts)
+    assert matrix.clustered is not None
+    values = matrix.clustered.dequantize()
+    if kind == GGMLQuantizationType.F16 and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+        raise CQError(f"{weights.file.path}: tensor {tensor.name} does not fit F16; use --type f32")
+    return np.ascontiguousarray(quantize(values, kind)).view(np.uint8)

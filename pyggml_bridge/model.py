@@ -1,0 +1,55 @@
+"""A loaded model: tokens in, logits out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml_bridge.cpu import CPUBackend
+from pyggml_bridge.errors import CQError
+from pyggml_bridge.program import Program
+from pyggml_bridge.reader import GGUFFile
+
+
+class Model:
+    """A program on a backend, with its KV cache.
+
+    n_ctx: positions the cache holds. routing_ids: per MoE layer the int32 [n_batch, top_k] experts of the last batch.
+    """
+
+    def __init__(self, file: GGUFFile, program: Program, n_batch: int, n_threads: int) -> None:
+        """Place the program on the CPU; CQError if the buffers do not fit in memory."""
+        self.file = file
+        self.metadata: dict[str, Any] = file.metadata
+        self.n_ctx, self.vocab_size = program.n_ctx, program.vocab_size
+        try:
+            self._backend = CPUBackend(program, n_batch, n_threads)
+        except MemoryError as error:
+            raise CQError(f"{file.path}: no memory for batches of {n_batch} tokens") from error
+        self.backend = self._backend.name
+        self.routing_ids = self._backend.routing_ids
+        self.n_batch, self.n_threads = n_batch, n_threads
+
+    def forward(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> NDArray[np.float32]:
+        """Run tokens (int32 [n]) at positions position .. position + n - 1; logits float32 [n_outputs, vocab_size].
+
+        The logits are those of the last n_outputs tokens. Long inputs run in batches of n_batch. CQError if the tokens do
+        not fit the context or the vocabulary, or the model computes something that is not finite.
+        """
+        n = len(tokens)
+        if not 0 < n <= self.n_ctx - position or position < 0:
+            raise CQError(f"{n} tokens at position {position} do not fit a context of {self.n_ctx}: try a larger --ctx")
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise CQError(f"{self.file.path}: a token is outside the vocabulary of {self.vocab_size}")
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        logits = np.empty((n_outputs, self.vocab_size), np.float32)
+        for start in range(0, n, self.n_batch):
+            batch = tokens[start : start + self.n_batch]
+            wanted = max(0, min(len(batch), start + len(batch) - (n - n_outputs)))
+            first = start + len(batch) - wanted - (n - n_outputs)
+            logits[first : first + wanted] = self._backend.run(batch, position + start, wanted)
+        if not np.isfinite(logits).all():
+            raise CQError(f"{self.file.path}: the model computes values that are not finite: the file is damaged")
+        return logits

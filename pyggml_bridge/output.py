@@ -1,0 +1,35 @@
+"""Files that appear under their final name only when they are complete."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyggml_bridge.errors import CQError
+
+
+def check_writable(path: Path, *, overwrite: bool) -> None:
+    """CQError if `path` exists (unless overwrite) or its directory cannot be written: before any long work."""
+    if path.is_dir():
+        raise CQError(f"{path}: is a directory")
+    if path.exists() and not overwrite:
+        raise CQError(f"{path}: exists already; --overwrite replaces it")
+    if not path.parent.is_dir():
+        raise CQError(f"{path}: the directory {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise CQError(f"{path}: the directory {path.parent} is not writable")
+
+
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; renamed to it on success, removed on any failure or interrupt."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,211 @@
+"""A forward pass as data: the operations of one batch of tokens, recorded once per model and run by a backend.
+
+A model file (models/<architecture>.py) calls the methods of Program in the order of the computation. Nothing is computed
+while recording. Quantizing activations, placing buffers and choosing kernels are the backend's business, so one
+recording serves every backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml_bridge.weights import Matrix
+
+
+class Rows(Enum):
+    """Rows of a value: the batch's tokens, their expert slots (tokens * top_k), or the rows whose logits are wanted."""
+
+    TOKENS = 0
+    SLOTS = 1
+    OUTPUTS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A float32 [rows, width] array that exists while the program runs. top_k: slots per token if rows is SLOTS."""
+
+    width: int
+    rows: Rows = Rows.TOKENS
+    top_k: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """The experts of each token, filled by Route: ids int32 and weights float32 [tokens, top_k]."""
+
+    layer: int
+    n_experts: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Embed:
+    """out[t] = table[token t]."""
+
+    table: Matrix
+    out: Value
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """out = x / sqrt(mean(x^2) + eps) * weight."""
+
+    x: Value
+    weight: NDArray[np.float32]
+    eps: float
+    out: Value
+
+
+@dataclass(frozen=True)
+class Linear:
+    """out = x W^T + bias, or out += ... if accumulate. With a routing each slot uses its expert's matrix."""
+
+    x: Value
+    w: Matrix
+    bias: NDArray[np.float32] | None
+    out: Value
+    accumulate: bool
+    routing: Routing | None
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of x [rows, n_heads * head_dim] in place.
+
+    cos_sin: float32 [n_ctx, n_rot / 2, 2]. interleaved: pairs (2i, 2i+1), else (i, i + n_rot/2).
+    """
+
+    x: Value
+    head_dim: int
+    cos_sin: NDArray[np.float32]
+    interleaved: bool
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Appends k and v to the layer's cache, then causal attention of q. window: keys seen, 0 for all."""
+
+    layer: int
+    q: Value
+    k: Value
+    v: Value
+    head_dim: int
+    scale: float
+    window: int
+    out: Value
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """out = silu(gate) * up."""
+
+    gate: Value
+    up: Value
+    out: Value
+
+
+@dataclass(frozen=True)
+class Route:
+    """Softmax of the router's logits, the top_k best; normalize: their weights then sum to 1."""
+
+    logits: Value
+    routing: Routing
+    normalize: bool
+
+
+@dataclass(frozen=True)
+class Combine:
+    """out[t] += sum over a token's slots of routing weight * y[slot]."""
+
+    y: Value
+    routing: Routing
+    out: Value
+
+
+@dataclass(frozen=True)
+class SelectOutputs:
+    """out = the last rows of x, those whose logits are wanted."""
+
+    x: Value
+    out: Value
+
+
+Op = Embed | RmsNorm | Linear | Rope | Attention | SwiGLU | Route | Combine | SelectOutputs
+
+
+@dataclass
+class Program:
+    """Recorder of operations. n_ctx: positions of the KV cache; head_dim and n_kv_heads: its width per layer."""
+
+    n_ctx: int
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    activation_bits: int = 8
+    ops: list[Op] = field(default_factory=list)
+    routings: list[Routing] = field(default_factory=list)
+    logits: Value | None = None
+
+    def embed(self, table: Matrix) -> Value:
+        """Token embeddings [tokens, table.n_cols]."""
+        out = Value(table.n_cols)
+        self.ops.append(Embed(table, out))
+        return out
+
+    def rms_norm(self, x: Value, weight: NDArray[np.float32], eps: float) -> Value:
+        """RMSNorm (arXiv 1910.07467) of each row."""
+        out = Value(x.width, x.rows, x.top_k)
+        self.ops.append(RmsNorm(x, weight, eps, out))
+        return out
+
+    def linear(
+        self, x: Value, w: Matrix, bias: NDArray[np.float32] | None = None, *, add_to: Value | None = None
+    ) -> Value:
+        """x W^T + bias as a new value, or added to `add_to` (the residual stream)."""
+        out = add_to or Value(w.n_rows, x.rows, x.top_k)
+        self.ops.append(Linear(x, w, bias, out, add_to is not None, None))
+        return out
+
+    def expert_linear(self, x: Value, w: Matrix, routing: Routing) -> Value:
+        """Each slot's row of x (of the slot's token, if x has a row per token) times its expert's matrix."""
+        out = Value(w.n_rows, Rows.SLOTS, routing.top_k)
+        self.ops.append(Linear(x, w, None, out, False, routing))
+        return out
+
+    def rope(self, x: Value, head_dim: int, cos_sin: NDArray[np.float32], *, interleaved: bool) -> None:
+        """Rotate the heads of x in place (arXiv 2104.09864)."""
+        self.ops.append(Rope(x, head_dim, cos_sin, interleaved))
+
+    def attention(self, layer: int, q: Value, k: Value, v: Value, *, scale: float, window: int = 0) -> Value:
+        """Grouped-query attention over the layer's KV cache; returns [tokens, q.width]."""
+        out = Value(q.width)
+        self.ops.append(Attention(layer, q, k, v, self.head_dim, scale, window, out))
+        return out
+
+    def swiglu(self, gate: Value, up: Value) -> Value:
+        """silu(gate) * up (arXiv 2002.05202)."""
+        out = Value(gate.width, gate.rows, gate.top_k)
+        self.ops.append(SwiGLU(gate, up, out))
+        return out
+
+    def route(self, logits: Value, layer: int, top_k: int, *, normalize: bool) -> Routing:
+        """Choose each token's experts from the router's logits [tokens, n_experts]."""
+        routing = Routing(layer, logits.width, top_k)
+        self.routings.append(routing)
+        self.ops.append(Route(logits, routing, normalize))
+        return routing
+
+    def combine(self, y: Value, routing: Routing, *, add_to: Value) -> None:
+        """Add the weighted sum of the experts' outputs to `add_to`."""
+        self.ops.append(Combine(y, routing, add_to))
+
+    def select_outputs(self, x: Value) -> Value:
+        """Keep only the rows whose logits are wanted."""
+        out = Value(x.width, Rows.OUTPUTS)
+        self.ops.append(SelectOutputs(x, out))
+        return out

@@ -1,0 +1,130 @@
+"""Text to token ids and back, from the file alone."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from pyggml_bridge import tokenizer_ggml
+from pyggml_bridge.errors import CQError
+
+_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+class Tokenizer:
+    """A model's tokenizer. `eos_ids` holds every token that ends an answer; `bos_id` may be None."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, metadata: dict[str, Any]) -> None:
+        """`backend` does the work; `metadata` says which tokens are special."""
+        self._backend = backend
+        self._added = backend.get_added_tokens_decoder()
+        self._byte_level = backend.decoder is not None and b"ByteLevel" in backend.decoder.__getstate__()
+        self.vocab_size = backend.get_vocab_size()
+        self.bos_id = self._token_id(metadata, "tokenizer.ggml.bos_token_id")
+        self.eos_id = self._token_id(metadata, "tokenizer.ggml.eos_token_id")
+        ends = {self._token_id(metadata, f"tokenizer.ggml.{key}") for key in _END_KEYS}
+        ends.update(metadata.get("cq.eos_token_ids", ()))
+        self.eos_ids = frozenset(int(end) for end in ends if end is not None)
+        self.add_bos = tokenizer_ggml.adds_bos(metadata)
+        self._strips_space = not self._byte_level and tokenizer_ggml.adds_space_prefix(metadata)
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any]) -> Tokenizer:
+        """From tokenizer.huggingface.json if the file holds it, else from tokenizer.ggml.*; CQError if that fails."""
+        stored = metadata.get("tokenizer.huggingface.json")
+        if stored is None:
+            return cls(tokenizer_ggml.build(metadata), metadata)
+        try:
+            backend = tokenizers.Tokenizer.from_str(stored)
+        except Exception as error:  # the library raises bare exceptions
+            raise CQError(f"tokenizer.huggingface.json: {error}") from error
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend, metadata)
+
+    def encode(self, text: str, add_special: bool, parse_special: bool = True) -> NDArray[np.int32]:
+        """Token ids int32 [n]. add_special: BOS first, if the model wants one; parse_special: special tokens written in
+        the text become those tokens, else they are plain text. CQError if the text holds lone surrogates."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise CQError("text: not valid UTF-8") from error
+        self._backend.encode_special_tokens = not parse_special
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else []
+        bos = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
+        return np.array(bos + ids, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of a whole sequence, special tokens left out, bytes that are not UTF-8 as U+FFFD."""
+        stream = self.stream(at_start=True)
+        return "".join([*map(stream.push, ids), stream.flush()])
+
+    def stream(self, at_start: bool = False) -> TextStream:
+        """A decoder for one token at a time. at_start: the text starts here, so that the space which the tokenizer puts
+        before a text is taken off again; otherwise it continues a prompt and keeps it."""
+        return TextStream(self, strip_space=at_start and self._strips_space)
+
+    def token_text(self, token_id: int | None) -> str:
+        """The token as it is written in templates ("" for None)."""
+        return "" if token_id is None else self._backend.id_to_token(token_id) or ""
+
+    @lru_cache(maxsize=65536)  # noqa: B019 a process has one tokenizer
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token contributes to the text: nothing for special tokens and ids outside the vocabulary."""
+        added = self._added.get(token_id)
+        if added is not None:
+            return b"" if added.special else added.content.encode()
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._byte_level:
+            return b"".join(_CHAR_BYTES.get(char) or char.encode() for char in token)
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+        return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+
+    def _token_id(self, metadata: dict[str, Any], key: str) -> int | None:
+        token_id = metadata.get(key)
+        if token_id is not None and not 0 <= token_id < self.vocab_size:
+            raise CQError(f"{key}: {token_id} is outside the vocabulary of {self.vocab_size}")
+        return token_id
+
+
+class TextStream:
+    """Incremental decoding that never emits half a character."""
+
+    def __init__(self, tokenizer: Tokenizer, strip_space: bool) -> None:
+        """strip_space: drop one space at the very start."""
+        self._tokenizer = tokenizer
+        self._strip_space = strip_space
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is complete after this token, often "" inside a multi-byte character."""
+        piece = self._tokenizer.token_bytes(token_id)
+        if self._strip_space and piece:
+            self._strip_space = False
+            piece = piece.removeprefix(b" ")
+        return self._utf8.decode(piece)
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD if the last character is incomplete."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _char_bytes() -> dict[str, bytes]:
+    """Byte-level BPE writes each byte as a printable character: itself where it is one, else the next from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): bytes([byte]) for byte in printable} | {
+        chr(0x100 + index): bytes([byte]) for index, byte in enumerate(others)
+    }
+
+
+_CHAR_BYTES = _char_bytes()
