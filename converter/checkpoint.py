@@ -122,7 +122,8 @@ class Checkpoint:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
 
-    def _expected(self, spec: Norm | Linear) -> tuple[int, ...]:
+    def expected_shape(self, spec: Norm | Linear) -> tuple[int, ...]:
+        """Shape of a layer's tensor according to the configuration."""
         parameter = self.skeleton.get_decoder().layers[0].get_parameter(spec.parameter)
         return tuple((spec.rows_of(parameter) if isinstance(spec, Linear) else parameter).shape)
 
@@ -135,7 +136,7 @@ class Checkpoint:
             self._require(self._model_name(name), tuple(self.skeleton.get_parameter(name).shape))
 
     def _check_shape(self, spec: Norm | Linear, layer: int) -> None:
-        name, shape = self._disk_name(spec, layer), self._expected(spec)
+        name, shape = self._disk_name(spec, layer), self.expected_shape(spec)
         if "{}" in name:
             for expert in range(shape[0]):
                 self._require(name.format(expert), shape[1:])
@@ -181,7 +182,7 @@ class Checkpoint:
     def _read_layer_tensor(self, spec: Norm | Linear, layer: int) -> Tensor:
         name = self._disk_name(spec, layer)
         if "{}" in name:
-            return torch.stack([self._read(name.format(expert)) for expert in range(self._expected(spec)[0])])
+            return torch.stack([self._read(name.format(expert)) for expert in range(self.expected_shape(spec)[0])])
         return self._from_disk(spec, self._read(name))
 
     @cached_property

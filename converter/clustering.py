@@ -1,0 +1,116 @@
+"""Stage 3: codebooks and assignments of one weight matrix, by the native library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml_bridge.format import Clustered, CQType, pack
+from pyggml_bridge.native import aligned_empty, ffi, lib, pointer
+
+ITERATIONS = 8
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Columns that share a codebook and a scale: multiples of 64, or -1 for the whole row (and no group scales)."""
+
+    group_size: int = -1
+    scale_group: int = 64
+
+
+@dataclass
+class Fit:
+    """Codebooks in the making; arrays as in format.Clustered, indices unpacked uint8 [rows, cols].
+
+    loss float64 [rows]: sum over columns of weight * (w - effective weight)^2.
+    """
+
+    cq: CQType
+    w: NDArray[np.float32]
+    weight: NDArray[np.float32]
+    codebook_cols: int
+    scale_cols: int
+    indices: NDArray[np.uint8]
+    centroids: NDArray[np.int8]
+    group_scales: NDArray[np.int8] | None
+    scales: NDArray[np.float32]
+    loss: NDArray[np.float64]
+
+    def clustered(self) -> Clustered:
+        """Packed as the file holds it."""
+        packed = pack(self.indices, self.cq)
+        return Clustered(
+            self.cq, packed, self.centroids, self.scales, self.group_scales, self.codebook_cols, self.scale_cols
+        )
+
+
+def fit_codebooks(
+    w: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    cq: CQType,
+    grouping: Grouping,
+    n_threads: int,
+    iterations: int = ITERATIONS,
+) -> Fit:
+    """Exact weighted 1-D k-means of every row of w [rows, cols], fitted to int8 centroids and scales.
+
+    weight float32 [cols] >= 0: importance of each column (mean square of its input).
+    """
+    rows, cols = w.shape
+    codebook_cols = cols if grouping.group_size == -1 else min(grouping.group_size, cols)
+    scale_cols = 0 if grouping.scale_group == -1 else grouping.scale_group
+    fit = Fit(
+        cq,
+        np.ascontiguousarray(w, np.float32),
+        np.ascontiguousarray(weight, np.float32),
+        codebook_cols,
+        scale_cols,
+        np.empty((rows, cols), np.uint8),
+        np.empty((rows, -(-cols // codebook_cols) * cq.n_centroids), np.int8),
+        np.empty((rows, -(-cols // scale_cols)), np.int8) if scale_cols else None,
+        np.zeros(rows, np.float32),
+        np.zeros(rows, np.float64),
+    )
+    scratch = aligned_empty(n_threads * lib.cq_cluster_scratch_bytes(cols))
+    _check(lib.cq_cluster_rows(_job(fit, iterations), n_threads, pointer(scratch, "uint8_t *")))
+    return fit
+
+
+def error_feedback(fit: Fit, factor: NDArray[np.float32], n_threads: int) -> None:
+    """Choose the indices anew, each column's rounding error moved to the columns after it (GPTQ).
+
+    factor float32 [cols, cols]: upper Cholesky factor of the inverse second moments of the inputs.
+    """
+    scratch = aligned_empty(n_threads * lib.cq_cluster_scratch_bytes(fit.w.shape[1]))
+    u = pointer(factor, "const float *")
+    _check(lib.cq_feedback_rows(_job(fit, 0), u, n_threads, pointer(scratch, "uint8_t *")))
+
+
+def _job(fit: Fit, iterations: int) -> object:
+    rows, cols = fit.w.shape
+    return ffi.new(
+        "cq_clustering *",
+        {
+            "n_rows": rows,
+            "n_cols": cols,
+            "n_centroids": fit.cq.n_centroids,
+            "codebook_cols": fit.codebook_cols,
+            "scale_cols": fit.scale_cols,
+            "n_iterations": iterations,
+            "w": pointer(fit.w, "const float *"),
+            "weight": pointer(fit.weight, "const float *"),
+            "indices": pointer(fit.indices, "uint8_t *"),
+            "centroids": pointer(fit.centroids, "int8_t *"),
+            "group_scales": pointer(fit.group_scales, "int8_t *"),
+            "scales": pointer(fit.scales, "float *"),
+            "loss": pointer(fit.loss, "double *"),
+        },
+    )
+
+
+def _check(status: int) -> None:
+    if status != lib.CQ_OK:
+        raise ValueError(f"clustering: native status {status}")

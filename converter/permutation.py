@@ -1,0 +1,66 @@
+"""Stage 2, permutation-invariant outlier grouping: which columns share a codebook, for codebooks smaller than the row.
+
+As published: sort columns by their sum of |w|, cut them into sub-groups of ratio * block columns, take each sub-group's
+mean row-wise standard deviation, then deal one high-variance sub-group with (1 / ratio - 1) low-variance ones into each
+block. Only channels whose order is free are permuted: FFN intermediate channels (per expert), and the value channels
+inside each KV head, in the same order for all query heads that read it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .architecture import Architecture, Layer
+
+RATIO = 0.25
+
+
+def outlier_order(columns: Tensor, block: int, ratio: float = RATIO) -> Tensor:
+    """Permutation [n] of the columns of `columns` [rows, n]; the identity if one block holds them all."""
+    n = columns.shape[1]
+    if n <= block:
+        return torch.arange(n)
+    sub_groups = torch.argsort(columns.abs().sum(dim=0), stable=True).split(max(1, int(block * ratio)))
+    spread = torch.stack([columns[:, group].std(dim=1, correction=0).mean() for group in sub_groups])
+    by_spread = torch.argsort(spread, descending=True, stable=True).tolist()
+    n_blocks = -(-n // block)
+    high, low = by_spread[:n_blocks], by_spread[n_blocks:]
+    per_block = round(1 / ratio) - 1
+    dealt: list[int] = []
+    for i, group in enumerate(high):
+        dealt += [group, *low[i * per_block : (i + 1) * per_block]]
+    return torch.cat([sub_groups[group] for group in dealt + low[len(high) * per_block :]])
+
+
+def permute_layer(arch: Architecture, layer: Layer, block: int, head_dim: int) -> Layer:
+    """The layer with its free channels reordered for codebooks of `block` columns; logits are unchanged."""
+    permuted = dict(layer)
+    consumer = layer[arch.channels.consumer]
+    names = (*arch.channels.producers, arch.channels.consumer)
+    if consumer.dim() == 2:
+        order = outlier_order(consumer, block)
+        _permute_channels(permuted, names, order)
+    else:
+        experts = [dict(zip(names, tensors, strict=True)) for tensors in zip(*(layer[n] for n in names), strict=True)]
+        for expert in experts:
+            _permute_channels(expert, names, outlier_order(expert[names[-1]], block))
+        permuted |= {name: torch.stack([expert[name] for expert in experts]) for name in names}
+    return permuted | _permute_heads(layer[arch.heads.value], layer[arch.heads.output], arch, block, head_dim)
+
+
+def _permute_channels(layer: Layer, names: tuple[str, ...], order: Tensor) -> None:
+    *producers, consumer = names
+    for name in producers:
+        layer[name] = layer[name][order]
+    layer[consumer] = layer[consumer][:, order]
+
+
+def _permute_heads(value: Tensor, output: Tensor, arch: Architecture, block: int, head_dim: int) -> Layer:
+    """Value rows [kv_heads * head_dim, in] and output columns [out, heads * head_dim], reordered inside each KV head."""
+    v = value.unflatten(0, (-1, head_dim))  # [kv_heads, head_dim, in]
+    o = output.unflatten(1, (v.shape[0], -1, head_dim))  # [out, kv_heads, queries per KV head, head_dim]
+    orders = [outlier_order(o[:, head].flatten(0, 1), block) for head in range(v.shape[0])]
+    v = torch.stack([v[head, order] for head, order in enumerate(orders)])
+    o = torch.stack([o[:, head, :, order] for head, order in enumerate(orders)], dim=1)
+    return {arch.heads.value: v.reshape(value.shape), arch.heads.output: o.reshape(output.shape)}

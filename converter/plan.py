@@ -1,0 +1,168 @@
+"""Which type every tensor of the output gets, and what that takes on disk: known before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import BLOCK, MAX_COLS, CQType, Sidecars, packed_shape
+
+from .checkpoint import EMBEDDING, FINAL_NORM, GGUF_NAMES, HEAD, Checkpoint
+from .clustering import Grouping
+from .rope import rope_freqs
+from .settings import Settings
+
+Q8_0_BLOCK, Q8_0_BYTES = GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the GGUF file: array shape and dtype as handed to the writer."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: type[np.generic]
+    ggml_type: GGMLQuantizationType
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A weight [..., cols] of the output. note: why it has another type than asked for ("" if it has not)."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    grouping: Grouping
+    note: str = ""
+
+    @property
+    def cq(self) -> CQType | None:
+        """The clustered type, None for an ordinary one."""
+        return CQType[self.type.upper()] if self.type.startswith("cq") else None
+
+    @property
+    def n_weights(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, sidecars included."""
+        return sum(part.nbytes for part in self.parts())
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight, sidecars included."""
+        return 8 * self.nbytes / self.n_weights
+
+    def parts(self) -> list[Part]:
+        """The GGUF tensors of this weight: itself, and its sidecars if it is clustered."""
+        if self.cq:
+            return self._clustered_parts(self.cq)
+        if self.type == "q8_0":
+            shape = (*self.shape[:-1], self.shape[-1] // Q8_0_BLOCK * Q8_0_BYTES)
+            return [Part(self.name, shape, np.uint8, GGMLQuantizationType.Q8_0)]
+        dtype = np.float16 if self.type == "f16" else np.float32
+        return [Part(self.name, self.shape, dtype, GGMLQuantizationType[self.type.upper()])]
+
+    def _clustered_parts(self, cq: CQType) -> list[Part]:
+        *rows, cols = self.shape
+        names, i8 = Sidecars.of(self.name), GGMLQuantizationType.I8
+        codebook_cols = cols if self.grouping.group_size == -1 else self.grouping.group_size
+        n_centroids = -(-cols // codebook_cols) * cq.n_centroids
+        parts = [
+            Part(self.name, packed_shape(self.shape, cq), np.uint8, GGMLQuantizationType(cq)),
+            Part(names.centroids, (*rows, n_centroids), np.int8, i8),
+            Part(names.scales, tuple(rows), np.float32, GGMLQuantizationType.F32),
+        ]
+        if self.grouping.scale_group > 0:
+            parts.append(Part(names.group_scales, (*rows, -(-cols // self.grouping.scale_group)), np.int8, i8))
+        return parts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tensors in file order: rope factors and embedding, the layers, the final norm and the head."""
+
+    first: tuple[PlannedTensor, ...]
+    layers: tuple[tuple[PlannedTensor, ...], ...]
+    last: tuple[PlannedTensor, ...]
+
+    @property
+    def tensors(self) -> list[PlannedTensor]:
+        """Every tensor in file order."""
+        return [*self.first, *(tensor for layer in self.layers for tensor in layer), *self.last]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data, without metadata and alignment."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight of every tensor except embeddings and head, sidecars counted."""
+        body = [t for t in self.tensors if t.name not in (GGUF_NAMES[EMBEDDING], GGUF_NAMES[HEAD])]
+        return 8 * sum(t.nbytes for t in body) / sum(t.n_weights for t in body)
+
+
+def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
+    """Choose all types; CQError if --tensor-type asks for something impossible or matches nothing."""
+    planner = _Planner(settings)
+    config, arch = checkpoint.config, checkpoint.arch
+    head_shape = (config.vocab_size, config.hidden_size)
+    freqs = rope_freqs(config)
+    first = [] if freqs is None else [planner.float32("rope_freqs.weight", freqs.shape)]
+    first.append(planner.matrix(GGUF_NAMES[EMBEDDING], head_shape, "q8_0"))
+    layers = []
+    for i in range(config.num_hidden_layers):
+        tensors = [planner.float32(f"blk.{i}.{norm.name}.weight", (config.hidden_size,)) for norm in arch.norms]
+        for linear in arch.linears:
+            kind = "f32" if linear.router else settings.cq.name.lower()
+            tensors.append(planner.matrix(f"blk.{i}.{linear.name}.weight", checkpoint.expected_shape(linear), kind))
+        layers.append(tuple(tensors))
+    norm = planner.float32(GGUF_NAMES[FINAL_NORM], (config.hidden_size,))
+    head = planner.matrix(GGUF_NAMES[HEAD], head_shape, "q8_0")
+    planner.require_all_used()
+    return Plan(tuple(first), tuple(layers), (norm, head))
+
+
+class _Planner:
+    def __init__(self, settings: Settings) -> None:
+        self.grouping, self.overrides = settings.grouping, settings.overrides
+        self.unused = list(settings.overrides)
+
+    def float32(self, name: str, shape: tuple[int, ...]) -> PlannedTensor:
+        return PlannedTensor(name, tuple(shape), "f32", self.grouping)
+
+    def matrix(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTensor:
+        matches = [override for override in self.overrides if override.pattern.search(name)]
+        if not matches:
+            return self._fit(name, shape, kind)
+        self.unused = [override for override in self.unused if override not in matches]
+        planned = self._fit(name, shape, matches[-1].type)
+        if planned.note:
+            raise CQError(f"--tensor-type {matches[-1].pattern.pattern}={matches[-1].type}: {name}: {planned.note}")
+        return planned
+
+    def _fit(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTensor:
+        """The nearest larger type that the input width allows."""
+        cols, note = shape[-1], ""
+        if kind.startswith("cq") and (cols % BLOCK or cols > MAX_COLS):
+            kind, note = "q8_0", f"{cols} columns are not a multiple of {BLOCK} up to {MAX_COLS}"
+        if kind == "q8_0" and cols % Q8_0_BLOCK:
+            kind, note = "f16", f"{cols} columns are not a multiple of {Q8_0_BLOCK}"
+        return PlannedTensor(name, shape, kind, self.grouping, note)
+
+    def require_all_used(self) -> None:
+        for override in self.unused:
+            raise CQError(f"--tensor-type {override.pattern.pattern}={override.type}: no matrix has such a name")
+

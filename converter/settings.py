@@ -1,0 +1,59 @@
+"""What the user asked for, checked once and frozen."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import CQType
+
+from .clustering import Grouping
+
+TENSOR_TYPES = ("f32", "f16", "q8_0", "cq4", "cq3", "cq2")
+
+
+@dataclass(frozen=True)
+class Override:
+    """--tensor-type REGEX=TYPE: matrices whose name the pattern finds get this type."""
+
+    pattern: re.Pattern[str]
+    type: str
+
+    @classmethod
+    def parse(cls, text: str) -> Override:
+        """From `REGEX=TYPE`; CQError if either half is invalid."""
+        pattern, separator, kind = text.rpartition("=")
+        if not separator or kind.lower() not in TENSOR_TYPES:
+            raise CQError(f"--tensor-type {text}: expected REGEX=TYPE with a type of {', '.join(TENSOR_TYPES)}")
+        try:
+            return cls(re.compile(pattern), kind.lower())
+        except re.error as error:
+            raise CQError(f"--tensor-type {text}: invalid pattern: {error}") from error
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One conversion. calibration None: weight-only clustering and a random rotation."""
+
+    model: str
+    out: Path
+    bits: int
+    grouping: Grouping
+    activation_bits: int
+    calibration: Path | None
+    calibration_tokens: int
+    rotation: bool
+    permutation: bool
+    feedback: bool
+    overrides: tuple[Override, ...]
+    seed: int
+    threads: int
+    overwrite: bool
+    check: bool
+
+    @property
+    def cq(self) -> CQType:
+        """The clustered type of ordinary linears."""
+        return CQType(17200 + self.bits)

@@ -1,0 +1,228 @@
+/* AVX2 with FMA and F16C (Haswell, Zen and later).
+ *
+ * Bytes are multiplied by vpmaddubsw, unsigned by signed: |W| times x with W's sign (multiply_i8 in x86.h, with its bound).
+ * Tables are 16 bytes in both lanes for vpshufb; vpmulhrsw of a centroid and scale * 256 is
+ * (c * scale * 256 + 16384) >> 15 = (c * scale + 64) >> 7, the format's rounding. Only bytes of the matrix are read. */
+#if defined(__x86_64__)
+#if defined(__clang__)
+#include <immintrin.h>
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#include <immintrin.h>
+#endif
+#include "indices.h"
+#include "x86.h"
+
+#define CQ_LANES 8
+#define CQ_TILE_VECS 2
+#define CQ_SCORE_KEYS 4
+typedef __m256 vec;
+
+static inline float sum_lanes(vec v) { return sum_f32(v); }
+
+#include "float_ops.h"
+
+/* 64 weights in column order. */
+typedef struct { __m256i first, second; } block_i8;
+
+CQ_INLINE __m256i span_table(const cq_span *span, const int32_t bits) {
+    __m256i wide = _mm256_cvtepi8_epi16(load_centroids(span->centroids, bits));
+    if (span->group_scale) wide = _mm256_mulhrs_epi16(wide, _mm256_set1_epi16((short)(*span->group_scale << 8)));
+    return _mm256_permute4x64_epi64(_mm256_packs_epi16(wide, wide), 0x88); /* qwords 0 and 2 are the two halves */
+}
+
+CQ_INLINE block_i8 decode_block(const uint8_t *block, const int32_t bits, __m256i table) {
+    if (bits == 4) {
+        const __m256i bytes = _mm256_loadu_si256((const __m256i *)block), mask = _mm256_set1_epi8(15);
+        return (block_i8){_mm256_shuffle_epi8(table, _mm256_and_si256(bytes, mask)),
+                          _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask))};
+    }
+    const __m256i lanes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)block));
+    const __m256i mask = _mm256_set1_epi8(3);
+    __m256i first = _mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(2, 2, 0, 0)), mask);
+    __m256i second = _mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(6, 6, 4, 4)), mask);
+    if (bits == 3) { /* byte i of a half takes byte i / 8 of the high bits and keeps bit i % 8 */
+        uint64_t high;
+        memcpy(&high, block + 16, 8);
+        const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+        const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201), four = _mm256_set1_epi8(4);
+        const __m256i low_bits = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)high), spread);
+        const __m256i high_bits = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)(high >> 32)), spread);
+        const __m256i in_first = _mm256_cmpeq_epi8(_mm256_and_si256(low_bits, bit), bit);
+        const __m256i in_second = _mm256_cmpeq_epi8(_mm256_and_si256(high_bits, bit), bit);
+        first = _mm256_or_si256(first, _mm256_and_si256(in_first, four));
+        second = _mm256_or_si256(second, _mm256_and_si256(in_second, four));
+    }
+    return (block_i8){_mm256_shuffle_epi8(table, first), _mm256_shuffle_epi8(table, second)};
+}
+
+CQ_INLINE int32_t gemv_row(const int32_t bits, const cq_matrix *w, int64_t row_index, const int8_t *x) {
+    const cq_row row = cq_row_at(w, row_index);
+    __m256i even = _mm256_setzero_si256(), odd = _mm256_setzero_si256();
+    for (cq_span span = cq_first_span(&row);; cq_next_span(&row, bits, &span)) {
+        const __m256i table = span_table(&span, bits);
+        for (int32_t b = span.begin; b < span.end; b++) {
+            const uint8_t *block = row.indices + (int64_t)b * 8 * bits;
+            _mm_prefetch((const char *)block + 1024, _MM_HINT_T0);
+            const block_i8 weights = decode_block(block, bits, table);
+            const __m256i *activations = (const __m256i *)(x + (int64_t)b * CQ_BLOCK);
+            even = _mm256_add_epi32(even, multiply_i8(weights.first, _mm256_loadu_si256(activations)));
+            odd = _mm256_add_epi32(odd, multiply_i8(weights.second, _mm256_loadu_si256(activations + 1)));
+        }
+        if (span.end == row.n_blocks) return sum_i32(_mm256_add_epi32(even, odd));
+    }
+}
+
+static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc) {
+    (void)x_sum;
+    for (int32_t r = 0; r < n_rows; r++) switch (cq_bits(w)) {
+        case 2: acc[r] = gemv_row(2, w, row + r, x); break;
+        case 3: acc[r] = gemv_row(3, w, row + r, x); break;
+        case 4: acc[r] = gemv_row(4, w, row + r, x); break;
+        }
+}
+
+enum { PANEL_ROWS = 16, HALF_ROWS = 8, PANEL_STEP = 4 * PANEL_ROWS, CHUNK_BLOCKS = 4, TILE_TOKENS = 4, TILE_COLS = 1024 };
+
+/* out[k * PANEL_STEP] = dword k of each of 8 rows, for k < 8: a transposition of 8 x 8 dwords. */
+static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t *out) {
+    __m256i a[8], b[8];
+#pragma GCC unroll 8
+    for (int32_t i = 0; i < 8; i++) a[i] = _mm256_load_si256((const __m256i *)(rows + i * stride));
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int32_t i = 0; i < 8; i += 4) { /* a[i + j]: in lane l, dword 4 l + j of rows i .. i + 3 */
+        a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int32_t j = 0; j < 4; j++) {
+        _mm256_store_si256((__m256i *)(out + j * PANEL_STEP), _mm256_permute2x128_si256(a[j], a[4 + j], 0x20));
+        _mm256_store_si256((__m256i *)(out + (4 + j) * PANEL_STEP), _mm256_permute2x128_si256(a[j], a[4 + j], 0x31));
+    }
+}
+
+/* Blocks [begin, end) of a row -> int8 at out; the span moves on with them. */
+CQ_INLINE void decode_blocks(const int32_t bits, const cq_row *row, cq_span *span, int32_t begin, int32_t end,
+                             uint8_t *out) {
+    for (int32_t b = begin; b < end;) {
+        if (b == span->end) cq_next_span(row, bits, span);
+        const __m256i table = span_table(span, bits);
+        for (const int32_t stop = cq_min(end, span->end); b < stop; b++, out += CQ_BLOCK) {
+            const block_i8 weights = decode_block(row->indices + (int64_t)b * 8 * bits, bits, table);
+            _mm256_store_si256((__m256i *)out, weights.first);
+            _mm256_store_si256((__m256i *)(out + 32), weights.second);
+        }
+    }
+}
+
+CQ_INLINE void decode_half(const int32_t bits, const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
+    enum { CHUNK = CHUNK_BLOCKS * CQ_BLOCK };
+    const int32_t n_blocks = w->n_cols / CQ_BLOCK;
+    uint8_t decoded[HALF_ROWS * CHUNK] __attribute__((aligned(32)));
+    cq_row rows[HALF_ROWS];
+    cq_span spans[HALF_ROWS];
+    memset(decoded, 0, sizeof decoded);
+    for (int32_t r = 0; r < n_rows; r++) rows[r] = cq_row_at(w, row + r), spans[r] = cq_first_span(&rows[r]);
+    for (int32_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
+        const int32_t end = cq_min(n_blocks, b + CHUNK_BLOCKS);
+        for (int32_t r = 0; r < n_rows; r++) decode_blocks(bits, &rows[r], &spans[r], b, end, decoded + r * CHUNK);
+        for (int32_t col = 0; col < (end - b) * CQ_BLOCK; col += 32)
+            transpose_block(decoded + col, CHUNK, panel + ((int64_t)b * CQ_BLOCK + col) * PANEL_ROWS);
+    }
+}
+
+/* The panel is int8 [n_cols / 4][PANEL_ROWS][4]; rows beyond n_rows are zero. */
+static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
+    for (int32_t half = 0; half < 2; half++) {
+        const int32_t first = half * HALF_ROWS, n = cq_min(n_rows - first, HALF_ROWS) * (n_rows > first);
+        switch (cq_bits(w)) {
+        case 2: decode_half(2, w, row + first, n, panel + 4 * first); break;
+        case 3: decode_half(3, w, row + first, n, panel + 4 * first); break;
+        case 4: decode_half(4, w, row + first, n, panel + 4 * first); break;
+        }
+    }
+}
+
+/* acc[N][PANEL_ROWS] (+)= panel times N tokens: 2 N accumulators and two weights with their magnitudes fill 16 registers. */
+CQ_INLINE void tile(const int32_t N, const uint8_t *panel, const int8_t *const *x, int32_t col, int32_t n_cols,
+                    int32_t *acc) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sum[TILE_TOKENS][2];
+#pragma GCC unroll 4
+    for (int32_t t = 0; t < N; t++) {
+        __m256i *from = (__m256i *)(acc + t * PANEL_ROWS);
+        sum[t][0] = col ? _mm256_loadu_si256(from) : _mm256_setzero_si256();
+        sum[t][1] = col ? _mm256_loadu_si256(from + 1) : _mm256_setzero_si256();
+    }
+    for (int32_t k = col; k < col + n_cols; k += 4) {
+        const __m256i *step = (const __m256i *)(panel + (int64_t)k * PANEL_ROWS);
+        const __m256i w0 = _mm256_load_si256(step), w1 = _mm256_load_si256(step + 1);
+        const __m256i m0 = _mm256_abs_epi8(w0), m1 = _mm256_abs_epi8(w1);
+#pragma GCC unroll 4
+        for (int32_t t = 0; t < N; t++) {
+            int32_t four;
+            memcpy(&four, x[t] + k, 4);
+            const __m256i activation = _mm256_set1_epi32(four);
+            const __m256i p0 = _mm256_maddubs_epi16(m0, _mm256_sign_epi8(activation, w0));
+            const __m256i p1 = _mm256_maddubs_epi16(m1, _mm256_sign_epi8(activation, w1));
+            sum[t][0] = _mm256_add_epi32(sum[t][0], _mm256_madd_epi16(p0, ones));
+            sum[t][1] = _mm256_add_epi32(sum[t][1], _mm256_madd_epi16(p1, ones));
+        }
+    }
+#pragma GCC unroll 4
+    for (int32_t t = 0; t < N; t++) {
+        __m256i *to = (__m256i *)(acc + t * PANEL_ROWS);
+        _mm256_storeu_si256(to, sum[t][0]);
+        _mm256_storeu_si256(to + 1, sum[t][1]);
+    }
+}
+
+/* TILE_COLS columns of the panel (16 KiB) serve all tokens before the next ones. */
+static void gemm_panel(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
+                       int32_t n_tokens, int32_t *acc) {
+    (void)x_sum;
+    for (int32_t col = 0; col < n_cols; col += TILE_COLS) {
+        const int32_t n = cq_min(TILE_COLS, n_cols - col);
+        int32_t t = 0;
+        for (; t + 4 <= n_tokens; t += 4) tile(4, panel, x + t, col, n, acc + (int64_t)t * PANEL_ROWS);
+        if (n_tokens - t == 3) tile(3, panel, x + t, col, n, acc + (int64_t)t * PANEL_ROWS);
+        if (n_tokens - t == 2) tile(2, panel, x + t, col, n, acc + (int64_t)t * PANEL_ROWS);
+        if (n_tokens - t == 1) tile(1, panel, x + t, col, n, acc + (int64_t)t * PANEL_ROWS);
+    }
+}
+
+static int64_t peak_macs(int32_t iterations) {
+    enum { CHAINS = 12 };
+    __m256i sum[CHAINS], w = _mm256_set1_epi8(3), x = _mm256_set1_epi8(5);
+#pragma GCC unroll 12
+    for (int32_t i = 0; i < CHAINS; i++) sum[i] = _mm256_setzero_si256();
+    for (int32_t i = 0; i < iterations; i++)
+#pragma GCC unroll 12
+        for (int32_t j = 0; j < CHAINS; j++) {
+            __asm__ volatile("" : "+x"(x)); /* each product is computed anew */
+            const __m256i pairs = _mm256_maddubs_epi16(w, x);
+            sum[j] = _mm256_add_epi32(sum[j], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+            __asm__ volatile("" : "+x"(sum[j]));
+        }
+    return (int64_t)iterations * CHAINS * 32;
+}
+
+static int supported(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+const cq_kernels cq_kernels_avx2 = {"avx2", supported, gemv, PANEL_ROWS, decode_panel, gemm_panel, dot_q8_0,
+                                    peak_macs, CQ_FLOAT_KERNELS};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,148 @@
+/* NEON (every 64-bit Arm), twice: with the widening multiplies of the base architecture, and with dotprod's sdot.
+ *
+ * Tables are 16 bytes for tbl; sqrdmulh of a centroid and scale * 256 is (2 * c * scale * 256 + 32768) >> 16 =
+ * (c * scale + 64) >> 7, the format's rounding. Only bytes of the matrix are read. */
+#if defined(__aarch64__)
+#include "indices.h"
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+#define CQ_LANES 4
+#define CQ_TILE_VECS 4
+#define CQ_SCORE_KEYS 4
+typedef float32x4_t vec;
+
+static inline float sum_lanes(vec v) { return vaddvq_f32(v); }
+
+static void f16_to_f32(const uint16_t *x, float *out, int32_t n) {
+    int32_t i = 0;
+    for (; i + 4 <= n; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + i))));
+    for (; i < n; i++) out[i] = vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x[i]))), 0);
+}
+
+static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
+    int32_t i = 0;
+    for (; i + 4 <= n; i += 4) vst1_u16(out + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(x + i))));
+    for (; i < n; i++) out[i] = vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x[i]))), 0);
+}
+
+#include "float_ops.h"
+
+/* 64 weights in column order. */
+typedef struct { int8x16_t v[4]; } block_i8;
+
+CQ_INLINE int8x16_t span_table(const cq_span *span, const int32_t bits) {
+    int8_t bytes[16] = {0};
+    memcpy(bytes, span->centroids, 1u << bits);
+    const int8x16_t centroids = vld1q_s8(bytes);
+    if (!span->group_scale) return centroids;
+    const int16x8_t scale = vdupq_n_s16((int16_t)(*span->group_scale << 8));
+    return vcombine_s8(vmovn_s16(vqrdmulhq_s16(vmovl_s8(vget_low_s8(centroids)), scale)),
+                       vmovn_s16(vqrdmulhq_s16(vmovl_s8(vget_high_s8(centroids)), scale)));
+}
+
+/* Bit i % 8 of byte i / 8 of two bytes, as 4 or 0 in byte i. */
+CQ_INLINE uint8x16_t high_bits(const uint8_t *two) {
+    const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
+    return vandq_u8(vtstq_u8(vcombine_u8(vdup_n_u8(two[0]), vdup_n_u8(two[1])), bit), vdupq_n_u8(4));
+}
+
+CQ_INLINE block_i8 decode_block(const uint8_t *block, const int32_t bits, int8x16_t table) {
+    uint8x16_t index[4];
+    const uint8x16_t bytes = vld1q_u8(block);
+    if (bits == 4) {
+        const uint8x16_t more = vld1q_u8(block + 16), mask = vdupq_n_u8(15);
+        index[0] = vandq_u8(bytes, mask), index[1] = vandq_u8(more, mask);
+        index[2] = vshrq_n_u8(bytes, 4), index[3] = vshrq_n_u8(more, 4);
+    } else {
+        const uint8x16_t mask = vdupq_n_u8(3);
+        index[0] = vandq_u8(bytes, mask), index[1] = vandq_u8(vshrq_n_u8(bytes, 2), mask);
+        index[2] = vandq_u8(vshrq_n_u8(bytes, 4), mask), index[3] = vshrq_n_u8(bytes, 6);
+    }
+    block_i8 out;
+    for (int32_t i = 0; i < 4; i++) {
+        if (bits == 3) index[i] = vorrq_u8(index[i], high_bits(block + 16 + 2 * i));
+        out.v[i] = vqtbl1q_s8(table, index[i]);
+    }
+    return out;
+}
+
+enum { PANEL_ROWS = 8, QUAD_ROWS = 4 };
+
+/* Four rows -> int8 [n_cols / 4][4 rows][4]: a store that interleaves four registers of dwords is the transposition. */
+CQ_INLINE void decode_quad(const int32_t bits, const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *out) {
+    const int32_t n_blocks = w->n_cols / CQ_BLOCK;
+    cq_row rows[QUAD_ROWS];
+    cq_span spans[QUAD_ROWS];
+    int8x16_t tables[QUAD_ROWS];
+    block_i8 decoded[QUAD_ROWS];
+    memset(decoded, 0, sizeof decoded);
+    for (int32_t r = 0; r < n_rows; r++) {
+        rows[r] = cq_row_at(w, row + r);
+        spans[r] = cq_first_span(&rows[r]);
+        tables[r] = span_table(&spans[r], bits);
+    }
+    for (int32_t b = 0; b < n_blocks; b++) {
+        for (int32_t r = 0; r < n_rows; r++) {
+            if (b == spans[r].end) {
+                cq_next_span(&rows[r], bits, &spans[r]);
+                tables[r] = span_table(&spans[r], bits);
+            }
+            decoded[r] = decode_block(rows[r].indices + (int64_t)b * 8 * bits, bits, tables[r]);
+        }
+        for (int32_t i = 0; i < 4; i++, out += 64) {
+            const uint32x4x4_t four = {{vreinterpretq_u32_s8(decoded[0].v[i]), vreinterpretq_u32_s8(decoded[1].v[i]),
+                                        vreinterpretq_u32_s8(decoded[2].v[i]), vreinterpretq_u32_s8(decoded[3].v[i])}};
+            vst4q_u32((uint32_t *)out, four);
+        }
+    }
+}
+
+/* The panel is int8 [2][n_cols / 4][4 rows][4]; rows beyond n_rows are zero. */
+static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
+    for (int32_t first = 0; first < PANEL_ROWS; first += QUAD_ROWS) {
+        const int32_t n = n_rows > first ? cq_min(n_rows - first, QUAD_ROWS) : 0;
+        uint8_t *out = panel + (int64_t)first * w->n_cols;
+        switch (cq_bits(w)) {
+        case 2: decode_quad(2, w, row + first, n, out); break;
+        case 3: decode_quad(3, w, row + first, n, out); break;
+        case 4: decode_quad(4, w, row + first, n, out); break;
+        }
+    }
+}
+
+#if defined(__linux__)
+static int has_dotprod(void) { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+#else
+static int has_dotprod(void) { return 1; } /* every Apple processor that runs 64-bit macOS programs */
+#endif
+static int has_neon(void) { return 1; }
+
+#define CQ_NEON(name) name##_base
+#define CQ_NEON_DOTPROD 0
+#include "neon_dot.h"
+#undef CQ_NEON
+#undef CQ_NEON_DOTPROD
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+#define CQ_NEON(name) name##_dotprod
+#define CQ_NEON_DOTPROD 1
+#include "neon_dot.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const cq_kernels cq_kernels_neon = {"neon", has_neon, gemv_base, PANEL_ROWS, decode_panel, gemm_panel_base,
+                                    dot_q8_0_base, peak_macs_base, CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_neon_dotprod = {"neon-dotprod", has_dotprod, gemv_dotprod, PANEL_ROWS, decode_panel,
+                                            gemm_panel_dotprod, dot_q8_0_dotprod, peak_macs_dotprod, CQ_FLOAT_KERNELS};
+#endif

@@ -1,0 +1,169 @@
+/* GEMV, panel GEMM and Q8_0 against a plain reference that packs the bytes itself, in guarded memory. */
+#include "check.h"
+
+enum content { RANDOM, LARGEST, SMALLEST, N_CONTENTS };
+
+typedef struct {
+    cq_matrix w;
+    int8_t *weights; /* [n_rows][n_cols]: what the packed bytes mean */
+    guarded data, centroids, group_scales;
+} sample;
+
+static void put_index(uint8_t *block, int32_t bits, int32_t i, int32_t index) {
+    if (bits == 4) {
+        block[i % 32] |= (uint8_t)(index << (i < 32 ? 0 : 4));
+        return;
+    }
+    block[i % 16] |= (uint8_t)((index & 3) << (i / 16 * 2));
+    if (bits == 3) block[16 + i / 8] |= (uint8_t)(index >> 2 << (i % 8));
+}
+
+static sample sample_new(int32_t bits, int32_t n_rows, int32_t n_cols, int32_t codebook_cols, int32_t scale_cols,
+                         enum content content) {
+    const int32_t n_books = cq_ceil_div(n_cols, codebook_cols), k = 1 << bits;
+    const int32_t n_groups = scale_cols ? cq_ceil_div(n_cols, scale_cols) : 0;
+    sample s = {.data = guarded_new((size_t)n_rows * n_cols / 8 * bits),
+                .centroids = guarded_new((size_t)n_rows * n_books * k),
+                .group_scales = guarded_new((size_t)n_rows * n_groups),
+                .weights = malloc((size_t)n_rows * n_cols)};
+    int8_t *centroids = s.centroids.data, *scales = s.group_scales.data;
+    for (int32_t i = 0; i < n_rows * n_books * k; i++)
+        centroids[i] = (int8_t)(content == RANDOM ? random_between(-128, 127) : content == LARGEST ? 127 : -128);
+    for (int32_t i = 0; i < n_rows * n_groups; i++)
+        scales[i] = (int8_t)(content == RANDOM && random_u32() % 8 ? random_between(0, 127) : 127);
+    if (n_groups) scales[n_rows * n_groups - 1] = content == RANDOM ? 0 : 127;
+    memset(s.data.data, 0, (size_t)n_rows * n_cols / 8 * bits);
+    for (int32_t r = 0; r < n_rows; r++)
+        for (int32_t c = 0; c < n_cols; c++) {
+            const int32_t index = content == RANDOM ? random_between(0, k - 1) : k - 1;
+            uint8_t *block = (uint8_t *)s.data.data + ((int64_t)r * n_cols + c) / 64 * 8 * bits;
+            put_index(block, bits, c % 64, index);
+            int32_t weight = centroids[(r * n_books + c / codebook_cols) * k + index];
+            if (scale_cols) weight = (int32_t)floor((weight * scales[r * n_groups + c / scale_cols] + 64) / 128.0);
+            s.weights[(int64_t)r * n_cols + c] = (int8_t)weight;
+        }
+    s.w = (cq_matrix){17200 + bits, 1, n_rows, n_cols, codebook_cols, scale_cols, s.data.data, centroids,
+                      scale_cols ? scales : NULL, NULL};
+    return s;
+}
+
+static void sample_free(sample s) {
+    guarded_free(s.data), guarded_free(s.centroids), guarded_free(s.group_scales), free(s.weights);
+}
+
+static int32_t reference_dot(const int8_t *w, const int8_t *x, int32_t n) {
+    int64_t sum = 0;
+    for (int32_t i = 0; i < n; i++) sum += (int32_t)w[i] * x[i];
+    return (int32_t)sum;
+}
+
+static void check_gemv(const sample *s, const int8_t *x, int32_t x_sum) {
+    int32_t *acc = malloc(sizeof(int32_t) * (size_t)(s->w.n_rows + 1));
+    for (int32_t first = 0; first < s->w.n_rows; first += 1 + first) {
+        const int32_t n = s->w.n_rows - first;
+        acc[n] = 12345;
+        cq_kernels_current()->gemv(&s->w, first, n, x, x_sum, acc);
+        for (int32_t r = 0; r < n; r++) {
+            const int32_t want = reference_dot(s->weights + (int64_t)(first + r) * s->w.n_cols, x, s->w.n_cols);
+            CHECK(acc[r] == want, "gemv type %d [%d][%d] codebook %d scale %d row %d: %d, want %d", s->w.type,
+                  s->w.n_rows, s->w.n_cols, s->w.codebook_cols, s->w.scale_cols, first + r, acc[r], want);
+        }
+        CHECK(acc[n] == 12345, "gemv wrote past its rows");
+    }
+    free(acc);
+}
+
+static void check_gemm(const sample *s, const int8_t *const *x, const int32_t *x_sum, int32_t n_tokens) {
+    const cq_kernels *kernels = cq_kernels_current();
+    const int32_t panel_rows = kernels->panel_rows;
+    uint8_t *panel = aligned_alloc(64, (size_t)panel_rows * s->w.n_cols + 64);
+    int32_t *acc = malloc(sizeof(int32_t) * (size_t)(n_tokens * panel_rows + 1));
+    for (int32_t first = 0; first < s->w.n_rows; first += panel_rows) {
+        const int32_t n = s->w.n_rows - first < panel_rows ? s->w.n_rows - first : panel_rows;
+        memset(panel, 99, (size_t)panel_rows * s->w.n_cols + 64);
+        acc[n_tokens * panel_rows] = 12345;
+        kernels->decode_panel(&s->w, first, n, panel);
+        CHECK(panel[(size_t)panel_rows * s->w.n_cols] == 99, "decode_panel wrote past the panel");
+        kernels->gemm_panel(panel, s->w.n_cols, x, x_sum, n_tokens, acc);
+        for (int32_t t = 0; t < n_tokens; t++)
+            for (int32_t r = 0; r < panel_rows; r++) {
+                const int8_t *row = s->weights + (int64_t)(first + r) * s->w.n_cols;
+                const int32_t want = r < n ? reference_dot(row, x[t], s->w.n_cols) : 0;
+                CHECK(acc[t * panel_rows + r] == want, "gemm type %d [%d][%d] codebook %d scale %d token %d row %d: %d, want %d",
+                      s->w.type, s->w.n_rows, s->w.n_cols, s->w.codebook_cols, s->w.scale_cols, t, first + r,
+                      acc[t * panel_rows + r], want);
+            }
+        CHECK(acc[n_tokens * panel_rows] == 12345, "gemm_panel wrote past its tokens");
+    }
+    free(panel), free(acc);
+}
+
+static void check_matrix(int32_t bits, int32_t n_rows, int32_t n_cols, int32_t codebook_cols, int32_t scale_cols,
+                         int32_t n_tokens, enum content content) {
+    sample s = sample_new(bits, n_rows, n_cols, codebook_cols, scale_cols, content);
+    guarded memory = guarded_new((size_t)n_tokens * n_cols);
+    const int8_t *x[64];
+    int32_t x_sum[64] = {0};
+    for (int32_t t = 0; t < n_tokens; t++) {
+        int8_t *row = (int8_t *)memory.data + (int64_t)t * n_cols;
+        for (int32_t c = 0; c < n_cols; c++) {
+            row[c] = (int8_t)(content == RANDOM ? random_between(-127, 127) : t % 2 ? -127 : 127);
+            x_sum[t] += row[c];
+        }
+        x[t] = row;
+    }
+    check_gemv(&s, x[n_tokens - 1], x_sum[n_tokens - 1]);
+    check_gemm(&s, x, x_sum, n_tokens);
+    guarded_free(memory);
+    sample_free(s);
+}
+
+static void check_q8_0(int32_t n_blocks, int32_t extreme) {
+    guarded w = guarded_new((size_t)n_blocks * 34), q = guarded_new((size_t)n_blocks * 32);
+    guarded scales = guarded_new((size_t)n_blocks * 4);
+    double want = 0, magnitude = 0;
+    for (int32_t b = 0; b < n_blocks; b++) {
+        uint8_t *block = (uint8_t *)w.data + b * 34;
+        int8_t *weights = (int8_t *)block + 2, *x = (int8_t *)q.data + b * 32;
+        const int32_t exponent = random_between(1, 14), mantissa = random_between(0, 1023);
+        const uint16_t half = (uint16_t)(exponent << 10 | mantissa);
+        const float scale = 0.01f * (float)random_between(1, 1000);
+        memcpy(block, &half, 2);
+        memcpy((char *)scales.data + 4 * b, &scale, 4);
+        for (int32_t i = 0; i < 32; i++) {
+            weights[i] = (int8_t)(extreme ? -128 : random_between(-128, 127));
+            x[i] = (int8_t)(extreme ? -127 : random_between(-127, 127));
+        }
+        const double term = (double)scale * ldexp(1 + mantissa / 1024.0, exponent - 15) * reference_dot(weights, x, 32);
+        want += term;
+        magnitude += fabs((double)scale * ldexp(2, exponent - 15)) * 32 * 128 * 127;
+    }
+    const float got = cq_kernels_current()->dot_q8_0(w.data, q.data, scales.data, n_blocks * 32);
+    /* each block: two roundings of the scale, one product; then at most n_blocks + 8 additions */
+    const double bound = magnitude * (n_blocks + 11) * 0x1p-24;
+    CHECK(fabs(got - want) <= bound, "dot_q8_0 %d blocks: %g, want %g", n_blocks, got, want);
+    guarded_free(w), guarded_free(q), guarded_free(scales);
+}
+
+void test_integers(void) {
+    static const int32_t cols[] = {64, 128, 192, 576, 1088}, rows[] = {1, 2, 3, 4, 5, 31, 33};
+    static const int32_t codebooks[] = {0, 64, 128, 1024}, scales[] = {0, 64, 128, 1024};
+    for (int32_t bits = 2; bits <= 4; bits++) {
+        for (int32_t c = 0; c < 5; c++)
+            for (int32_t variant = 0; variant < 16; variant++) {
+                const int32_t codebook = codebooks[variant % 4] ? codebooks[variant % 4] : cols[c];
+                check_matrix(bits, rows[(variant + c) % 7], cols[c], codebook, scales[variant / 4],
+                             1 + (variant + 3 * c) % 13, RANDOM);
+            }
+        for (int32_t n_tokens = 1; n_tokens <= 13; n_tokens++)
+            check_matrix(bits, 3, 192, 192, n_tokens % 2 * 64, n_tokens, RANDOM);
+        for (enum content content = RANDOM; content < N_CONTENTS; content++)
+            for (int32_t scale = 0; scale <= 64; scale += 64) {
+                check_matrix(bits, 1, CQ_MAX_COLS, CQ_MAX_COLS, scale, 2, content);
+                check_matrix(bits, 5, 320, 128, scale, 3, content);
+            }
+        check_matrix(bits, 33, 1088, 1088, 64, 50, RANDOM);
+        check_matrix(bits, 2, 2112, 2112, 64, 13, RANDOM);
+    }
+    for (int32_t n_blocks = 1; n_blocks <= 40; n_blocks++) check_q8_0(n_blocks, n_blocks % 2);
+}

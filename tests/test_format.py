@@ -1,0 +1,82 @@
+"""Packing of indices, byte by byte, and the effective weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pyggml_bridge.format import Clustered, CQType, pack, packed_shape, quantize_activations, register, unpack
+
+
+@pytest.mark.parametrize("cq", CQType)
+def test_unpack_inverts_pack(cq):
+    indices = np.random.default_rng(0).integers(0, cq.n_centroids, (3, 5, 192), dtype=np.uint8)
+    packed = pack(indices, cq)
+    assert packed.shape == packed_shape(indices.shape, cq) == (3, 5, 3 * cq.block_bytes)
+    assert np.array_equal(unpack(packed, cq), indices)
+
+
+def test_every_index_lands_on_the_documented_bits():
+    for column in range(64):
+        one = np.zeros(64, np.uint8)
+        one[column] = 15
+        packed = pack(one, CQType.CQ4)
+        assert packed[column % 32] == 15 << 4 * (column // 32) and np.count_nonzero(packed) == 1
+        one[column] = 3
+        packed = pack(one, CQType.CQ2)
+        assert packed[column % 16] == 3 << 2 * (column // 16) and np.count_nonzero(packed) == 1
+        one[column] = 4
+        packed = pack(one, CQType.CQ3)
+        assert packed[16 + column // 8] == 1 << column % 8 and np.count_nonzero(packed) == 1
+
+
+@pytest.mark.parametrize("cq", CQType)
+def test_pack_refuses_what_does_not_fit(cq):
+    with pytest.raises(ValueError, match="does not fit"):
+        pack(np.full(64, cq.n_centroids, np.uint8), cq)
+    with pytest.raises(ValueError, match="multiple of 64"):
+        pack(np.zeros(96, np.uint8), cq)
+
+
+def test_effective_weights_follow_the_formula():
+    cq = CQType.CQ2
+    indices = np.tile(np.arange(4, dtype=np.uint8), 48)[None]
+    centroids = np.array([[-127, -1, 1, 127, -128, 5, 7, 9]], np.int8)
+    groups = np.array([[127, 3]], np.int8)
+    weight = Clustered(cq, pack(indices, cq), centroids, np.array([0.5], np.float32), groups, 128, 128)
+    for column in range(192):
+        c = int(centroids[0, column // 128 * 4 + column % 4])
+        w8 = (c * int(groups[0, column // 128]) + 64) >> 7
+        assert weight.weights_i8()[0, column] == w8
+        assert weight.dequantize()[0, column] == np.float32(w8) * np.float32(0.5)
+
+
+def test_activation_quantizer_rounds_half_to_even_and_handles_zero_rows():
+    x = np.array([[127.0, 0.5, 1.5, -2.5, -127.0], [0.0] * 5], np.float32)
+    q, scales = quantize_activations(x)
+    assert q.tolist() == [[127, 0, 2, -2, -127], [0] * 5] and scales.tolist() == [1.0, 0.0]
+    q, scales = quantize_activations(x, bits=4)
+    assert np.abs(q).max() == 7 and scales[0] == np.float32(127) / np.float32(7)
+
+
+def test_gguf_py_reads_our_types_after_one_call(tmp_path):
+    from gguf import GGUFReader
+
+    from tests.tiny_gguf import Tiny, write_tiny
+
+    register()
+    register()  # idempotent
+    dense = write_tiny(tmp_path / "tiny.gguf", Tiny())
+    tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "tiny.gguf").tensors}
+    weight = tensors["blk.0.ffn_down.weight"]
+    assert weight.tensor_type.name == "CQ4" and list(weight.shape) == [192, 128]
+    w8 = Clustered(
+        CQType.CQ4,
+        np.asarray(weight.data).reshape(128, -1),
+        np.asarray(tensors["blk.0.ffn_down.centroids"].data),
+        np.asarray(tensors["blk.0.ffn_down.scales"].data),
+        np.asarray(tensors["blk.0.ffn_down.group_scales"].data),
+        192,
+        64,
+    )
+    assert np.array_equal(w8.dequantize(), dense["blk.0.ffn_down.weight"])

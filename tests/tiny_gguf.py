@@ -1,0 +1,121 @@
+"""Small CQ files of random weights, written through gguf-py, for tests of the reader and the runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from pyggml_bridge.format import VERSION, Clustered, CQType, Sidecars, pack, register
+
+register()
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Dimensions of a tiny model; n_experts 0: dense."""
+
+    cq: CQType = CQType.CQ4
+    n_experts: int = 0
+    top_k: int = 2
+    vocab: int = 320
+    hidden: int = 128
+    n_layers: int = 2
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    head_dim: int = 48
+    ffn: int = 192
+    group_size: int = -1
+    scale_group: int = 64
+    activation_bits: int = 8
+    biases: bool = False
+    tied: bool = False
+    seed: int = 0
+
+
+def random_clustered(rng: np.random.Generator, shape: tuple[int, ...], t: Tiny) -> Clustered:
+    *lead, cols = shape
+    codebook_cols = min(cols, t.group_size) if t.group_size > 0 else cols
+    n_codebooks = -(-cols // codebook_cols)
+    indices = rng.integers(0, t.cq.n_centroids, shape, dtype=np.uint8)
+    centroids = rng.integers(-127, 128, (*lead, n_codebooks * t.cq.n_centroids)).astype(np.int8)
+    scales = (rng.uniform(0.5, 2.0, lead) / (127 * np.sqrt(cols))).astype(np.float32)
+    groups, scale_cols = None, 0
+    if t.scale_group > 0:
+        scale_cols = min(cols, t.scale_group)
+        groups = rng.integers(30, 128, (*lead, -(-cols // scale_cols))).astype(np.int8)
+    return Clustered(t.cq, pack(indices, t.cq), centroids, scales, groups, codebook_cols, scale_cols)
+
+
+def write_tiny(path: Path, t: Tiny) -> dict[str, np.ndarray]:
+    """Write a llama-architecture file; returns the dequantized float32 weights by name."""
+    rng = np.random.default_rng(t.seed)
+    writer = GGUFWriter(path, "llama")
+    _write_keys(writer, t)
+    dense: dict[str, np.ndarray] = {}
+
+    def clustered(name: str, *shape: int) -> None:
+        weight = random_clustered(rng, shape, t)
+        names = Sidecars.of(name)
+        writer.add_tensor(name, weight.packed, raw_dtype=GGMLQuantizationType(int(t.cq)))
+        writer.add_tensor(names.centroids, weight.centroids)
+        writer.add_tensor(names.scales, weight.scales)
+        if weight.group_scales is not None:
+            writer.add_tensor(names.group_scales, weight.group_scales)
+        dense[name] = weight.dequantize()
+
+    def plain(name: str, array: np.ndarray, dtype: type = np.float32) -> None:
+        writer.add_tensor(name, array.astype(dtype))
+        dense[name] = array.astype(dtype).astype(np.float32)
+
+    plain("token_embd.weight", rng.normal(0, 1, (t.vocab, t.hidden)), np.float16)
+    for layer in range(t.n_layers):
+        b = f"blk.{layer}"
+        q_out, kv_out = t.n_heads * t.head_dim, t.n_kv_heads * t.head_dim
+        plain(f"{b}.attn_norm.weight", rng.uniform(0.5, 1.5, t.hidden))
+        for name, n_out in (("attn_q", q_out), ("attn_k", kv_out), ("attn_v", kv_out)):
+            clustered(f"{b}.{name}.weight", n_out, t.hidden)
+            if t.biases:
+                plain(f"{b}.{name}.bias", rng.normal(0, 0.5, n_out))
+        clustered(f"{b}.attn_output.weight", t.hidden, q_out)
+        plain(f"{b}.ffn_norm.weight", rng.uniform(0.5, 1.5, t.hidden))
+        if t.n_experts:
+            plain(f"{b}.ffn_gate_inp.weight", rng.normal(0, 0.2, (t.n_experts, t.hidden)))
+            clustered(f"{b}.ffn_gate_exps.weight", t.n_experts, t.ffn, t.hidden)
+            clustered(f"{b}.ffn_up_exps.weight", t.n_experts, t.ffn, t.hidden)
+            clustered(f"{b}.ffn_down_exps.weight", t.n_experts, t.hidden, t.ffn)
+        else:
+            clustered(f"{b}.ffn_gate.weight", t.ffn, t.hidden)
+            clustered(f"{b}.ffn_up.weight", t.ffn, t.hidden)
+            clustered(f"{b}.ffn_down.weight", t.hidden, t.ffn)
+    plain("output_norm.weight", rng.uniform(0.5, 1.5, t.hidden))
+    if not t.tied:
+        plain("output.weight", rng.normal(0, 0.3, (t.vocab, t.hidden)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dense
+
+
+def _write_keys(writer: GGUFWriter, t: Tiny) -> None:
+    writer.add_uint32("cq.version", VERSION)
+    writer.add_uint32("cq.bits", t.cq.bits)
+    writer.add_int32("cq.group_size", t.group_size)
+    writer.add_int32("cq.scale_group", t.scale_group)
+    writer.add_uint32("cq.activation_bits", t.activation_bits)
+    writer.add_context_length(1024)
+    writer.add_embedding_length(t.hidden)
+    writer.add_block_count(t.n_layers)
+    writer.add_feed_forward_length(t.ffn)
+    writer.add_head_count(t.n_heads)
+    writer.add_head_count_kv(t.n_kv_heads)
+    writer.add_key_length(t.head_dim)
+    writer.add_value_length(t.head_dim)
+    writer.add_rope_dimension_count(t.head_dim)
+    writer.add_layer_norm_rms_eps(1e-5)
+    if t.n_experts:
+        writer.add_expert_count(t.n_experts)
+        writer.add_expert_used_count(t.top_k)
