@@ -1,4 +1,4 @@
-"""Calibration: text -> token sequences -> second moments of every linear's input, per expert where there are experts."""
+"""Calibration: text -> token sequences -> second moments of every linear's input, per expert."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def read_tokens(checkpoint: Checkpoint, file: Path, n_tokens: int) -> Tensor:
         raise CQError(f"{file}: {len(ids)} tokens are too few to calibrate on (at least 64)")
     length = min(SEQUENCE, len(ids))
     tokens = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
-    if checkpoint.tokenizer.bos_token_id is not None and tokenize(checkpoint, "a", True)[0] != tokenize(checkpoint, "a")[0]:
+    if (
+        checkpoint.tokenizer.bos_token_id is not None
+        and tokenize(checkpoint, "a", True)[0] != tokenize(checkpoint, "a")[0]
+    ):
         tokens[:, 0] = checkpoint.tokenizer.bos_token_id
     return tokens
 
@@ -40,7 +43,9 @@ def tokenize(checkpoint: Checkpoint, text: str, special: bool = False) -> list[i
     """Token ids of a text; CQError for an id outside the model's vocabulary."""
     ids: list[int] = checkpoint.tokenizer.backend_tokenizer.encode(text, add_special_tokens=special).ids
     if ids and max(ids) >= checkpoint.config.vocab_size:
-        raise CQError(f"{checkpoint.path}: the tokenizer gives id {max(ids)}, the model has {checkpoint.config.vocab_size}")
+        raise CQError(
+            f"{checkpoint.path}: the tokenizer gives id {max(ids)}, the model has {checkpoint.config.vocab_size}"
+        )
     return ids
 
 

@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from pyggml_bridge.errors import CQError
 
 from . import arch
 from .architecture import Architecture, Layer, Linear, Norm, split_rope
 from .sources import GgufSource, SafetensorsSource, Source
-
-
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 transformers_logging.set_verbosity_error()  # what matters to the user is said by this package, in one line
 transformers_logging.disable_progress_bar()
@@ -50,7 +48,9 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises from several libraries; all mean the same to the user
-        raise CQError(f"{hub_id}: no such directory, and not available from the hub ({type(error).__name__})") from error
+        raise CQError(
+            f"{hub_id}: no such directory, and not available from the hub ({type(error).__name__})"
+        ) from error
 
 
 class Checkpoint:

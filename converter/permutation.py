@@ -57,7 +57,7 @@ def _permute_channels(layer: Layer, names: tuple[str, ...], order: Tensor) -> No
 
 
 def _permute_heads(value: Tensor, output: Tensor, arch: Architecture, block: int, head_dim: int) -> Layer:
-    """Value rows [kv_heads * head_dim, in] and output columns [out, heads * head_dim], reordered inside each KV head."""
+    """Value rows [kv_heads * head_dim, in] and output columns [out, heads * head_dim], reordered per KV head."""
     v = value.unflatten(0, (-1, head_dim))  # [kv_heads, head_dim, in]
     o = output.unflatten(1, (v.shape[0], -1, head_dim))  # [out, kv_heads, queries per KV head, head_dim]
     orders = [outlier_order(o[:, head].flatten(0, 1), block) for head in range(v.shape[0])]

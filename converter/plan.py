@@ -165,4 +165,3 @@ class _Planner:
     def require_all_used(self) -> None:
         for override in self.unused:
             raise CQError(f"--tensor-type {override.pattern.pattern}={override.type}: no matrix has such a name")
-

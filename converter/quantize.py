@@ -87,7 +87,11 @@ def relative_error(weight: Tensor, effective: Tensor, moments: list[Moments] | N
     """See Quantized.rel_error; experts that saw no token are left out where others did."""
     if not moments or not any(entry.tokens for entry in moments):
         return float((weight - effective).norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
-    pairs = zip(weight.reshape(len(moments), -1, weight.shape[-1]), effective.reshape(len(moments), -1, weight.shape[-1]), strict=True)
+    pairs = zip(
+        weight.reshape(len(moments), -1, weight.shape[-1]),
+        effective.reshape(len(moments), -1, weight.shape[-1]),
+        strict=True,
+    )
     sums = [
         [entry.tokens * value for value in entry.relative_error(w, e)]
         for entry, (w, e) in zip(moments, pairs, strict=True)

@@ -20,13 +20,15 @@ MAX_FLOPS = 4e12  # bounds the time for wide models; independent of the machine,
 
 
 def random_rotation(n: int, seed: int) -> Tensor:
-    """Orthogonal [n, n]: a Hadamard matrix of n's power-of-two part, times (Kronecker) a random orthogonal matrix of the
-    odd part, times random signs. Every entry is of the order of 1 / sqrt(n), so outliers spread over all channels."""
+    """Orthogonal [n, n]: Hadamard of n's power-of-two part, (Kronecker) times random of the odd part, times random signs.
+
+    Every entry is of the order of 1 / sqrt(n), so outliers spread over all channels.
+    """
     generator = torch.Generator().manual_seed(seed)
     odd = n // (n & -n)
     gaussian = torch.randn(odd, odd, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
-    rotation = q * torch.sign(torch.diagonal(r))
+    rotation = (q * torch.sign(torch.diagonal(r))).contiguous()
     while rotation.shape[0] < n:
         rotation = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5, rotation)
     signs = torch.randint(0, 2, (n, 1), generator=generator) * 2.0 - 1

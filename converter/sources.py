@@ -103,5 +103,7 @@ class GgufSource:
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
-            raise CQError(f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be read") from error
+            raise CQError(
+                f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be read"
+            ) from error
         return torch.from_numpy(np.array(values, np.float32)).reshape(self.shape(name))

@@ -16,7 +16,7 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# llama.cpp's names of pre-tokenizers by their definition: the split patterns before the byte level, and its own pattern.
+# llama.cpp's names of pre-tokenizers by their definition: the steps before the byte level.
 PRE_TOKENIZERS = {
     (): "gpt-2",
     ("Digits",): "smollm",

@@ -1,7 +1,7 @@
 """Mixtral: Llama's attention; a softmax router over experts, the weights of the chosen ones renormalized to 1.
 
-transformers holds gate and up of all experts in one parameter; checkpoints hold w1 (gate), w3 (up) and w2 (down) of each
-expert below block_sparse_moe. llama.cpp calls this architecture llama, told apart by its expert count.
+transformers holds gate and up of all experts in one parameter; checkpoints hold w1 (gate), w3 (up) and w2 (down) of
+each expert below block_sparse_moe. llama.cpp calls this architecture llama, told apart by its expert count.
 """
 
 from __future__ import annotations

@@ -113,31 +113,37 @@ CQ_INLINE __m512i decode_block(const cq_row *row, const int32_t bits, int32_t b,
     return _mm512_shuffle_epi8(table, index);
 }
 
-/* N rows at once: x is loaded once for all of them, and their streams hide each other's latency. */
+/* sum[r] += blocks b .. b + n - 1 of N rows. x is loaded once for all of them. */
+CQ_INLINE void gemv_step(const int32_t N, const int32_t bits, const enum table_source source, cursor *c, int32_t b,
+                         const int32_t n, const int8_t *x, __m512i *sum) {
+#pragma GCC unroll 4
+    for (int32_t r = 0; r < N; r++) {
+        __m512i tables[4];
+        tables_at(&c[r], bits, source, b, n, tables);
+#pragma GCC unroll 4
+        for (int32_t i = 0; i < n; i++)
+            sum[r] = _mm512_dpbusd_epi32(sum[r], decode_block(&c[r].row, bits, b + i, tables[i]),
+                                         _mm512_loadu_si512(x + (b + i) * CQ_BLOCK));
+    }
+}
+
+/* N rows at once: their independent sums and streams hide latency. */
 CQ_INLINE void gemv_rows(const int32_t N, const int32_t bits, const enum table_source source, const cq_matrix *w,
                          int64_t row, const int8_t *x, int32_t x_sum, int32_t *acc) {
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
     cursor c[4];
-    __m512i sum[4], tables[4];
-    for (int32_t r = 0; r < N; r++) c[r] = cursor_at(w, row + r, bits, source), sum[r] = _mm512_setzero_si512();
-    for (int32_t b = 0; b < n_blocks; b += 4) {
-        const int32_t n = cq_min(4, n_blocks - b);
-        for (int32_t r = 0; r < N; r++) {
-            if (n == 4) {
-                tables_at(&c[r], bits, source, b, 4, tables);
-                _mm_prefetch((const char *)c[r].row.indices + (int64_t)b * 8 * bits + 1024, _MM_HINT_T0);
+    __m512i sum[4];
 #pragma GCC unroll 4
-                for (int32_t i = 0; i < 4; i++)
-                    sum[r] = _mm512_dpbusd_epi32(sum[r], decode_block(&c[r].row, bits, b + i, tables[i]),
-                                                 _mm512_loadu_si512(x + (b + i) * CQ_BLOCK));
-            } else {
-                tables_at(&c[r], bits, source, b, n, tables);
-                for (int32_t i = 0; i < n; i++)
-                    sum[r] = _mm512_dpbusd_epi32(sum[r], decode_block(&c[r].row, bits, b + i, tables[i]),
-                                                 _mm512_loadu_si512(x + (b + i) * CQ_BLOCK));
-            }
-        }
+    for (int32_t r = 0; r < N; r++) c[r] = cursor_at(w, row + r, bits, source), sum[r] = _mm512_setzero_si512();
+    int32_t b = 0;
+    for (; b + 4 <= n_blocks; b += 4) {
+#pragma GCC unroll 4
+        for (int32_t r = 0; r < N; r++)
+            _mm_prefetch((const char *)c[r].row.indices + (int64_t)b * 8 * bits + 1024, _MM_HINT_T0);
+        gemv_step(N, bits, source, c, b, 4, x, sum);
     }
+    for (; b < n_blocks; b++) gemv_step(N, bits, source, c, b, 1, x, sum);
+#pragma GCC unroll 4
     for (int32_t r = 0; r < N; r++) acc[r] = _mm512_reduce_add_epi32(sum[r]) - 128 * x_sum;
 }
 

@@ -28,7 +28,7 @@ static inline uint32_t random_u32(void) {
 }
 
 static inline int32_t random_between(int32_t low, int32_t high) {
-    return low + (int32_t)(random_u32() % (uint32_t)(high - low + 1));
+    return (int32_t)(low + (int64_t)(random_u32() % ((uint32_t)high - (uint32_t)low + 1)));
 }
 
 static inline float random_float(void) { return (float)random_between(-1000000, 1000000) * 1e-6f; }

@@ -1,0 +1,124 @@
+"""cq-convert: arguments -> one frozen Settings -> the pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pyggml_bridge.cli.common import ArgumentParser, print_json, run_main
+from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import BLOCK, MAX_COLS
+from pyggml_bridge.native import default_threads
+
+from .clustering import Grouping
+from .pipeline import convert, plan_conversion
+from .plan import Plan
+from .report import console, tensor_table
+from .settings import Override, Settings
+from .write import check_output
+
+DEFAULT_CALIBRATION_TOKENS = 16384  # provisional: see docs/quality.md once the curve is measured
+
+
+def main() -> None:
+    """Entry point of cq-convert."""
+    run_main(command)
+
+
+def command() -> None:
+    """Parse, convert, report."""
+    arguments = parser().parse_args()
+    settings = settings_of(arguments)
+    if arguments.report and not arguments.report.resolve().parent.is_dir():
+        raise CQError(f"--report {arguments.report}: no such directory")
+    if arguments.dry_run:
+        show_plan(settings, plan_conversion(settings)[1], arguments.json)
+        return
+    report = convert(settings)
+    document = report.document()
+    if arguments.report:
+        arguments.report.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if arguments.json:
+        print_json(document)
+    report.print()
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    p = ArgumentParser(prog="cq-convert", description="Hugging Face checkpoint -> clustered-codebook GGUF")
+    p.add_argument("model", metavar="MODEL", help="directory with config.json and safetensors, hub id, or GGUF file")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the GGUF file to write")
+    p.add_argument("--bits", type=int, choices=(4, 3, 2), default=4, help="bits per index")
+    p.add_argument("--group-size", type=int, default=-1, metavar="N", help="columns that share a codebook; -1: the row")
+    p.add_argument(
+        "--scale-group", type=int, choices=(-1, 64, 128), default=64, help="columns that share a scale; -1: the row"
+    )
+    p.add_argument("--activation-bits", type=int, choices=(8, 4), default=8, help="activations at run time")
+    p.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate on; without it weights only")
+    p.add_argument(
+        "--calibration-tokens", type=int, default=DEFAULT_CALIBRATION_TOKENS, metavar="N", help="tokens used of it"
+    )
+    p.add_argument("--no-rotation", action="store_true", help="keep the residual stream's basis")
+    p.add_argument("--no-permutation", action="store_true", help="keep the order of channels (with --group-size)")
+    p.add_argument("--no-feedback", action="store_true", help="nearest centroids, no error feedback over columns")
+    p.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help="type of matching matrices")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes")
+    p.add_argument("--threads", type=int, default=None, metavar="N", help="threads (default: physical cores)")
+    p.add_argument("--no-check", action="store_true", help="do not reload and run the result")
+    p.add_argument("--dry-run", action="store_true", help="print types, sizes and disk; write nothing")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    p.add_argument("--report", type=Path, metavar="FILE.json", help="also write the report here")
+    p.add_argument("--json", action="store_true", help="the report as JSON on standard output")
+    return p
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """Checked settings; CQError naming the option that makes no sense."""
+    a = arguments
+    if a.group_size != -1 and (a.group_size < BLOCK or a.group_size % BLOCK or a.group_size > MAX_COLS):
+        raise CQError(f"--group-size {a.group_size}: expected -1 or a multiple of {BLOCK} up to {MAX_COLS}")
+    if a.calibration_tokens < 64:
+        raise CQError(f"--calibration-tokens {a.calibration_tokens}: expected at least 64")
+    if a.threads is not None and not 1 <= a.threads <= 1024:
+        raise CQError(f"--threads {a.threads}: expected 1 .. 1024")
+    if not 0 <= a.seed < 1 << 32:
+        raise CQError(f"--seed {a.seed}: expected 0 .. 4294967295")
+    if a.calibration and not a.calibration.is_file():
+        raise CQError(f"--calibration {a.calibration}: no such file")
+    return Settings(
+        model=a.model,
+        out=a.out,
+        bits=a.bits,
+        grouping=Grouping(a.group_size, a.scale_group),
+        activation_bits=a.activation_bits,
+        calibration=a.calibration,
+        calibration_tokens=a.calibration_tokens,
+        rotation=not a.no_rotation,
+        permutation=not a.no_permutation,
+        feedback=not a.no_feedback,
+        overrides=tuple(Override.parse(text) for text in a.tensor_type),
+        seed=a.seed,
+        threads=a.threads or default_threads(),
+        overwrite=a.overwrite,
+        check=not a.no_check,
+    )
+
+
+def show_plan(settings: Settings, plan: Plan, as_json: bool) -> None:
+    """The dry run's output; CQError if the output could not be written."""
+    check_output(settings.out, settings.overwrite, plan.nbytes)
+    tensors: list[dict[str, Any]] = [
+        {"name": t.name, "type": t.type, "shape": list(t.shape), "bpw": t.bpw, "bytes": t.nbytes} for t in plan.tensors
+    ]
+    if as_json:
+        print_json({"out": str(settings.out), "bytes": plan.nbytes, "bpw": plan.bpw, "tensors": tensors})
+    console.print(tensor_table(plan, {}))
+    console.print(
+        f"{settings.out}: {plan.nbytes / 1e6:.1f} MB of tensors, {plan.bpw:.3f} bits per weight; nothing written"
+    )
+
+
+if __name__ == "__main__":
+    main()

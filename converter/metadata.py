@@ -1,0 +1,56 @@
+"""GGUF keys of the output: provenance, cq.*, llama.cpp's architecture keys, tokenizer, sampling defaults."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pyggml_bridge.format import VERSION
+
+from .checkpoint import Checkpoint
+from .settings import Settings
+from .tokenizer import tokenizer_keys
+
+SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+
+
+def metadata(checkpoint: Checkpoint, settings: Settings, calibration_tokens: int) -> dict[str, Any]:
+    """All keys but general.architecture; values are int, float, bool, str or a list of one of them."""
+    arch = checkpoint.arch
+    keys: dict[str, Any] = {"general.type": "model", "general.name": checkpoint.path.stem}
+    keys |= {f"{arch.gguf_name}.{key}": value for key, value in arch.hparams(checkpoint.config).items()}
+    keys |= _cq_keys(settings, calibration_tokens)
+    return keys | _sampling_keys(checkpoint) | tokenizer_keys(checkpoint)
+
+
+def _cq_keys(settings: Settings, calibration_tokens: int) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "cq.version": VERSION,
+        "cq.bits": settings.bits,
+        "cq.group_size": settings.grouping.group_size,
+        "cq.scale_group": settings.grouping.scale_group,
+        "cq.activation_bits": settings.activation_bits,
+        "cq.seed": settings.seed,
+        "cq.rotation": settings.rotation,
+        "cq.converter": f"codequant {package_version()}",
+    }
+    if settings.calibration:
+        keys |= {"cq.calibration.file": settings.calibration.name, "cq.calibration.tokens": calibration_tokens}
+    return keys
+
+
+def package_version() -> str:
+    """The installed package's version."""
+    try:
+        return version("codequant-gguf")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _sampling_keys(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Sampling defaults that the generation config sets, where it asks for sampling at all."""
+    config = checkpoint.generation_config
+    if not config.do_sample:
+        return {}
+    found = {name: getattr(config, field, None) for field, name in SAMPLING.items()}
+    return {f"general.sampling.{name}": value for name, value in found.items() if value is not None}

@@ -1,0 +1,40 @@
+"""One pass over the float model: rows of every norm's output for the rotation, and the logits the result must keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .calibration import capture_norms
+from .report import progress
+from .stream import LayerStream
+from .transform import TransformedModel
+
+ROWS_PER_NORM = 32
+
+
+@dataclass(frozen=True)
+class Observation:
+    """norm_rows [norms, rows, hidden] in the unrotated basis; logits [tokens, vocab] of the first sequence."""
+
+    norm_rows: Tensor
+    logits: Tensor
+
+
+@torch.no_grad()
+def observe(model: TransformedModel, stream: LayerStream, tokens: Tensor) -> Observation:
+    """Run tokens [sequences, n] through the folded, unrotated model, one layer at a time."""
+    n_layers = model.checkpoint.config.num_hidden_layers
+    hidden = model.embedding()[tokens]
+    rows: list[Tensor] = []
+    with progress("observing", n_layers) as advance:
+        for i in range(n_layers):
+            module = stream.module(i, model.layer(i))
+            with capture_norms(model.checkpoint.arch, module, ROWS_PER_NORM) as found:
+                stream.forward(module, hidden)
+            rows += found
+            advance()
+    logits = stream.final_norm(hidden[0]) @ model.head().T
+    return Observation(torch.stack(rows), logits)

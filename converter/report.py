@@ -1,0 +1,110 @@
+"""What a conversion did: progress on stderr while it runs, then a table per tensor, and JSON."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .plan import Plan, PlannedTensor
+from .rotation import LearnedRotation
+
+console = Console(stderr=True, highlight=False)
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Any]:
+    """A progress bar on stderr, drawn only on a terminal; yields a function that advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
+    with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, now="")
+
+        def advance(now: str = "", step: int = 1) -> None:
+            bar.update(task, advance=step, now=now)
+
+        yield advance
+
+
+@dataclass
+class Report:
+    """Filled in by the pipeline."""
+
+    plan: Plan
+    out: str
+    rel_errors: dict[str, float] = field(default_factory=dict)
+    experts: list[dict[str, Any]] = field(default_factory=list)
+    rotation: LearnedRotation | None = None
+    check: dict[str, Any] = field(default_factory=dict)
+    nbytes: int = 0
+    seconds: float = 0.0
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document of interfaces: --json and --report."""
+        tensors = self.plan.tensors
+        document: dict[str, Any] = {
+            "out": self.out,
+            "bytes": self.nbytes,
+            "bpw": self.plan.bpw,
+            "bpw_total": 8 * self.nbytes / sum(t.n_weights for t in tensors),
+            "seconds": self.seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "tensors": [self._entry(tensor) for tensor in tensors],
+            "experts": self.experts,
+            "check": self.check,
+        }
+        if self.rotation:
+            loss = {"start": self.rotation.loss_start, "end": self.rotation.loss_end, "steps": self.rotation.steps}
+            document["rotation_loss"] = loss
+        return document
+
+    def _entry(self, tensor: PlannedTensor) -> dict[str, Any]:
+        entry: dict[str, Any] = {"name": tensor.name, "type": tensor.type, "shape": list(tensor.shape)}
+        entry |= {"bpw": tensor.bpw, "rel_error": self.rel_errors.get(tensor.name)}
+        return entry | ({"note": tensor.note} if tensor.note else {})
+
+    def print(self) -> None:
+        """The per-tensor table and a summary, on stderr."""
+        console.print(tensor_table(self.plan, self.rel_errors))
+        if self.rotation:
+            r = self.rotation
+            console.print(f"rotation: quantization loss {r.loss_start:.4g} -> {r.loss_end:.4g} in {r.steps} steps")
+        for entry in self.experts:
+            idle = [expert for expert, tokens in enumerate(entry["tokens"]) if not tokens]
+            if idle:
+                warn(f"layer {entry['layer']}: experts {idle} saw no calibration token: clustered by weight only")
+        if self.check:
+            console.print(f"check: KLD {self.check['kld']:.4f}, sample: {self.check['sample']!r}")
+        console.print(
+            f"{self.out}: {self.nbytes / 1e6:.1f} MB, {self.plan.bpw:.3f} bits per weight, {self.seconds:.0f} s, "
+            f"peak memory {peak_memory_bytes() / 1e9:.2f} GB"
+        )
+
+
+def tensor_table(plan: Plan, rel_errors: dict[str, float]) -> Table:
+    """One row per tensor, one-dimensional ones left out."""
+    table = Table("tensor", "shape", "type", "bpw", "rel. error", "note", box=None)
+    for tensor in plan.tensors:
+        if len(tensor.shape) > 1:
+            error = f"{rel_errors[tensor.name]:.4f}" if tensor.name in rel_errors else ""
+            shape = " x ".join(map(str, tensor.shape))
+            table.add_row(tensor.name, shape, tensor.type, f"{tensor.bpw:.3f}", error, tensor.note)
+    return table
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,48 @@
+"""The float model after the stages that leave its logits unchanged: folded, rotated, permuted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from .architecture import Layer
+from .checkpoint import Checkpoint
+from .fold import fold_final_norm, fold_norms
+from .permutation import permute_layer
+from .rotation import rotate_layer
+
+
+@dataclass(frozen=True)
+class TransformedModel:
+    """A checkpoint seen through fold, rotation [hidden, hidden] (None: no rotation) and permutation (0: none)."""
+
+    checkpoint: Checkpoint
+    rotation: Tensor | None = None
+    permute_block: int = 0
+
+    def rotated(self, rotation: Tensor | None) -> TransformedModel:
+        """The same with another rotation."""
+        return replace(self, rotation=rotation)
+
+    def _rotate(self, matrix: Tensor) -> Tensor:
+        return matrix if self.rotation is None else matrix @ self.rotation
+
+    def embedding(self) -> Tensor:
+        """[vocab, hidden]."""
+        return self._rotate(self.checkpoint.embedding())
+
+    def head(self) -> Tensor:
+        """[vocab, hidden]: reads the final norm without its scale, so it is never tied to the embedding."""
+        return self._rotate(fold_final_norm(self.checkpoint.head(), self.checkpoint.final_norm()))
+
+    def layer(self, index: int) -> Layer:
+        """All tensors of one decoder layer; norm scales are 1."""
+        arch, config = self.checkpoint.arch, self.checkpoint.config
+        layer = fold_norms(arch, self.checkpoint.layer(index))
+        if self.rotation is not None:
+            layer = rotate_layer(arch, layer, self.rotation)
+        if self.permute_block:
+            head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+            layer = permute_layer(arch, layer, self.permute_block, head_dim)
+        return layer
