@@ -77,9 +77,10 @@ class Architecture:
     n_experts: Callable[[Any], int] = lambda config: 0
     gguf_input: bool = True  # a GGUF file of this architecture can be converted
 
-    def linear(self, name: str) -> Linear:
-        """The linear with this GGUF stem."""
-        return next(linear for linear in self.linears if linear.name == name)
+    @property
+    def specs(self) -> list[Norm | Linear]:
+        """All tensors of a layer, in file order."""
+        return [*self.norms, *self.linears]
 
     def install(self, module: torch.nn.Module, layer: Layer) -> None:
         """Copy a layer's tensors into transformers' decoder layer module."""

@@ -130,7 +130,7 @@ class Checkpoint:
     def _validate(self) -> None:
         """Every tensor is present with the configuration's shape."""
         for layer in range(self.config.num_hidden_layers):
-            for spec in (*self.arch.norms, *self.arch.linears):
+            for spec in self.arch.specs:
                 self._check_shape(spec, layer)
         for name in (EMBEDDING, FINAL_NORM, *([] if self.tied else [HEAD])):
             self._require(self._model_name(name), tuple(self.skeleton.get_parameter(name).shape))
@@ -177,7 +177,7 @@ class Checkpoint:
 
     def layer(self, index: int) -> Layer:
         """All tensors of one decoder layer, as architecture.Layer describes."""
-        return {spec.name: self._read_layer_tensor(spec, index) for spec in (*self.arch.norms, *self.arch.linears)}
+        return {spec.name: self._read_layer_tensor(spec, index) for spec in self.arch.specs}
 
     def _read_layer_tensor(self, spec: Norm | Linear, layer: int) -> Tensor:
         name = self._disk_name(spec, layer)

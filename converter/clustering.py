@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_bridge.format import Clustered, CQType, pack
+from pyggml_bridge.format import BLOCK, Clustered, CQType, pack
 from pyggml_bridge.native import aligned_empty, ffi, lib, pointer
 
 ITERATIONS = 8
@@ -60,7 +60,8 @@ def fit_codebooks(
     weight float32 [cols] >= 0: importance of each column (mean square of its input).
     """
     rows, cols = w.shape
-    codebook_cols = cols if grouping.group_size == -1 else min(grouping.group_size, cols)
+    whole_row = -(-cols // BLOCK) * BLOCK
+    codebook_cols = whole_row if grouping.group_size == -1 else min(grouping.group_size, whole_row)
     scale_cols = 0 if grouping.scale_group == -1 else grouping.scale_group
     fit = Fit(
         cq,

@@ -12,7 +12,7 @@ from .report import progress
 from .stream import LayerStream
 from .transform import TransformedModel
 
-ROWS_PER_NORM = 32
+ROWS_PER_NORM = 256
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,6 @@ class Observation:
     logits: Tensor
 
 
-@torch.no_grad()
 def observe(model: TransformedModel, stream: LayerStream, tokens: Tensor) -> Observation:
     """Run tokens [sequences, n] through the folded, unrotated model, one layer at a time."""
     n_layers = model.checkpoint.config.num_hidden_layers

@@ -26,7 +26,7 @@ from .stream import LayerStream
 from .transform import TransformedModel
 from .write import OutputFile, check_output
 
-OBSERVED_SEQUENCES = 4
+OBSERVED_SEQUENCES = 8
 CHECK_TEXT = (
     "A hash table stores pairs of keys and values in an array. A hash function turns each key into an index of that "
     "array, so that a value can be found without looking at the others. Two keys may have the same index, which is "
@@ -104,14 +104,17 @@ class _Job:
         start = random_rotation(self.checkpoint.config.hidden_size, self.settings.seed)
         if observed is None:
             return start
-        self.report.rotation = learn_rotation(observed.norm_rows, start, self.settings.activation_bits)
+        self.report.rotation = learn_rotation(
+            observed.norm_rows, start, self.settings.activation_bits, self.settings.seed
+        )
         return self.report.rotation.rotation
 
     def _write(self, file: OutputFile, tokens: Tensor | None) -> None:
         """Every tensor in the plan's order; hidden states follow through the already quantized layers."""
-        *freqs, embedding = self.plan.first
-        for planned in freqs:
-            file.write(planned, [rope_freqs(self.checkpoint.config)])
+        *_, embedding = self.plan.first
+        freqs = rope_freqs(self.checkpoint.config)
+        if freqs is not None:
+            file.write(self.plan.first[0], [freqs])
         table = self._write_tensor(file, embedding, self.model.embedding())
         hidden = None if tokens is None else table[tokens]
         with progress("clustering", len(self.plan.layers)) as advance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ def quantize(
         arrays, effective = _plain(planned, weight)
         return Quantized(arrays, effective, relative_error(weight, effective, moments))
     matrices = weight if weight.dim() == 3 else weight[None]
-    entries = moments or [None] * len(matrices)
+    entries: Sequence[Moments | None] = moments or [None] * len(matrices)
     parts = [
         _cluster(matrix, planned.cq, planned.grouping, entry, feedback, n_threads)
         for matrix, entry in zip(matrices, entries, strict=True)
@@ -77,7 +78,7 @@ def _cluster(
     if moments and seen and feedback:
         error_feedback(fit, moments.feedback_factor.numpy(), n_threads)
     clustered = fit.clustered()
-    arrays = [clustered.packed, clustered.centroids, clustered.scales]
+    arrays: list[NDArray[Any]] = [clustered.packed, clustered.centroids, clustered.scales]
     if clustered.group_scales is not None:
         arrays.append(clustered.group_scales)
     return arrays, torch.from_numpy(clustered.dequantize())

@@ -19,12 +19,12 @@ class Reference:
         self._top_k = getattr(checkpoint.config, "num_experts_per_tok", None)
         self._routed: NDArray[np.int64] | None = None
 
-    @torch.no_grad()
     def logits(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """float32 [n, vocab] of one sequence of tokens int32 [n]."""
         ids = torch.from_numpy(np.asarray(tokens, np.int64))[None]
         options = {"output_router_logits": True} if self._top_k else {}
-        output = self._model(input_ids=ids, use_cache=False, **options)
+        with torch.no_grad():
+            output = self._model(input_ids=ids, use_cache=False, **options)
         if self._top_k:
             layers = [layer.topk(self._top_k, dim=-1).indices.numpy() for layer in output.router_logits]
             self._routed = np.stack(layers)

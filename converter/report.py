@@ -16,7 +16,7 @@ from rich.table import Table
 from .plan import Plan, PlannedTensor
 from .rotation import LearnedRotation
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from .architecture import Architecture, Layer
 
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 2e-3  # decays linearly to 0
 MAX_STEPS = 100
-STEP_FLOPS = 60  # of one step, times hidden^3: solve, its gradient, and the products around it
-MAX_FLOPS = 4e12  # bounds the time for wide models; independent of the machine, so that a seed gives one result
+ROWS_PER_STEP = 64  # of each norm
+HELD_OUT = 4  # every fourth row only measures
+MAX_FLOPS = 2e13  # bounds the time for wide models; not a clock, so that a seed gives one result
 
 
 def random_rotation(n: int, seed: int) -> Tensor:
-    """Orthogonal [n, n]: Hadamard of n's power-of-two part, (Kronecker) times random of the odd part, times random signs.
+    """Orthogonal [n, n]: Hadamard of n's power-of-two part (Kronecker) random of the odd part, with random signs.
 
     Every entry is of the order of 1 / sqrt(n), so outliers spread over all channels.
     """
@@ -55,7 +56,7 @@ def quantization_loss(y: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LearnedRotation:
-    """rotation [hidden, hidden] with the loss of the random start and of the result, summed over the norms."""
+    """rotation [hidden, hidden]; losses, summed over the norms, on rows that were not learned from."""
 
     rotation: Tensor
     loss_start: float
@@ -63,29 +64,40 @@ class LearnedRotation:
     steps: int
 
 
-def learn_rotation(rows: Tensor, start: Tensor, bits: int) -> LearnedRotation:
+def learn_rotation(rows: Tensor, start: Tensor, bits: int, seed: int) -> LearnedRotation:
     """Descend from `start` on the quantization loss of rows [norms, tokens, hidden], inputs of the linears.
 
-    Adam on the Cayley parameter; the best rotation seen is returned, so the loss never rises.
+    Adam on the Cayley parameter, a batch of rows of every norm per step. Every fourth row is held out; if the loss on
+    those does not fall, the start is returned.
     """
-    n = start.shape[0]
-    steps = max(1, min(MAX_STEPS, int(MAX_FLOPS / (STEP_FLOPS * n**3))))
-    x = rows @ start
+    held = torch.arange(rows.shape[1]) % HELD_OUT == 0
+    learned = _descend(rows[:, ~held] @ start, bits, steps := _step_count(rows), torch.Generator().manual_seed(seed))
+    rotation = orthogonalize(start.double() @ learned.double())
+    losses = [float(quantization_loss(rows[:, held] @ r, bits)) * len(rows) for r in (start, rotation)]
+    if losses[1] < losses[0]:
+        return LearnedRotation(rotation, losses[0], losses[1], steps)
+    return LearnedRotation(start, losses[0], losses[0], steps)
+
+
+def _step_count(rows: Tensor) -> int:
+    n = rows.shape[-1]
+    per_step = 6 * len(rows) * ROWS_PER_STEP * n**2 + 10 * n**3  # products; solve with its gradient
+    return max(1, min(MAX_STEPS, int(MAX_FLOPS / per_step)))
+
+
+def _descend(x: Tensor, bits: int, steps: int, generator: torch.Generator) -> Tensor:
+    n = x.shape[-1]
     m = torch.zeros(n, n, requires_grad=True)
     optimizer = torch.optim.Adam([m], lr=LEARNING_RATE)
-    losses: list[float] = []
-    best = m.detach().clone()
-    for step in range(steps + 1):
-        loss = quantization_loss(x @ cayley(m), bits) * len(rows)
-        losses.append(float(loss))
-        if losses[-1] <= min(losses):
-            best = m.detach().clone()
-        if step < steps:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    rotation = orthogonalize(start.double() @ cayley(best.double()))
-    return LearnedRotation(rotation, losses[0], min(losses), steps)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in range(steps):
+        batch = torch.randint(0, x.shape[1], (ROWS_PER_STEP,), generator=generator)
+        loss = quantization_loss(x[:, batch] @ cayley(m), bits)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return cayley(m.detach())
 
 
 def orthogonalize(rotation: Tensor) -> Tensor:

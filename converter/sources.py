@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import gguf
 import numpy as np
@@ -37,7 +37,7 @@ class SafetensorsSource:
         """Open every file; CQError for a missing, truncated or foreign one."""
         self.path = path
         self._stack = ExitStack()
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for file in self._file_names():
             with _readable(file):
                 handle = self._stack.enter_context(safe_open(file, framework="pt"))

@@ -29,15 +29,15 @@ class LayerStream:
         self.arch.install(module, layer)
         return module
 
-    @torch.no_grad()
     def forward(self, module: nn.Module, hidden: Tensor) -> None:
         """Replace hidden [sequences, tokens, hidden_size] by the layer's output, a few sequences at a time."""
         n_tokens = hidden.shape[1]
         positions = torch.arange(n_tokens)[None]
         rope = self.rotary(hidden, position_ids=positions)
-        for batch in hidden.split(max(1, BATCH_TOKENS // n_tokens)):
-            # Without a mask, attention is causal.
-            batch.copy_(module(batch, position_embeddings=rope, position_ids=positions, attention_mask=None))
+        with torch.no_grad():
+            for batch in hidden.split(max(1, BATCH_TOKENS // n_tokens)):
+                # Without a mask, attention is causal.
+                batch.copy_(module(batch, position_embeddings=rope, position_ids=positions, attention_mask=None))
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The final norm without its scale, which the head has taken."""

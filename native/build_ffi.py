@@ -22,7 +22,16 @@ ffibuilder.set_source(
     sources=sorted(str(path.relative_to(ROOT.parent)) for path in (ROOT / "src").glob("*.c")),
     include_dirs=[str(ROOT / "include")],
     depends=[str(path) for path in (*ROOT.glob("src/*.h"), *ROOT.glob("include/*.h"))],
-    extra_compile_args=["-std=gnu11", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", *extra],
+    extra_compile_args=[
+        "-std=gnu11",
+        "-O3",
+        "-fopenmp",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-Wall",
+        "-Wextra",
+        *extra,
+    ],
     extra_link_args=["-fopenmp", *extra],
     py_limited_api=True,
 )

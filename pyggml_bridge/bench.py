@@ -34,7 +34,7 @@ def cpu_name() -> str:
 def measure_tests(
     model: Model, n_prompt: int, n_gen: int, depth: int, repetitions: int, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """llama-bench's pp (one prompt of n_prompt tokens) and tg (n_gen single tokens) tests after `depth` cached tokens."""
+    """llama-bench's pp (one prompt of n_prompt tokens) and tg (n_gen single tokens) tests after `depth` tokens."""
     rng = np.random.default_rng(seed)
     results = []
     if depth:

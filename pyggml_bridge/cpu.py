@@ -62,6 +62,7 @@ class CPUBackend:
 
     def _lower(self, program: p.Program) -> list[Any]:
         last_use = {value: i for i, op in enumerate(program.ops) for value in _values_of(op)}
+        assert program.logits is not None
         last_use[program.logits] = len(program.ops)
         lowered: list[Any] = []
         quantized: dict[tuple[p.Value, int], Any] = {}
@@ -89,7 +90,9 @@ class CPUBackend:
         at = self._pointer
         match op:
             case p.Embed():
-                return _native_op(lib.CQ_OP_EMBED, op.out, "embed", {"table": self._matrix(op.table), "out": at(op.out)})
+                return _native_op(
+                    lib.CQ_OP_EMBED, op.out, "embed", {"table": self._matrix(op.table), "out": at(op.out)}
+                )
             case p.RmsNorm():
                 weight = self._array(op.weight, "const float *")
                 arguments = {"x": at(op.x), "weight": weight, "out": at(op.out), "n": op.x.width, "eps": op.eps}

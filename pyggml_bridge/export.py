@@ -33,7 +33,9 @@ def export(source: Path, out: Path, kind: GGMLQuantizationType) -> None:
                 writer.add_key_value(key, value, value_type, item_type)
         for name, tensor in kept.items():
             target = kind if name in clustered else tensor.type
-            shape = quant_shape_to_byte_shape(tensor.shape, target) if target == GGMLQuantizationType.Q8_0 else tensor.shape
+            shape = (
+                quant_shape_to_byte_shape(tensor.shape, target) if target == GGMLQuantizationType.Q8_0 else tensor.shape
+            )
             dtype = np.uint8 if target == GGMLQuantizationType.Q8_0 else _DTYPES[target]
             nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
             writer.add_tensor_info(name, shape, np.dtype(dtype), nbytes, raw_dtype=target)

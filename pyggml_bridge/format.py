@@ -96,9 +96,9 @@ def pack(indices: NDArray[np.uint8], cq: CQType) -> NDArray[np.uint8]:
         raise ValueError(f"index {int(indices.max())} does not fit {cq.name}")
     block = indices.reshape(-1, BLOCK)
     if cq is CQType.CQ4:
-        return (block[:, :32] | block[:, 32:] << 4).reshape(shape)
+        return (block[:, :32] | block[:, 32:] << 4).astype(np.uint8).reshape(shape)
     two = (block & 3).reshape(-1, 4, 16)
-    low = two[:, 0] | two[:, 1] << 2 | two[:, 2] << 4 | two[:, 3] << 6
+    low = (two[:, 0] | two[:, 1] << 2 | two[:, 2] << 4 | two[:, 3] << 6).astype(np.uint8)
     if cq is CQType.CQ2:
         return low.reshape(shape)
     high = np.packbits(block >> 2, axis=1, bitorder="little")

@@ -35,8 +35,8 @@ class Model:
     def forward(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> NDArray[np.float32]:
         """Run tokens (int32 [n]) at positions position .. position + n - 1; logits float32 [n_outputs, vocab_size].
 
-        The logits are those of the last n_outputs tokens. Long inputs run in batches of n_batch. CQError if the tokens do
-        not fit the context or the vocabulary, or the model computes something that is not finite.
+        The logits are those of the last n_outputs tokens. Long inputs run in batches of n_batch. CQError if the tokens
+        do not fit the context or the vocabulary, or the model computes something that is not finite.
         """
         n = len(tokens)
         if not 0 < n <= self.n_ctx - position or position < 0:

@@ -35,7 +35,7 @@ def aligned_empty(n_bytes: int, alignment: int = 64) -> NDArray[np.uint8]:
 
 def available_isas() -> list[str]:
     """Instruction sets that this host supports, best first."""
-    names = []
+    names: list[str] = []
     while (name := lib.cq_isa_name(len(names))) != ffi.NULL:
         names.append(ffi.string(name).decode())
     return names

@@ -47,9 +47,7 @@ def routing_of(model: Model, n: int) -> NDArray[np.int64] | None:
     return np.stack([ids[:n] for ids in model.routing_ids]).astype(np.int64) if model.routing_ids else None
 
 
-def chunks_of(
-    tokens: NDArray[np.int32], n_ctx: int, limit: int | None, bos: int | None
-) -> Iterator[NDArray[np.int32]]:
+def chunks_of(tokens: NDArray[np.int32], n_ctx: int, limit: int | None, bos: int | None) -> Iterator[NDArray[np.int32]]:
     """Non-overlapping chunks of n_ctx tokens; bos (if not None) replaces each chunk's first token.
 
     CQError if there are fewer than 2 * n_ctx tokens.
@@ -120,7 +118,11 @@ class Statistics:
         if self.kld:
             kld = np.concatenate(self.kld)
             base_ppl = self.perplexity("base_nll")[0]
-            fields |= {"base_ppl": base_ppl, "ln_ppl_ratio": float(np.log(ppl / base_ppl)), "mean_kld": float(kld.mean())}
+            fields |= {
+                "base_ppl": base_ppl,
+                "ln_ppl_ratio": float(np.log(ppl / base_ppl)),
+                "mean_kld": float(kld.mean()),
+            }
             fields |= {"median_kld": float(np.median(kld)), "p99_kld": float(np.quantile(kld, 0.99))}
             fields |= {"p99_9_kld": float(np.quantile(kld, 0.999)), "max_kld": float(kld.max())}
             fields["rms_delta_p"] = float(np.sqrt(np.mean(np.concatenate(self.delta_p) ** 2)))
@@ -136,10 +138,8 @@ def mean_and_error(values: NDArray[np.floating[Any]]) -> tuple[float, float]:
     return float(values.mean()), float(np.sqrt(values.var() / (n - 1))) if n > 1 else 0.0
 
 
-def measure(
-    model: Model, chunks: Iterator[NDArray[np.int32]], base: Reference | None = None
-) -> Iterator[Statistics]:
-    """Score chunk after chunk, yielding the statistics so far: positions c/2 .. c-2 of each, as llama-perplexity does."""
+def measure(model: Model, chunks: Iterator[NDArray[np.int32]], base: Reference | None = None) -> Iterator[Statistics]:
+    """Score positions c/2 .. c-2 of chunk after chunk, yielding the statistics so far."""
     statistics = Statistics()
     for chunk in chunks:
         first = len(chunk) // 2

@@ -1,6 +1,6 @@
 """A forward pass as data: the operations of one batch of tokens, recorded once per model and run by a backend.
 
-A model file (models/<architecture>.py) calls the methods of Program in the order of the computation. Nothing is computed
+A model file (models/<architecture>.py) calls Program's methods in the order of the computation. Nothing is computed
 while recording. Quantizing activations, placing buffers and choosing kernels are the backend's business, so one
 recording serves every backend.
 """

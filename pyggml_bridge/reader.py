@@ -10,6 +10,7 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ class GGUFFile:
             return [self._string() for _ in range(count)]
         size = _SCALARS[item].size
         start = self._take(count * size)
-        return list(memoryview(self._map)[start : start + count * size].cast(_SCALARS[item].format[1:]))
+        values: list[Any] = np.frombuffer(self._map, _SCALARS[item].format, count, start).tolist()
+        return values
 
     def _tensor_info(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
         name = self._string(MAX_NAME)
@@ -180,14 +182,14 @@ class GGUFFile:
             spans.append((base + offset, base + offset + nbytes, name))
             self.tensors[name] = Tensor(name, kind, shape, self._bytes[base + offset : base + offset + nbytes])
         spans.sort()
-        for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+        for (_, end, first), (start, _, second) in pairwise(spans):
             if start < end:
                 raise ValueError(f"tensors {first!r} and {second!r} overlap")
 
     # ---- typed access ----
 
     def get(self, key: str, kind: type, default: Any = ...) -> Any:
-        """metadata[key] as `kind` (int, float, bool, str, list); CQError if absent without a default, or of another type."""
+        """metadata[key] as `kind` (int, float, str, ...); CQError if absent without default or of another type."""
         if key not in self.metadata:
             if default is ...:
                 raise CQError(f"{self.path}: the key {key} is missing")
@@ -195,6 +197,6 @@ class GGUFFile:
         value = self.metadata[key]
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
             raise CQError(f"{self.path}: the key {key} is {value!r:.40}, expected {kind.__name__}")
         return value

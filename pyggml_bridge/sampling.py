@@ -33,7 +33,10 @@ _INTEGERS = frozenset({"top_k", "repeat_last_n"})
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """temp 0 is greedy; top_k 0, top_p 1, min_p 0 and repeat_penalty 1 turn their step off. repeat_last_n -1: the whole text."""
+    """temp 0 is greedy; top_k 0, top_p 1, min_p 0 and repeat_penalty 1 turn their step off.
+
+    repeat_last_n: how many of the last tokens the penalty looks at, -1: all.
+    """
 
     temp: float = 0.8
     top_k: int = 40

@@ -43,7 +43,7 @@ def tensor_sizes(file: GGUFFile) -> list[TensorSize]:
 
 
 def bits_per_weight(file: GGUFFile) -> tuple[float, float]:
-    """(bpw, bpw_total): every byte of every tensor except embeddings and head over their weights; whole file over all."""
+    """(bpw, bpw_total): bytes of all tensors but embeddings and head over their weights; of the whole file over all."""
     sizes = tensor_sizes(file)
     body = [size for size in sizes if size.name not in EMBEDDINGS_AND_HEAD]
     n_body, n_all = sum(size.n_weights for size in body), sum(size.n_weights for size in sizes)

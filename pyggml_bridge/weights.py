@@ -69,9 +69,9 @@ class Weights:
             raise CQError(f"{self.file.path}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
         return tensor
 
-    def _typed(self, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    def _typed(self, name: str, shape: tuple[int, ...], dtype: type[np.float32] | type[np.int8]) -> NDArray[Any]:
         tensor = self.tensor(name, shape)
-        expected = {np.float32: GGMLQuantizationType.F32, np.int8: GGMLQuantizationType.I8}[dtype]
+        expected = GGMLQuantizationType.F32 if dtype is np.float32 else GGMLQuantizationType.I8
         if tensor.type != expected:
             raise CQError(f"{self.file.path}: tensor {name} is {tensor.type.name}, expected {expected.name}")
         return tensor.data.view(dtype).reshape(shape)
@@ -91,7 +91,9 @@ class Weights:
         if tensor.type in PLAIN_TYPES:
             return Matrix(name, tensor.type, experts, n_rows, n_cols, tensor.data)
         if int(tensor.type) not in list(CQType):
-            raise CQError(f"{self.file.path}: tensor {name} has type {tensor.type.name}, which this runner does not compute")
+            raise CQError(
+                f"{self.file.path}: tensor {name} has type {tensor.type.name}, which this runner does not compute"
+            )
         if n_cols > MAX_COLS:
             raise CQError(f"{self.file.path}: tensor {name} has {n_cols} columns, more than {MAX_COLS}")
         return Matrix(name, tensor.type, experts, n_rows, n_cols, tensor.data, self._clustered(tensor, lead, n_cols))

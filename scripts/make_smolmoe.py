@@ -1,9 +1,9 @@
 """Make a Mixture-of-Experts model with real weights from a dense one: SmolLM2-135M (GGUF) -> Mixtral, 8 experts, top-2.
 
 In every layer the dense FFN's neurons are dealt out: the shared ones go into all experts, the others each into one. A
-Mixtral's two routing weights sum to 1, so the shared part counts once; an expert's own neurons count by its weight, about
-1 / top_k, and their down_proj columns are multiplied by top_k to make up for it. Trained scales per expert and neuron,
-close to 1, are folded into the same columns.
+Mixtral's two routing weights sum to 1, so the shared part counts once; an expert's own neurons count by its weight,
+about 1 / top_k, and their down_proj columns are multiplied by top_k to make up for it. Trained scales per expert and
+neuron, close to 1, are folded into the same columns.
 
 The router data (.npz), by layer L, expert E, hidden size H, neuron lists S (shared) and G (own):
     router [L, E, H] f16 | shared [L, S], own [L, E, G] u16 | shared_scale [L, E, S], own_scale [L, E, G] f16 | top_k
@@ -86,7 +86,6 @@ def mixtral_config(dense: nn.Module, routers: Routers) -> MixtralConfig:
     )
 
 
-@torch.no_grad()
 def build_moe(dense: nn.Module, routers: Routers) -> MixtralForCausalLM:
     """Attention, norms and embeddings as they are, the FFNs split into experts; float32."""
     config = mixtral_config(dense, routers)
@@ -111,10 +110,12 @@ def load_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@torch.no_grad()
 def check_split(dense: nn.Module, moe: MixtralForCausalLM, routers: Routers) -> float:
-    """Largest relative error over the layers of giving back the dense FFN: with all experts at weight 1 / top_k and unit
-    scales, the own parts sum up to the dense ones and the shared part counts E / top_k times, of which one is kept."""
+    """Largest relative error over the layers of giving back the dense FFN.
+
+    With all experts at weight 1 / top_k and unit scales, the own parts sum up to the dense ones and the shared part
+    counts E / top_k times, of which one is kept.
+    """
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for i, split in enumerate(routers.layers):
@@ -136,7 +137,6 @@ def check_split(dense: nn.Module, moe: MixtralForCausalLM, routers: Routers) -> 
     return worst
 
 
-@torch.no_grad()
 def check_saved(moe: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> float:
     """Largest difference between the logits of the saved model and of the one in memory."""
     ids = tokenizer("The history of the hash table begins in 1953, when", return_tensors="pt").input_ids
@@ -146,6 +146,7 @@ def check_saved(moe: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, fol
 
 def make_smolmoe(gguf: Path, out: Path, routers_path: Path, dtype: torch.dtype, check: bool) -> None:
     """Build and save the model and its tokenizer as a Hugging Face directory; SystemExit if a check fails."""
+    torch.set_grad_enabled(False)
     routers, tokenizer = Routers.load(routers_path), load_tokenizer(gguf)
     dense = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
     moe = build_moe(dense, routers)

@@ -49,7 +49,7 @@ def mutate(data: bytes, n_header: int, rng: np.random.Generator) -> bytes:
 
 
 def try_file(path: Path) -> str:
-    """"ran" or "refused"; anything else is a failure and propagates."""
+    """ "ran" or "refused"; anything else is a failure and propagates."""
     try:
         model = load_model(path, n_ctx=MAX_CTX, n_threads=2, n_batch=16)
         model.forward(np.arange(9, dtype=np.int32), 0, 3)

@@ -148,7 +148,9 @@ def test_mutations_under_address_sanitizer(tmp_path):
     build = [sys.executable, "native/build_ffi.py"]
     subprocess.run(build, cwd=tmp_path, env=os.environ | {"CQ_CFLAGS": flags}, check=True, capture_output=True)
     runtime = [
-        subprocess.run([compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
     environment = {"LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(tmp_path)}

@@ -1,4 +1,4 @@
-"""The runner against the PyTorch oracle on the same weights and activation quantizer: prefill, decode, cache, threads."""
+"""The runner against the PyTorch oracle on the same weights and activation quantizer: prefill, decode, threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ VARIANTS = {
     "dense": Tiny(),
     "moe": Tiny(n_experts=6),
     "moe-cq3-codebooks": Tiny(cq=CQType.CQ3, n_experts=4, top_k=3, group_size=64, scale_group=-1),
-    "dense-cq2-int4-bias": Tiny(cq=CQType.CQ2, activation_bits=4, biases=True, tied=True, scale_group=128, n_kv_heads=4),
+    "dense-cq2-int4-bias": Tiny(
+        cq=CQType.CQ2, activation_bits=4, biases=True, tied=True, scale_group=128, n_kv_heads=4
+    ),
 }
 
 

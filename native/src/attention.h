@@ -14,9 +14,9 @@
 typedef struct {
     const cq_attention *op;
     int32_t position, n_queries;
-    float *tile;    /* [CQ_KEY_TILE][head_dim]: keys, then values */
-    float *queries; /* [head_dim][CQ_QUERY_TILE], times op->scale */
-    float *scores;  /* [CQ_KEY_TILE][CQ_QUERY_TILE], or [CQ_KEY_TILE] for one query; then probabilities */
+    float *tile;               /* [CQ_KEY_TILE][head_dim]: keys, then values */
+    float *queries;            /* [head_dim][CQ_QUERY_TILE], times op->scale */
+    float *scores;             /* [CQ_KEY_TILE][CQ_QUERY_TILE], or [CQ_KEY_TILE] for one query; then probabilities */
     float *max, *sum, *shrink; /* [CQ_QUERY_TILE] */
 } attention_tile;
 

@@ -1,8 +1,8 @@
 /* AVX2 with FMA and F16C (Haswell, Zen and later).
  *
- * Bytes are multiplied by vpmaddubsw, unsigned by signed: |W| times x with W's sign (multiply_i8 in x86.h, with its bound).
- * Tables are 16 bytes in both lanes for vpshufb; vpmulhrsw of a centroid and scale * 256 is
- * (c * scale * 256 + 16384) >> 15 = (c * scale + 64) >> 7, the format's rounding. Only bytes of the matrix are read. */
+ * Bytes are multiplied by vpmaddubsw, unsigned by signed: |W| times x with W's sign (multiply_i8 in x86.h, with its
+ * bound). Tables are 16 bytes in both lanes for vpshufb; vpmulhrsw of a centroid and scale * 256 is (c * scale * 256 +
+ * 16384) >> 15 = (c * scale + 64) >> 7, the format's rounding. Only bytes of the matrix are read. */
 #if defined(__x86_64__)
 #if defined(__clang__)
 #include <immintrin.h>
@@ -24,12 +24,21 @@ static inline float sum_lanes(vec v) { return sum_f32(v); }
 #include "float_ops.h"
 
 /* 64 weights in column order. */
-typedef struct { __m256i first, second; } block_i8;
+typedef struct {
+    __m256i first, second;
+} block_i8;
 
-CQ_INLINE __m256i span_table(const cq_span *span, const int32_t bits) {
-    __m256i wide = _mm256_cvtepi8_epi16(load_centroids(span->centroids, bits));
-    if (span->group_scale) wide = _mm256_mulhrs_epi16(wide, _mm256_set1_epi16((short)(*span->group_scale << 8)));
-    return _mm256_permute4x64_epi64(_mm256_packs_epi16(wide, wide), 0x88); /* qwords 0 and 2 are the two halves */
+CQ_INLINE __m256i load_codebook(const int8_t *centroids, const int32_t bits) {
+    return _mm256_cvtepi8_epi16(load_centroids(centroids, bits));
+}
+
+/* scale: NULL for none. The byte in every position, with the lower half of each int16 cleared, is the scale times 256.
+ */
+CQ_INLINE __m256i table_of(__m256i codebook, const int8_t *scale) {
+    const __m256i upper = _mm256_set1_epi16((short)0xff00);
+    if (scale) codebook = _mm256_mulhrs_epi16(codebook, _mm256_and_si256(_mm256_set1_epi8(*scale), upper));
+    /* packing leaves the two halves in qwords 0 and 2 */
+    return _mm256_permute4x64_epi64(_mm256_packs_epi16(codebook, codebook), 0x88);
 }
 
 CQ_INLINE block_i8 decode_block(const uint8_t *block, const int32_t bits, __m256i table) {
@@ -57,14 +66,19 @@ CQ_INLINE block_i8 decode_block(const uint8_t *block, const int32_t bits, __m256
     return (block_i8){_mm256_shuffle_epi8(table, first), _mm256_shuffle_epi8(table, second)};
 }
 
-CQ_INLINE int32_t gemv_row(const int32_t bits, const cq_matrix *w, int64_t row_index, const int8_t *x) {
-    const cq_row row = cq_row_at(w, row_index);
+/* scale_every 1 or 2: the blocks that share a scale, so that spans are those of the codebook alone; 0: any grouping. */
+CQ_INLINE int32_t gemv_row(const int32_t bits, const int32_t scale_every, const cq_matrix *w, int64_t row_index,
+                           const int8_t *x) {
+    cq_row row = cq_row_at(w, row_index);
     __m256i even = _mm256_setzero_si256(), odd = _mm256_setzero_si256();
+    if (scale_every) row.scale_blocks = row.n_blocks;
     for (cq_span span = cq_first_span(&row);; cq_next_span(&row, bits, &span)) {
-        const __m256i table = span_table(&span, bits);
+        const __m256i codebook = load_codebook(span.centroids, bits);
+        __m256i table = table_of(codebook, span.group_scale);
         for (int32_t b = span.begin; b < span.end; b++) {
             const uint8_t *block = row.indices + (int64_t)b * 8 * bits;
-            _mm_prefetch((const char *)block + 1024, _MM_HINT_T0);
+            _mm_prefetch((const char *)block + 2048, _MM_HINT_T0);
+            if (scale_every) table = table_of(codebook, row.group_scales + b / scale_every);
             const block_i8 weights = decode_block(block, bits, table);
             const __m256i *activations = (const __m256i *)(x + (int64_t)b * CQ_BLOCK);
             even = _mm256_add_epi32(even, multiply_i8(weights.first, _mm256_loadu_si256(activations)));
@@ -74,16 +88,35 @@ CQ_INLINE int32_t gemv_row(const int32_t bits, const cq_matrix *w, int64_t row_i
     }
 }
 
+CQ_INLINE int32_t gemv_any(const int32_t bits, const cq_matrix *w, int64_t row, const int8_t *x) {
+    if (w->scale_cols == CQ_BLOCK) return gemv_row(bits, 1, w, row, x);
+    if (w->scale_cols == 2 * CQ_BLOCK) return gemv_row(bits, 2, w, row, x);
+    return gemv_row(bits, 0, w, row, x);
+}
+
 static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc) {
     (void)x_sum;
     for (int32_t r = 0; r < n_rows; r++) switch (cq_bits(w)) {
-        case 2: acc[r] = gemv_row(2, w, row + r, x); break;
-        case 3: acc[r] = gemv_row(3, w, row + r, x); break;
-        case 4: acc[r] = gemv_row(4, w, row + r, x); break;
+        case 2:
+            acc[r] = gemv_any(2, w, row + r, x);
+            break;
+        case 3:
+            acc[r] = gemv_any(3, w, row + r, x);
+            break;
+        case 4:
+            acc[r] = gemv_any(4, w, row + r, x);
+            break;
         }
 }
 
-enum { PANEL_ROWS = 16, HALF_ROWS = 8, PANEL_STEP = 4 * PANEL_ROWS, CHUNK_BLOCKS = 4, TILE_TOKENS = 4, TILE_COLS = 1024 };
+enum {
+    PANEL_ROWS = 16,
+    HALF_ROWS = 8,
+    PANEL_STEP = 4 * PANEL_ROWS,
+    CHUNK_BLOCKS = 4,
+    TILE_TOKENS = 4,
+    TILE_COLS = 1024
+};
 
 /* out[k * PANEL_STEP] = dword k of each of 8 rows, for k < 8: a transposition of 8 x 8 dwords. */
 static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t *out) {
@@ -114,7 +147,7 @@ CQ_INLINE void decode_blocks(const int32_t bits, const cq_row *row, cq_span *spa
                              uint8_t *out) {
     for (int32_t b = begin; b < end;) {
         if (b == span->end) cq_next_span(row, bits, span);
-        const __m256i table = span_table(span, bits);
+        const __m256i table = table_of(load_codebook(span->centroids, bits), span->group_scale);
         for (const int32_t stop = cq_min(end, span->end); b < stop; b++, out += CQ_BLOCK) {
             const block_i8 weights = decode_block(row->indices + (int64_t)b * 8 * bits, bits, table);
             _mm256_store_si256((__m256i *)out, weights.first);
@@ -144,14 +177,21 @@ static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_
     for (int32_t half = 0; half < 2; half++) {
         const int32_t first = half * HALF_ROWS, n = cq_min(n_rows - first, HALF_ROWS) * (n_rows > first);
         switch (cq_bits(w)) {
-        case 2: decode_half(2, w, row + first, n, panel + 4 * first); break;
-        case 3: decode_half(3, w, row + first, n, panel + 4 * first); break;
-        case 4: decode_half(4, w, row + first, n, panel + 4 * first); break;
+        case 2:
+            decode_half(2, w, row + first, n, panel + 4 * first);
+            break;
+        case 3:
+            decode_half(3, w, row + first, n, panel + 4 * first);
+            break;
+        case 4:
+            decode_half(4, w, row + first, n, panel + 4 * first);
+            break;
         }
     }
 }
 
-/* acc[N][PANEL_ROWS] (+)= panel times N tokens: 2 N accumulators and two weights with their magnitudes fill 16 registers. */
+/* acc[N][PANEL_ROWS] (+)= panel times N tokens: 2 N accumulators and two weights with their magnitudes fill 16
+ * registers. */
 CQ_INLINE void tile(const int32_t N, const uint8_t *panel, const int8_t *const *x, int32_t col, int32_t n_cols,
                     int32_t *acc) {
     const __m256i ones = _mm256_set1_epi16(1);
@@ -220,8 +260,8 @@ static int supported(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-const cq_kernels cq_kernels_avx2 = {"avx2", supported, gemv, PANEL_ROWS, decode_panel, gemm_panel, dot_q8_0,
-                                    peak_macs, CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_avx2 = {"avx2",     supported, gemv,      PANEL_ROWS,      decode_panel,
+                                    gemm_panel, dot_q8_0,  peak_macs, CQ_FLOAT_KERNELS};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -12,7 +12,7 @@
 #if defined(__x86_64__)
 #if defined(__clang__)
 #include <immintrin.h>
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"))),     \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"))),   \
                              apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
@@ -29,21 +29,24 @@ typedef __m512 vec;
 static inline float sum_lanes(vec v) { return _mm512_reduce_add_ps(v); }
 
 #include "float_ops.h"
+#include "avx512_panel.h"
 
-/* Where tables come from: one for the whole row; one codebook and a scale per block; anything else. */
-enum table_source { ROW_TABLE, BLOCK_SCALES, SPANS };
+/* Where tables come from: one for the whole row; a scale per block or per two blocks, under codebooks that change only
+ * between groups of four blocks; anything else. */
+enum table_source { ROW_TABLE, BLOCK_SCALES, PAIR_SCALES, SPANS };
 
 static enum table_source table_source_of(const cq_matrix *w) {
-    if (w->codebook_cols < w->n_cols) return SPANS;
-    if (w->scale_cols == CQ_BLOCK) return BLOCK_SCALES;
-    return w->scale_cols == 0 || w->scale_cols >= w->n_cols ? ROW_TABLE : SPANS;
+    const int one_codebook = w->codebook_cols >= w->n_cols;
+    if (one_codebook && (w->scale_cols == 0 || w->scale_cols >= w->n_cols)) return ROW_TABLE;
+    if (!one_codebook && w->codebook_cols % (4 * CQ_BLOCK)) return SPANS;
+    return w->scale_cols == CQ_BLOCK ? BLOCK_SCALES : w->scale_cols == 2 * CQ_BLOCK ? PAIR_SCALES : SPANS;
 }
 
 typedef struct {
     cq_row row;
     cq_span span;
-    __m512i table;     /* of the span */
-    __m512i low, high; /* BLOCK_SCALES: centroids 0..7 and 8..15 as int16 in every lane */
+    __m512i table;     /* ROW_TABLE and SPANS: of the span */
+    __m512i low, high; /* BLOCK_SCALES and PAIR_SCALES: centroids 0..7 and 8..15 as int16 in every lane */
 } cursor;
 
 CQ_INLINE __m512i span_table(const cq_span *span, const int32_t bits) {
@@ -53,38 +56,54 @@ CQ_INLINE __m512i span_table(const cq_span *span, const int32_t bits) {
     return _mm512_xor_si512(_mm512_broadcast_i32x4(table), _mm512_set1_epi8(-128));
 }
 
+CQ_INLINE void load_codebook(cursor *c, const int32_t bits) {
+    const __m128i centroids = load_centroids(c->span.centroids, bits);
+    c->low = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(centroids));
+    c->high = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(_mm_srli_si128(centroids, 8)));
+}
+
 CQ_INLINE cursor cursor_at(const cq_matrix *w, int64_t row, const int32_t bits, const enum table_source source) {
     cursor c = {.row = cq_row_at(w, row)};
     c.span = cq_first_span(&c.row);
-    if (source == BLOCK_SCALES) {
-        const __m128i centroids = load_centroids(c.row.centroids, bits);
-        c.low = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(centroids));
-        c.high = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(_mm_srli_si128(centroids, 8)));
-    }
-    c.table = span_table(&c.span, bits);
+    if (source == BLOCK_SCALES || source == PAIR_SCALES)
+        load_codebook(&c, bits);
+    else
+        c.table = span_table(&c.span, bits);
     return c;
 }
 
-/* Tables of blocks b .. b + n - 1, n <= 4. */
+/* Four tables in the four lanes. Lane i takes the high byte of its int16 from scale i, or i / 2: the scale times 256.
+ */
+CQ_INLINE __m512i four_tables(const cursor *c, const enum table_source source, int32_t b, const int32_t n) {
+    const int32_t blocks_per_scale = source == PAIR_SCALES ? 2 : 1, step = source == PAIR_SCALES ? 0 : 0x01000100;
+    const int32_t lane1 = 0x00ff00ff + step, lane2 = source == PAIR_SCALES ? 0x01ff01ff : 0x02ff02ff,
+                  lane3 = lane2 + step;
+    int32_t scales = 0;
+    memcpy(&scales, c->row.group_scales + b / blocks_per_scale, (size_t)cq_ceil_div(n, blocks_per_scale));
+    const __m512i spread = _mm512_set_epi32(lane3, lane3, lane3, lane3, lane2, lane2, lane2, lane2, lane1, lane1, lane1,
+                                            lane1, 0x00ff00ff, 0x00ff00ff, 0x00ff00ff, 0x00ff00ff);
+    const __m512i scale = _mm512_shuffle_epi8(_mm512_set1_epi32(scales), spread);
+    const __m512i low = _mm512_mulhrs_epi16(c->low, scale), high = _mm512_mulhrs_epi16(c->high, scale);
+    return _mm512_xor_si512(_mm512_packs_epi16(low, high), _mm512_set1_epi8(-128));
+}
+
+/* Tables of blocks b .. b + n - 1: n <= 4 from a multiple of 4, or one. */
 CQ_INLINE void tables_at(cursor *c, const int32_t bits, const enum table_source source, int32_t b, const int32_t n,
                          __m512i tables[4]) {
-    if (source == BLOCK_SCALES) {
-        int32_t scales = 0;
-        memcpy(&scales, c->row.group_scales + b, (size_t)n);
-        /* Lane i takes byte i as the high byte of every int16: the scale times 256. */
-        const __m512i spread = _mm512_set_epi32(0x03ff03ff, 0x03ff03ff, 0x03ff03ff, 0x03ff03ff, 0x02ff02ff, 0x02ff02ff,
-                                                0x02ff02ff, 0x02ff02ff, 0x01ff01ff, 0x01ff01ff, 0x01ff01ff, 0x01ff01ff,
-                                                0x00ff00ff, 0x00ff00ff, 0x00ff00ff, 0x00ff00ff);
-        const __m512i scale = _mm512_shuffle_epi8(_mm512_set1_epi32(scales), spread);
-        const __m512i four = _mm512_xor_si512(
-            _mm512_packs_epi16(_mm512_mulhrs_epi16(c->low, scale), _mm512_mulhrs_epi16(c->high, scale)),
-            _mm512_set1_epi8(-128));
+    if (source == BLOCK_SCALES || source == PAIR_SCALES) {
+        if (b == c->span.codebook_end) {
+            c->span.codebook_end += c->row.codebook_blocks;
+            c->span.centroids += 1 << bits;
+            load_codebook(c, bits);
+        }
+        const __m512i four = four_tables(c, source, b, n);
         tables[0] = _mm512_shuffle_i32x4(four, four, 0x00);
         tables[1] = _mm512_shuffle_i32x4(four, four, 0x55);
         tables[2] = _mm512_shuffle_i32x4(four, four, 0xaa);
         tables[3] = _mm512_shuffle_i32x4(four, four, 0xff);
         return;
     }
+#pragma GCC unroll 4
     for (int32_t i = 0; i < n; i++) {
         if (source == SPANS && b + i == c->span.end) {
             cq_next_span(&c->row, bits, &c->span);
@@ -116,7 +135,7 @@ CQ_INLINE __m512i decode_block(const cq_row *row, const int32_t bits, int32_t b,
 /* sum[r] += blocks b .. b + n - 1 of N rows. x is loaded once for all of them. */
 CQ_INLINE void gemv_step(const int32_t N, const int32_t bits, const enum table_source source, cursor *c, int32_t b,
                          const int32_t n, const int8_t *x, __m512i *sum) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int32_t r = 0; r < N; r++) {
         __m512i tables[4];
         tables_at(&c[r], bits, source, b, n, tables);
@@ -131,76 +150,76 @@ CQ_INLINE void gemv_step(const int32_t N, const int32_t bits, const enum table_s
 CQ_INLINE void gemv_rows(const int32_t N, const int32_t bits, const enum table_source source, const cq_matrix *w,
                          int64_t row, const int8_t *x, int32_t x_sum, int32_t *acc) {
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
-    cursor c[4];
-    __m512i sum[4];
-#pragma GCC unroll 4
+    cursor c[2];
+    __m512i sum[2];
+#pragma GCC unroll 2
     for (int32_t r = 0; r < N; r++) c[r] = cursor_at(w, row + r, bits, source), sum[r] = _mm512_setzero_si512();
     int32_t b = 0;
     for (; b + 4 <= n_blocks; b += 4) {
-#pragma GCC unroll 4
+        /* the same place N rows on: the next call of this function reads it */
+        const int64_t ahead = (int64_t)(N * n_blocks + b) * 8 * bits;
+#pragma GCC unroll 2
         for (int32_t r = 0; r < N; r++)
-            _mm_prefetch((const char *)c[r].row.indices + (int64_t)b * 8 * bits + 1024, _MM_HINT_T0);
+#pragma GCC unroll 2
+            for (int32_t line = 0; line < 32 * bits; line += 64)
+                _mm_prefetch((const char *)c[r].row.indices + ahead + line, _MM_HINT_T0);
         gemv_step(N, bits, source, c, b, 4, x, sum);
     }
     for (; b < n_blocks; b++) gemv_step(N, bits, source, c, b, 1, x, sum);
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int32_t r = 0; r < N; r++) acc[r] = _mm512_reduce_add_epi32(sum[r]) - 128 * x_sum;
 }
 
 CQ_INLINE void gemv_all(const int32_t bits, const enum table_source source, const cq_matrix *w, int64_t row,
                         int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc) {
     int32_t r = 0;
-    for (; r + 4 <= n_rows; r += 4) gemv_rows(4, bits, source, w, row + r, x, x_sum, acc + r);
+    for (; r + 2 <= n_rows; r += 2) gemv_rows(2, bits, source, w, row + r, x, x_sum, acc + r);
     for (; r < n_rows; r++) gemv_rows(1, bits, source, w, row + r, x, x_sum, acc + r);
 }
 
 /* Calls function(bits, source, ...) with both as compile-time constants. */
 #define CQ_SPECIALIZE(w, function, ...)                                                                                \
     switch (cq_bits(w) * 4 + (int32_t)table_source_of(w)) {                                                            \
-    case 2 * 4 + ROW_TABLE: function(2, ROW_TABLE, __VA_ARGS__); break;                                                \
-    case 2 * 4 + BLOCK_SCALES: function(2, BLOCK_SCALES, __VA_ARGS__); break;                                          \
-    case 2 * 4 + SPANS: function(2, SPANS, __VA_ARGS__); break;                                                        \
-    case 3 * 4 + ROW_TABLE: function(3, ROW_TABLE, __VA_ARGS__); break;                                                \
-    case 3 * 4 + BLOCK_SCALES: function(3, BLOCK_SCALES, __VA_ARGS__); break;                                          \
-    case 3 * 4 + SPANS: function(3, SPANS, __VA_ARGS__); break;                                                        \
-    case 4 * 4 + ROW_TABLE: function(4, ROW_TABLE, __VA_ARGS__); break;                                                \
-    case 4 * 4 + BLOCK_SCALES: function(4, BLOCK_SCALES, __VA_ARGS__); break;                                          \
-    case 4 * 4 + SPANS: function(4, SPANS, __VA_ARGS__); break;                                                        \
+    case 2 * 4 + ROW_TABLE:                                                                                            \
+        function(2, ROW_TABLE, __VA_ARGS__);                                                                           \
+        break;                                                                                                         \
+    case 2 * 4 + BLOCK_SCALES:                                                                                         \
+        function(2, BLOCK_SCALES, __VA_ARGS__);                                                                        \
+        break;                                                                                                         \
+    case 2 * 4 + PAIR_SCALES:                                                                                          \
+        function(2, PAIR_SCALES, __VA_ARGS__);                                                                         \
+        break;                                                                                                         \
+    case 2 * 4 + SPANS:                                                                                                \
+        function(2, SPANS, __VA_ARGS__);                                                                               \
+        break;                                                                                                         \
+    case 3 * 4 + ROW_TABLE:                                                                                            \
+        function(3, ROW_TABLE, __VA_ARGS__);                                                                           \
+        break;                                                                                                         \
+    case 3 * 4 + BLOCK_SCALES:                                                                                         \
+        function(3, BLOCK_SCALES, __VA_ARGS__);                                                                        \
+        break;                                                                                                         \
+    case 3 * 4 + PAIR_SCALES:                                                                                          \
+        function(3, PAIR_SCALES, __VA_ARGS__);                                                                         \
+        break;                                                                                                         \
+    case 3 * 4 + SPANS:                                                                                                \
+        function(3, SPANS, __VA_ARGS__);                                                                               \
+        break;                                                                                                         \
+    case 4 * 4 + ROW_TABLE:                                                                                            \
+        function(4, ROW_TABLE, __VA_ARGS__);                                                                           \
+        break;                                                                                                         \
+    case 4 * 4 + BLOCK_SCALES:                                                                                         \
+        function(4, BLOCK_SCALES, __VA_ARGS__);                                                                        \
+        break;                                                                                                         \
+    case 4 * 4 + PAIR_SCALES:                                                                                          \
+        function(4, PAIR_SCALES, __VA_ARGS__);                                                                         \
+        break;                                                                                                         \
+    case 4 * 4 + SPANS:                                                                                                \
+        function(4, SPANS, __VA_ARGS__);                                                                               \
+        break;                                                                                                         \
     }
 
-static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc) {
-    CQ_SPECIALIZE(w, gemv_all, w, row, n_rows, x, x_sum, acc)
-}
-
-enum { PANEL_ROWS = 32, HALF_ROWS = 16, PANEL_STEP = 4 * PANEL_ROWS, TILE_TOKENS = 12, TILE_COLS = 1024 };
-
-/* out[k * PANEL_STEP] = dword k of each of 16 rows, for k < 16: a transposition of 16 x 16 dwords. */
-static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t *out) {
-    __m512i a[16], b[16];
-#pragma GCC unroll 16
-    for (int32_t i = 0; i < 16; i++) a[i] = _mm512_load_si512(rows + i * stride);
-#pragma GCC unroll 8
-    for (int32_t i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int32_t i = 0; i < 16; i += 4) { /* a[i + j]: in lane l, dword 4 l + j of rows i .. i + 3 */
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int32_t j = 0; j < 4; j++) {
-        const __m512i even_lo = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd_lo = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-        const __m512i even_hi = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88), odd_hi = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-        _mm512_store_si512(out + j * PANEL_STEP, _mm512_shuffle_i32x4(even_lo, even_hi, 0x88));
-        _mm512_store_si512(out + (4 + j) * PANEL_STEP, _mm512_shuffle_i32x4(odd_lo, odd_hi, 0x88));
-        _mm512_store_si512(out + (8 + j) * PANEL_STEP, _mm512_shuffle_i32x4(even_lo, even_hi, 0xdd));
-        _mm512_store_si512(out + (12 + j) * PANEL_STEP, _mm512_shuffle_i32x4(odd_lo, odd_hi, 0xdd));
-    }
-}
+static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum,
+                 int32_t *acc){CQ_SPECIALIZE(w, gemv_all, w, row, n_rows, x, x_sum, acc)}
 
 CQ_INLINE void decode_half(const int32_t bits, const enum table_source source, const cq_matrix *w, int64_t row,
                            int32_t n_rows, uint8_t *panel) {
@@ -223,72 +242,10 @@ CQ_INLINE void decode_half(const int32_t bits, const enum table_source source, c
     }
 }
 
-/* The panel is uint8 [n_cols / 4][PANEL_ROWS][4]: W + 128. */
 static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
     const int32_t first = cq_min(n_rows, HALF_ROWS), second = n_rows - first;
     CQ_SPECIALIZE(w, decode_half, w, row, first, panel)
     CQ_SPECIALIZE(w, decode_half, w, row + first, second, panel + 4 * HALF_ROWS)
-}
-
-/* acc[N][PANEL_ROWS] (+)= panel times N tokens: 2 N accumulators, two weight registers, one broadcast. N is a constant and
- * everything is unrolled, else the compiler keeps the accumulators in memory. */
-CQ_INLINE void tile(const int32_t N, const uint8_t *panel, const int8_t *const *tokens, int32_t col, int32_t n_cols,
-                    int32_t *acc, int32_t first) {
-    __m512i sum[TILE_TOKENS][2];
-    const int8_t *x[TILE_TOKENS];
-#pragma GCC unroll 12
-    for (int32_t t = 0; t < N; t++) {
-        x[t] = tokens[t] + col;
-        sum[t][0] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(acc + t * PANEL_ROWS);
-        sum[t][1] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(acc + t * PANEL_ROWS + 16);
-    }
-    for (int32_t k = 0; k < n_cols; k += 4, panel += PANEL_STEP) {
-        const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
-#pragma GCC unroll 12
-        for (int32_t t = 0; t < N; t++) {
-            int32_t four;
-            memcpy(&four, x[t] + k, 4);
-            const __m512i activation = _mm512_set1_epi32(four);
-            sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], w0, activation);
-            sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], w1, activation);
-        }
-    }
-#pragma GCC unroll 12
-    for (int32_t t = 0; t < N; t++) {
-        _mm512_storeu_si512(acc + t * PANEL_ROWS, sum[t][0]);
-        _mm512_storeu_si512(acc + t * PANEL_ROWS + 16, sum[t][1]);
-    }
-}
-
-#define CQ_TILE(N)                                                                                                     \
-    static void tile_##N(const uint8_t *panel, const int8_t *const *x, int32_t col, int32_t n_cols, int32_t *acc) {    \
-        tile(N, panel, x, col, n_cols, acc, col == 0);                                                                 \
-    }
-CQ_TILE(1) CQ_TILE(2) CQ_TILE(3) CQ_TILE(4) CQ_TILE(5) CQ_TILE(6)
-CQ_TILE(7) CQ_TILE(8) CQ_TILE(9) CQ_TILE(10) CQ_TILE(11) CQ_TILE(12)
-
-static void (*const tiles[])(const uint8_t *, const int8_t *const *, int32_t, int32_t, int32_t *) = {
-    tile_1, tile_2, tile_3, tile_4, tile_5, tile_6, tile_7, tile_8, tile_9, tile_10, tile_11, tile_12};
-
-/* TILE_COLS columns of the panel (32 KiB) serve all tokens before the next ones; tokens are dealt evenly to tiles, as 13
- * tokens in tiles of 7 and 6 take less than in 12 and 1. */
-static void gemm_panel(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
-                       int32_t n_tokens, int32_t *acc) {
-    const int32_t n_tiles = cq_ceil_div(n_tokens, TILE_TOKENS);
-    for (int32_t col = 0; col < n_cols; col += TILE_COLS) {
-        for (int32_t i = 0, t = 0; i < n_tiles; i++) {
-            const int32_t n = cq_ceil_div(n_tokens - t, n_tiles - i);
-            tiles[n - 1](panel + (int64_t)col * PANEL_ROWS, x + t, col, cq_min(TILE_COLS, n_cols - col),
-                         acc + (int64_t)t * PANEL_ROWS);
-            t += n;
-        }
-    }
-    for (int32_t t = 0; t < n_tokens; t++) {
-        const __m512i offset = _mm512_set1_epi32(128 * x_sum[t]);
-        int32_t *out = acc + (int64_t)t * PANEL_ROWS;
-        _mm512_storeu_si512(out, _mm512_sub_epi32(_mm512_loadu_si512(out), offset));
-        _mm512_storeu_si512(out + 16, _mm512_sub_epi32(_mm512_loadu_si512(out + 16), offset));
-    }
 }
 
 static int64_t peak_macs(int32_t iterations) {
@@ -312,8 +269,8 @@ static int supported(void) {
            __builtin_cpu_supports("f16c");
 }
 
-const cq_kernels cq_kernels_avx512 = {"avx512", supported, gemv, PANEL_ROWS, decode_panel, gemm_panel, dot_q8_0,
-                                      peak_macs, CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_avx512 = {"avx512",   supported, gemv,      PANEL_ROWS,      decode_panel,
+                                      gemm_panel, dot_q8_0,  peak_macs, CQ_FLOAT_KERNELS};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -193,13 +193,15 @@ static void refit_scales(const cq_clustering *job, const float *w, workspace *s,
 
 /* Exact codebooks for the current amplitudes. */
 static void solve_codebooks(const cq_clustering *job, const float *w, workspace *s) {
+    float top = 0; /* weights are taken relative to the largest amplitude: its square may not fit a float */
+    for (int32_t g = 0; g < n_groups(job); g++) top = fmaxf(top, s->amplitude[g]);
     for (int32_t b = 0; b < n_codebooks(job); b++) {
         int32_t begin = b * job->codebook_cols, n = job->n_cols - begin;
         if (n > job->codebook_cols) n = job->codebook_cols;
         for (int32_t i = 0; i < n; i++) {
             float a = s->amplitude[group_of(job, begin + i)];
             s->key[i] = sortable(a > 0 ? w[begin + i] / a : 0);
-            s->q[i] = job->weight[begin + i] * a * a;
+            s->q[i] = a > 0 ? job->weight[begin + i] * (a / top) * (a / top) : 0;
         }
         sort_pairs(s, n);
         kmeans_sorted(s, n, job->n_centroids, s->codebook + b * job->n_centroids);

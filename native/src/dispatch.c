@@ -1,4 +1,5 @@
-/* Which instruction set runs: one table, best first, chosen once. CQ_ISA in the environment bounds the choice from above. */
+/* Which instruction set runs: one table, best first, chosen once. CQ_ISA in the environment bounds the choice from
+ * above. */
 #include "kernels.h"
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -6,9 +7,11 @@
 
 static const cq_kernels *const table[] = {
 #if defined(__x86_64__)
-    &cq_kernels_avx512, &cq_kernels_avx2,
+    &cq_kernels_avx512,
+    &cq_kernels_avx2,
 #elif defined(__aarch64__)
-    &cq_kernels_neon_dotprod, &cq_kernels_neon,
+    &cq_kernels_neon_dotprod,
+    &cq_kernels_neon,
 #endif
     &cq_kernels_portable,
 };

@@ -20,8 +20,8 @@ CQ_INLINE vec load_vec(const float *p) { return *(const unaligned_vec *)p; }
 CQ_INLINE void store_vec(float *p, vec v) { *(unaligned_vec *)p = v; }
 
 /* exp(x) within 2 ulp for x in [-87, 88]; outside it is clamped to exp of the nearer end, NaN stays NaN.
- * x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 leaves the integer n in the low bits of the float, from where a
- * shift moves it into the exponent: no float-to-int conversion, so that NaN is no undefined behaviour. */
+ * x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 leaves the integer n in the low bits of the float, from where
+ * a shift moves it into the exponent: no float-to-int conversion, so that NaN is no undefined behaviour. */
 CQ_INLINE float exp_f32(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;

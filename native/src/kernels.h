@@ -1,8 +1,8 @@
 /* What one instruction set provides. Each of portable.c, avx2.c, avx512.c and neon.c defines one cq_kernels; dispatch.c
  * lists them. Adding an instruction set is adding one such file and one line there.
  *
- * The effective weight is an int8: W = centroid, or (centroid * group_scale + 64) >> 7 where the matrix has group scales.
- * With |W| <= 128 and |x| <= 127, a sum over n_cols <= CQ_MAX_COLS stays inside int32, also in the offset form
+ * The effective weight is an int8: W = centroid, or (centroid * group_scale + 64) >> 7 where the matrix has group
+ * scales. With |W| <= 128 and |x| <= 127, a sum over n_cols <= CQ_MAX_COLS stays inside int32, also in the offset form
  * (W + 128) * x that unsigned-by-signed instructions need: 255 * 127 * 65536 < 2^31. */
 #ifndef CQ_KERNELS_H
 #define CQ_KERNELS_H
@@ -10,7 +10,7 @@
 #include <stddef.h>
 
 #define CQ_MAX_COLS 65536
-#define CQ_BLOCK 64       /* weights per packed block: 8 * bits bytes */
+#define CQ_BLOCK 64 /* weights per packed block: 8 * bits bytes */
 #define CQ_MAX_HEAD_DIM 512
 
 typedef struct {
@@ -48,12 +48,14 @@ typedef struct {
     void (*dot_f16)(const uint16_t *w, const float *const *x, int32_t n_tokens, int32_t n_cols, float *dot);
     void (*f16_to_f32)(const uint16_t *x, float *out, int32_t n);
     void (*f32_to_f16)(const float *x, uint16_t *out, int32_t n);
-    /* Attention of n_queries consecutive positions of one head, the first at position `position`; q and out are strided. */
+    /* Attention of n_queries consecutive positions of one head, the first at position `position`; q and out are
+     * strided. */
     void (*attention_head)(const cq_attention *op, int32_t head, int32_t position, int32_t n_queries, const float *q,
                            float *out, float *scratch);
 } cq_kernels;
 
-extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avx512, cq_kernels_neon, cq_kernels_neon_dotprod;
+extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avx512, cq_kernels_neon,
+    cq_kernels_neon_dotprod;
 
 const cq_kernels *cq_kernels_current(void);
 

@@ -31,16 +31,21 @@ static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
 #include "float_ops.h"
 
 /* 64 weights in column order. */
-typedef struct { int8x16_t v[4]; } block_i8;
+typedef struct {
+    int8x16_t v[4];
+} block_i8;
 
-CQ_INLINE int8x16_t span_table(const cq_span *span, const int32_t bits) {
+CQ_INLINE int8x16_t load_codebook(const int8_t *centroids, const int32_t bits) {
     int8_t bytes[16] = {0};
-    memcpy(bytes, span->centroids, 1u << bits);
-    const int8x16_t centroids = vld1q_s8(bytes);
-    if (!span->group_scale) return centroids;
-    const int16x8_t scale = vdupq_n_s16((int16_t)(*span->group_scale << 8));
-    return vcombine_s8(vmovn_s16(vqrdmulhq_s16(vmovl_s8(vget_low_s8(centroids)), scale)),
-                       vmovn_s16(vqrdmulhq_s16(vmovl_s8(vget_high_s8(centroids)), scale)));
+    memcpy(bytes, centroids, 1u << bits);
+    return vld1q_s8(bytes);
+}
+
+CQ_INLINE int8x16_t table_of(int8x16_t codebook, const int8_t *scale) { /* scale: NULL for none */
+    if (!scale) return codebook;
+    const int16x8_t factor = vdupq_n_s16((int16_t)(*scale << 8));
+    return vcombine_s8(vmovn_s16(vqrdmulhq_s16(vmovl_s8(vget_low_s8(codebook)), factor)),
+                       vmovn_s16(vqrdmulhq_s16(vmovl_s8(vget_high_s8(codebook)), factor)));
 }
 
 /* Bit i % 8 of byte i / 8 of two bytes, as 4 or 0 in byte i. */
@@ -82,13 +87,13 @@ CQ_INLINE void decode_quad(const int32_t bits, const cq_matrix *w, int64_t row, 
     for (int32_t r = 0; r < n_rows; r++) {
         rows[r] = cq_row_at(w, row + r);
         spans[r] = cq_first_span(&rows[r]);
-        tables[r] = span_table(&spans[r], bits);
+        tables[r] = table_of(load_codebook(spans[r].centroids, bits), spans[r].group_scale);
     }
     for (int32_t b = 0; b < n_blocks; b++) {
         for (int32_t r = 0; r < n_rows; r++) {
             if (b == spans[r].end) {
                 cq_next_span(&rows[r], bits, &spans[r]);
-                tables[r] = span_table(&spans[r], bits);
+                tables[r] = table_of(load_codebook(spans[r].centroids, bits), spans[r].group_scale);
             }
             decoded[r] = decode_block(rows[r].indices + (int64_t)b * 8 * bits, bits, tables[r]);
         }
@@ -106,9 +111,15 @@ static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_
         const int32_t n = n_rows > first ? cq_min(n_rows - first, QUAD_ROWS) : 0;
         uint8_t *out = panel + (int64_t)first * w->n_cols;
         switch (cq_bits(w)) {
-        case 2: decode_quad(2, w, row + first, n, out); break;
-        case 3: decode_quad(3, w, row + first, n, out); break;
-        case 4: decode_quad(4, w, row + first, n, out); break;
+        case 2:
+            decode_quad(2, w, row + first, n, out);
+            break;
+        case 3:
+            decode_quad(3, w, row + first, n, out);
+            break;
+        case 4:
+            decode_quad(4, w, row + first, n, out);
+            break;
         }
     }
 }
@@ -141,8 +152,9 @@ static int has_neon(void) { return 1; }
 #pragma GCC pop_options
 #endif
 
-const cq_kernels cq_kernels_neon = {"neon", has_neon, gemv_base, PANEL_ROWS, decode_panel, gemm_panel_base,
-                                    dot_q8_0_base, peak_macs_base, CQ_FLOAT_KERNELS};
-const cq_kernels cq_kernels_neon_dotprod = {"neon-dotprod", has_dotprod, gemv_dotprod, PANEL_ROWS, decode_panel,
-                                            gemm_panel_dotprod, dot_q8_0_dotprod, peak_macs_dotprod, CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_neon = {"neon",          has_neon,      gemv_base,      PANEL_ROWS,      decode_panel,
+                                    gemm_panel_base, dot_q8_0_base, peak_macs_base, CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_neon_dotprod = {"neon-dotprod",   has_dotprod,       gemv_dotprod,
+                                            PANEL_ROWS,       decode_panel,      gemm_panel_dotprod,
+                                            dot_q8_0_dotprod, peak_macs_dotprod, CQ_FLOAT_KERNELS};
 #endif

@@ -10,14 +10,19 @@ CQ_INLINE int32x4_t CQ_NEON(dot16)(int32x4_t sum, int8x16_t w, int8x16_t x) {
 #endif
 }
 
-CQ_INLINE int32_t CQ_NEON(gemv_row)(const int32_t bits, const cq_matrix *w, int64_t row_index, const int8_t *x) {
-    const cq_row row = cq_row_at(w, row_index);
+/* scale_every 1 or 2: the blocks that share a scale, so that spans are those of the codebook alone; 0: any grouping. */
+CQ_INLINE int32_t CQ_NEON(gemv_row)(const int32_t bits, const int32_t scale_every, const cq_matrix *w,
+                                    int64_t row_index, const int8_t *x) {
+    cq_row row = cq_row_at(w, row_index);
     int32x4_t sum[4] = {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)};
+    if (scale_every) row.scale_blocks = row.n_blocks;
     for (cq_span span = cq_first_span(&row);; cq_next_span(&row, bits, &span)) {
-        const int8x16_t table = span_table(&span, bits);
+        const int8x16_t codebook = load_codebook(span.centroids, bits);
+        int8x16_t table = table_of(codebook, span.group_scale);
         for (int32_t b = span.begin; b < span.end; b++) {
             const uint8_t *block = row.indices + (int64_t)b * 8 * bits;
-            __builtin_prefetch(block + 512);
+            __builtin_prefetch(block + 1024);
+            if (scale_every) table = table_of(codebook, row.group_scales + b / scale_every);
             const block_i8 weights = decode_block(block, bits, table);
             for (int32_t i = 0; i < 4; i++)
                 sum[i] = CQ_NEON(dot16)(sum[i], weights.v[i], vld1q_s8(x + (int64_t)b * CQ_BLOCK + 16 * i));
@@ -27,20 +32,33 @@ CQ_INLINE int32_t CQ_NEON(gemv_row)(const int32_t bits, const cq_matrix *w, int6
     }
 }
 
+CQ_INLINE int32_t CQ_NEON(gemv_any)(const int32_t bits, const cq_matrix *w, int64_t row, const int8_t *x) {
+    if (w->scale_cols == CQ_BLOCK) return CQ_NEON(gemv_row)(bits, 1, w, row, x);
+    if (w->scale_cols == 2 * CQ_BLOCK) return CQ_NEON(gemv_row)(bits, 2, w, row, x);
+    return CQ_NEON(gemv_row)(bits, 0, w, row, x);
+}
+
 static void CQ_NEON(gemv)(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum,
                           int32_t *acc) {
     (void)x_sum;
     for (int32_t r = 0; r < n_rows; r++) switch (cq_bits(w)) {
-        case 2: acc[r] = CQ_NEON(gemv_row)(2, w, row + r, x); break;
-        case 3: acc[r] = CQ_NEON(gemv_row)(3, w, row + r, x); break;
-        case 4: acc[r] = CQ_NEON(gemv_row)(4, w, row + r, x); break;
+        case 2:
+            acc[r] = CQ_NEON(gemv_any)(2, w, row + r, x);
+            break;
+        case 3:
+            acc[r] = CQ_NEON(gemv_any)(3, w, row + r, x);
+            break;
+        case 4:
+            acc[r] = CQ_NEON(gemv_any)(4, w, row + r, x);
+            break;
         }
 }
 
 #if CQ_NEON_DOTPROD
 enum { CQ_NEON(TILE) = 8 };
 
-/* acc[N][8] = panel times N tokens. Of 32 registers, 2 N hold sums, N hold 16 columns of activations, the rest weights. */
+/* acc[N][8] = panel times N tokens. Of 32 registers, 2 N hold sums, N hold 16 columns of activations, the rest weights.
+ */
 CQ_INLINE void CQ_NEON(tile)(const int32_t N, const uint8_t *panel, int32_t n_cols, const int8_t *const *x,
                              int32_t *acc) {
     const int8_t *low = (const int8_t *)panel, *high = low + (int64_t)4 * n_cols;
@@ -68,8 +86,8 @@ CQ_INLINE void CQ_NEON(tile)(const int32_t N, const uint8_t *panel, int32_t n_co
 #else
 enum { CQ_NEON(TILE) = 4 };
 
-/* acc[N][8] = panel times N tokens, two dwords of columns per step. A register of int32 holds two partial sums of each of
- * two rows, because the widening multiply of 8 bytes covers two rows; they are added at the end. */
+/* acc[N][8] = panel times N tokens, two dwords of columns per step. A register of int32 holds two partial sums of each
+ * of two rows, because the widening multiply of 8 bytes covers two rows; they are added at the end. */
 CQ_INLINE void CQ_NEON(tile)(const int32_t N, const uint8_t *panel, int32_t n_cols, const int8_t *const *x,
                              int32_t *acc) {
     int32x4_t sum[4][4];

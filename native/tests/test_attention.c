@@ -10,8 +10,9 @@ static float from_half(uint16_t half) {
 /* One query at `position`: want[head_dim], and the bound of the error.
  *
  * A score is a float dot product of head_dim terms, so it is off by at most ds = (head_dim + 4) 2^-24 sum |q k| scale
- * (2^-24 times the largest such sum over the keys). The exponential adds 4 units and the subtraction of the maximum one of
- * |score|. A relative error d of every probability moves the result by at most 2 d max |v|; summing n keys, n units of it. */
+ * (2^-24 times the largest such sum over the keys). The exponential adds 4 units and the subtraction of the maximum one
+ * of |score|. A relative error d of every probability moves the result by at most 2 d max |v|; summing n keys, n units
+ * of it. */
 static double reference(const cq_attention *op, int32_t kv_head, int32_t position, const float *q, double *want) {
     const int32_t dim = op->head_dim;
     const int32_t first = op->window > 0 && position >= op->window ? position - op->window + 1 : 0;
@@ -45,7 +46,8 @@ static void check_attention(int32_t dim, int32_t position, int32_t n_queries, in
     const int32_t n_heads = 4, n_kv_heads = 2, n_ctx = position + n_queries;
     const size_t cache = (size_t)n_kv_heads * n_ctx * dim;
     guarded mk = guarded_new(cache * 2), mv = guarded_new(cache * 2);
-    guarded mq = guarded_new(sizeof(float) * (size_t)n_queries * n_heads * dim), mo = guarded_new(sizeof(float) * (size_t)n_queries * n_heads * dim);
+    guarded mq = guarded_new(sizeof(float) * (size_t)n_queries * n_heads * dim),
+            mo = guarded_new(sizeof(float) * (size_t)n_queries * n_heads * dim);
     guarded scratch = guarded_new(sizeof(float) * cq_attention_scratch_floats(dim));
     float *q = mq.data, *out = mo.data;
     for (size_t i = 0; i < cache; i++) {
@@ -54,17 +56,20 @@ static void check_attention(int32_t dim, int32_t position, int32_t n_queries, in
         cq_kernels_portable.f32_to_f16(&v, (uint16_t *)mv.data + i, 1);
     }
     for (int32_t i = 0; i < n_queries * n_heads * dim; i++) q[i] = random_float(), out[i] = NAN;
-    cq_attention op = {NULL, NULL, NULL, mk.data, mv.data, NULL, n_heads, n_kv_heads, dim, n_ctx, window, 1 / sqrtf((float)dim)};
+    cq_attention op = {NULL,    NULL,       NULL, mk.data, mv.data, NULL,
+                       n_heads, n_kv_heads, dim,  n_ctx,   window,  1 / sqrtf((float)dim)};
     double *want = malloc(sizeof(double) * (size_t)dim);
     for (int32_t head = 0; head < n_heads; head++) {
         memset(scratch.data, 0xff, sizeof(float) * cq_attention_scratch_floats(dim)); /* NaN: nothing stale may count */
-        cq_kernels_current()->attention_head(&op, head, position, n_queries, q + head * dim, out + head * dim, scratch.data);
+        cq_kernels_current()->attention_head(&op, head, position, n_queries, q + head * dim, out + head * dim,
+                                             scratch.data);
         for (int32_t i = 0; i < n_queries; i++) {
             const double bound = reference(&op, head / 2, position + i, q + (i * n_heads + head) * dim, want);
             for (int32_t d = 0; d < dim; d++) {
                 const float got = out[(i * n_heads + head) * dim + d];
-                CHECK(fabs(got - want[d]) <= bound, "attention dim %d position %d + %d of %d window %d: %g, want %g, bound %g",
-                      dim, position, i, n_queries, window, got, want[d], bound);
+                CHECK(fabs(got - want[d]) <= bound,
+                      "attention dim %d position %d + %d of %d window %d: %g, want %g, bound %g", dim, position, i,
+                      n_queries, window, got, want[d], bound);
             }
         }
     }
@@ -77,7 +82,8 @@ void test_attention(void) {
     for (int32_t d = 0; d < 6; d++)
         for (int32_t p = 0; p < 6; p++)
             for (int32_t n = 1; n <= CQ_QUERY_TILE; n += n < 5 ? 1 : 11)
-                check_attention(dims[d], positions[p], n, (d + p + n) % 3 ? 0 : 7 + 60 * (p % 2), 1 + 20.0f * (float)(d % 2));
+                check_attention(dims[d], positions[p], n, (d + p + n) % 3 ? 0 : 7 + 60 * (p % 2),
+                                1 + 20.0f * (float)(d % 2));
     check_attention(CQ_MAX_HEAD_DIM, 30, CQ_QUERY_TILE, 0, 1);
     check_attention(64, 3000, 1, 0, 8);
     check_attention(64, 3000, CQ_QUERY_TILE, 100, 8);

@@ -68,7 +68,8 @@ static void check_quantize(int32_t n, int32_t bits, int32_t group, float magnitu
     float *x = random_floats(&mx, n, magnitude), top = bits == 8 ? 127 : 7;
     const int8_t *q = mq.data;
     const float *scales = ms.data;
-    for (int32_t i = 0; i < n / 3; i++) x[i] = magnitude * (float)((int32_t)(random_u32() % 255) - 127) / 254; /* ties */
+    for (int32_t i = 0; i < n / 3; i++)
+        x[i] = magnitude * (float)((int32_t)(random_u32() % 255) - 127) / 254; /* ties */
     int32_t sum = -1, want_sum = 0;
     cq_kernels_current()->quantize(x, n, bits, group, mq.data, ms.data, &sum);
     for (int32_t first = 0, step = group ? group : n; first < n; first += step) {
@@ -93,7 +94,8 @@ static void check_swiglu(int32_t n, float range) {
     cq_kernels_current()->swiglu(gate, up, out, n);
     for (int32_t i = 0; i < n; i++) {
         const double want = gate[i] / (1 + exp(-(double)gate[i])) * up[i];
-        CHECK(fabs(out[i] - want) <= 1e-6 * fabs(want) + 1e-35, "swiglu(%g, %g): %g, want %g", gate[i], up[i], out[i], want);
+        CHECK(fabs(out[i] - want) <= 1e-6 * fabs(want) + 1e-35, "swiglu(%g, %g): %g, want %g", gate[i], up[i], out[i],
+              want);
     }
     guarded_free(mg), guarded_free(mu), guarded_free(mo);
 }

@@ -42,8 +42,9 @@ static sample sample_new(int32_t bits, int32_t n_rows, int32_t n_cols, int32_t c
             if (scale_cols) weight = (int32_t)floor((weight * scales[r * n_groups + c / scale_cols] + 64) / 128.0);
             s.weights[(int64_t)r * n_cols + c] = (int8_t)weight;
         }
-    s.w = (cq_matrix){17200 + bits, 1, n_rows, n_cols, codebook_cols, scale_cols, s.data.data, centroids,
-                      scale_cols ? scales : NULL, NULL};
+    s.w = (cq_matrix){
+        17200 + bits, 1, n_rows, n_cols, codebook_cols, scale_cols, s.data.data, centroids, scale_cols ? scales : NULL,
+        NULL};
     return s;
 }
 
@@ -89,9 +90,9 @@ static void check_gemm(const sample *s, const int8_t *const *x, const int32_t *x
             for (int32_t r = 0; r < panel_rows; r++) {
                 const int8_t *row = s->weights + (int64_t)(first + r) * s->w.n_cols;
                 const int32_t want = r < n ? reference_dot(row, x[t], s->w.n_cols) : 0;
-                CHECK(acc[t * panel_rows + r] == want, "gemm type %d [%d][%d] codebook %d scale %d token %d row %d: %d, want %d",
-                      s->w.type, s->w.n_rows, s->w.n_cols, s->w.codebook_cols, s->w.scale_cols, t, first + r,
-                      acc[t * panel_rows + r], want);
+                CHECK(acc[t * panel_rows + r] == want,
+                      "gemm type %d [%d][%d] codebook %d scale %d token %d row %d: %d, want %d", s->w.type, s->w.n_rows,
+                      s->w.n_cols, s->w.codebook_cols, s->w.scale_cols, t, first + r, acc[t * panel_rows + r], want);
             }
         CHECK(acc[n_tokens * panel_rows] == 12345, "gemm_panel wrote past its tokens");
     }

@@ -51,7 +51,9 @@ def _command() -> None:
     elif args.kernels:
         _print_table(results, ("kernel", "shape", "gbps", "gmacs", "frac_bandwidth", "frac_peak"))
     else:
-        _print_table([_table_row(result) for result in results], ("model", "size", "params", "backend", "threads", "test", "t/s"))
+        _print_table(
+            [_table_row(result) for result in results], ("model", "size", "params", "backend", "threads", "test", "t/s")
+        )
 
 
 def _tests(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -69,7 +71,7 @@ def _description(model: Model) -> dict[str, Any]:
     sidecars = (".centroids", ".scales", ".group_scales")
     return {
         "model_filename": str(model.file.path),
-        "model_type": f"{model.metadata['general.architecture']} {model.metadata.get('general.size_label', '')}".strip(),
+        "model_type": str(model.metadata.get("general.name") or model.metadata["general.architecture"]),
         "model_size": sum(tensor.nbytes for tensor in tensors),
         "model_n_params": sum(tensor.n_elements for tensor in tensors if not tensor.name.endswith(sidecars)),
         "n_threads": model.n_threads,
@@ -81,7 +83,8 @@ def _description(model: Model) -> dict[str, Any]:
 def _kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
     file = GGUFFile(args.file)
     scale_group = Weights(file).scale_group
-    shapes = {(CQType(int(t.type)), *t.shape[-2:]) for t in file.tensors.values() if int(t.type) in list(CQType)}
+    clustered = [tensor for tensor in file.tensors.values() if int(tensor.type) in list(CQType)]
+    shapes = {(CQType(int(t.type)), t.shape[-2], t.shape[-1]) for t in clustered}
     if not shapes:
         raise CQError(f"{file.path}: holds no CQ tensors")
     print(f"{cpu_name()}, {args.threads or default_threads()} threads", file=sys.stderr)

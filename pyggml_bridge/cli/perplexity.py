@@ -33,7 +33,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, metavar="N", help="stop after N chunks")
     parser.add_argument("--threads", "-t", type=int, metavar="N", help="threads (physical cores)")
     parser.add_argument("--isa", metavar="NAME", help="scalar, avx2, avx512 or neon: can only lower")
-    parser.add_argument("--base", metavar="MODEL", help="original: a GGUF, or what cq-convert accepts (needs [convert])")
+    parser.add_argument(
+        "--base", metavar="MODEL", help="original: a GGUF, or what cq-convert accepts (needs [convert])"
+    )
     parser.add_argument("--cuda", action="store_true", help="run on an NVIDIA GPU")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     return parser.parse_args()

@@ -21,9 +21,7 @@ def architectures() -> list[str]:
     return sorted({module.name for module in pkgutil.iter_modules(__path__)} - _HELPERS)
 
 
-def load_model(
-    path: str | Path, n_ctx: int | None = None, n_threads: int | None = None, n_batch: int = 512
-) -> Model:
+def load_model(path: str | Path, n_ctx: int | None = None, n_threads: int | None = None, n_batch: int = 512) -> Model:
     """Open a GGUF file for running; CQError naming the file if anything in it is missing or impossible.
 
     n_ctx: positions of the KV cache, by default what the model was trained for but at most 8192.

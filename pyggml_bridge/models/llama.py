@@ -43,9 +43,7 @@ def build(weights: Weights, n_ctx: int) -> Program:
     return p
 
 
-def _projection(
-    p: Program, weights: Weights, x: Value, name: str, n_out: int, add_to: Value | None = None
-) -> Value:
+def _projection(p: Program, weights: Weights, x: Value, name: str, n_out: int, add_to: Value | None = None) -> Value:
     bias = weights.vector(f"{name}.bias", n_out) if weights.has(f"{name}.bias") else None
     return p.linear(x, weights.matrix(f"{name}.weight", n_out, x.width), bias, add_to=add_to)
 

@@ -1,0 +1,97 @@
+"""Tiny seeded transformers models with a byte-level tokenizer, saved as checkpoints; every feature is on somewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCAB = 288
+TEXT = "The quick brown fox jumps over the lazy dog; 1953 was the year, wasn't it? " * 40
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A configuration: model_type and the fields that differ from `COMMON`."""
+
+    model_type: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    head_dim: int | None = None
+
+    def config(self) -> Any:
+        common = {
+            "vocab_size": VOCAB,
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "bos_token_id": 256,
+            "eos_token_id": [257, 258],
+            "initializer_range": 0.08,
+        }
+        if self.head_dim:
+            common["head_dim"] = self.head_dim
+        return AutoConfig.for_model(self.model_type, **(common | self.fields))
+
+    def build(self, seed: int = 0) -> torch.nn.Module:
+        """The model in float32, norm scales far from 1."""
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(self.config(), dtype=torch.float32).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.5, 1.5)
+        return model
+
+    def save(self, folder: Path, seed: int = 0) -> torch.nn.Module:
+        """Write the checkpoint with its tokenizer; returns the model."""
+        model = self.build(seed)
+        model.save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+        return model
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, three special tokens, two merges."""
+    special = ["<s>", "</s>", "<|im_end|>"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *special, "th", "the"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h"), ("th", "e")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+MODELS = {
+    "llama-tied": TinyModel("llama", {"tie_word_embeddings": True}),
+    "llama-wide-heads-llama3": TinyModel("llama", {"rope_parameters": LLAMA3_ROPE}, head_dim=32),
+    "llama-mha-linear": TinyModel(
+        "llama",
+        {
+            "num_key_value_heads": 6,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
+            "intermediate_size": 256,
+        },
+    ),
+    "mixtral": TinyModel("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral-tied-wide-heads": TinyModel(
+        "mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3, "tie_word_embeddings": True}, head_dim=64
+    ),
+    "mixtral-top-1": TinyModel("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "hidden_size": 192}),
+}

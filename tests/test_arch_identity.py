@@ -1,0 +1,75 @@
+"""Folding, rotating and permuting leave the float model's logits unchanged, per architecture and feature."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from codequant_converter.checkpoint import open_checkpoint
+from codequant_converter.fold import fold_norms
+from codequant_converter.rotation import random_rotation
+from codequant_converter.stream import LayerStream
+from codequant_converter.transform import TransformedModel
+
+from tests.models import MODELS, VOCAB
+
+TOLERANCE = 1e-3  # of the logit range
+TOKENS = torch.arange(60).mul(37).remainder(VOCAB)[None]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def case(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model = MODELS[request.param].save(folder)
+    with torch.no_grad():
+        return open_checkpoint(str(folder)), model(input_ids=TOKENS).logits[0]
+
+
+@torch.no_grad()
+def streamed_logits(model: TransformedModel) -> torch.Tensor:
+    stream = LayerStream(model.checkpoint)
+    hidden = model.embedding()[TOKENS]
+    for i in range(model.checkpoint.config.num_hidden_layers):
+        stream.forward(stream.module(i, model.layer(i)), hidden)
+    return (stream.final_norm(hidden) @ model.head().T)[0]
+
+
+def assert_same(logits: torch.Tensor, original: torch.Tensor) -> None:
+    assert (logits - original).abs().max() <= TOLERANCE * (original.max() - original.min())
+
+
+def test_fold_keeps_logits(case):
+    checkpoint, original = case
+    folded = fold_norms(checkpoint.arch, checkpoint.layer(0))
+    assert all((folded[norm.name] == 1).all() for norm in checkpoint.arch.norms)
+    assert_same(streamed_logits(TransformedModel(checkpoint)), original)
+
+
+def test_rotation_keeps_logits(case):
+    checkpoint, original = case
+    rotation = random_rotation(checkpoint.config.hidden_size, seed=3)
+    assert_same(streamed_logits(TransformedModel(checkpoint, rotation)), original)
+
+
+def test_permutation_keeps_logits(case):
+    """Blocks of 8 columns: small enough that FFN channels and every head's value channels really move."""
+    checkpoint, original = case
+    permuted = TransformedModel(checkpoint, None, permute_block=8)
+    before, after = TransformedModel(checkpoint).layer(1), permuted.layer(1)
+    for name in (checkpoint.arch.channels.consumer, checkpoint.arch.heads.output):
+        assert not torch.equal(before[name], after[name])
+    assert_same(streamed_logits(permuted), original)
+
+
+def test_all_stages_keep_logits(case):
+    checkpoint, original = case
+    rotation = random_rotation(checkpoint.config.hidden_size, seed=4)
+    assert_same(streamed_logits(TransformedModel(checkpoint, rotation, permute_block=16)), original)
+
+
+def test_missing_inverse_would_be_noticed(case):
+    """The tolerance is tight enough to fail on a rotation that is not orthogonal."""
+    checkpoint, original = case
+    rotation = random_rotation(checkpoint.config.hidden_size, seed=3)
+    rotation[0] *= 1.05
+    logits = streamed_logits(TransformedModel(checkpoint, rotation))
+    assert (logits - original).abs().max() > TOLERANCE * (original.max() - original.min())

@@ -1,0 +1,159 @@
+"""Codebook fitting: exact k-means against brute force and a plain dynamic program, and the fit's own invariants."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from codequant_converter.clustering import Grouping, error_feedback, fit_codebooks
+
+from pyggml_bridge.format import CQType
+
+ALL_TYPES = list(CQType)
+
+
+def clustering_error(v: np.ndarray, q: np.ndarray, bounds: tuple[int, ...]) -> float:
+    """Weighted squared error of sorted values cut at bounds."""
+    total = 0.0
+    for values, weights in zip(np.split(v, bounds), np.split(q, bounds), strict=True):
+        if weights.sum() > 0:
+            total += float((weights * (values - (weights * values).sum() / weights.sum()) ** 2).sum())
+    return total
+
+
+def brute_force(v: np.ndarray, q: np.ndarray, k: int) -> float:
+    """Smallest error over all ways to cut the sorted values into at most k runs."""
+    cuts = range(1, len(v))
+    return min(clustering_error(v, q, c) for n in range(min(k, len(v))) for c in combinations(cuts, n))
+
+
+def dynamic_program(v: np.ndarray, q: np.ndarray, k: int) -> float:
+    """The same in O(k n^2), float64."""
+    s0, s1, s2 = (np.concatenate([[0], np.cumsum(x)]) for x in (q, q * v, q * v * v))
+    n = len(v)
+    i, j = np.arange(n + 1)[:, None], np.arange(n + 1)[None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cost = (s2[i] - s2[j]) - (s1[i] - s1[j]) ** 2 / (s0[i] - s0[j])
+    cost = np.where(j < i, np.maximum(np.nan_to_num(cost), 0), np.inf)
+    best = np.where(np.arange(n + 1) == 0, 0.0, np.inf)
+    smallest = np.inf
+    for _ in range(k):
+        best = (best[None] + cost).min(axis=1)
+        smallest = min(smallest, best[n])
+    return float(smallest)
+
+
+def exact_error(v: np.ndarray, q: np.ndarray, k: int) -> float:
+    order = np.argsort(v, kind="stable")
+    v, q = v[order].astype(np.float64), q[order].astype(np.float64)
+    return brute_force(v, q, k) if len(v) <= 12 else dynamic_program(v, q, k)
+
+
+def test_dynamic_program_of_this_test_equals_brute_force():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        v, q = np.sort(rng.standard_normal(9)), rng.random(9)
+        assert dynamic_program(v, q, 4) == pytest.approx(brute_force(v, q, 4), rel=1e-9)
+
+
+@pytest.mark.parametrize("cq", ALL_TYPES)
+@pytest.mark.parametrize("cols", [1, 2, 5, 9, 12, 64, 65, 300])
+def test_exact_k_means_up_to_int8_rounding(cq, cols):
+    """Rounding a centroid moves it by at most half of scale = max|centroid| / 127, which bounds the extra loss."""
+    rng = np.random.default_rng(cols)
+    w = rng.standard_t(3, (4, cols)).astype(np.float32)
+    weight = rng.random(cols).astype(np.float32) + 0.01
+    fit = fit_codebooks(w, weight, cq, Grouping(-1, -1), 1)
+    for row in range(len(w)):
+        exact = exact_error(w[row], weight, cq.n_centroids)
+        step = np.abs(w[row]).max() / 127 / 2
+        assert exact * (1 - 1e-5) - 1e-9 <= fit.loss[row] <= exact + float(weight.sum()) * step**2 + 1e-9
+
+
+@pytest.mark.parametrize(
+    "grouping", [Grouping(), Grouping(-1, -1), Grouping(128, -1), Grouping(128, 64), Grouping(-1, 128)]
+)
+@pytest.mark.parametrize("cq", ALL_TYPES)
+def test_loss_is_that_of_the_file_and_never_increases(cq, grouping):
+    rng = np.random.default_rng(5)
+    w = (rng.standard_normal((24, 320)) * np.repeat(rng.uniform(0.2, 3, (24, 5)), 64, axis=1)).astype(np.float32)
+    weight = rng.uniform(0.1, 5, 320).astype(np.float32)
+    losses = []
+    for iterations in range(6):
+        fit = fit_codebooks(w, weight, cq, grouping, 2, iterations)
+        in_file = ((w - fit.clustered().dequantize().astype(np.float64)) ** 2 * weight).sum(axis=1)
+        np.testing.assert_allclose(fit.loss, in_file, rtol=1e-4)
+        losses.append(fit.loss.copy())
+    assert (np.diff(losses, axis=0) <= 0).all()
+    if grouping.scale_group > 0:
+        assert losses[-1].sum() < 0.99 * losses[0].sum()  # refitting is worth something
+
+
+def test_scale_groups_win_where_scales_differ():
+    rng = np.random.default_rng(6)
+    w = (rng.standard_normal((16, 512)) * np.repeat(10 ** rng.uniform(-1, 0, (16, 8)), 64, axis=1)).astype(np.float32)
+    plain, grouped = (fit_codebooks(w, np.ones(512, np.float32), CQType.CQ3, Grouping(-1, g), 2) for g in (-1, 64))
+    assert grouped.loss.sum() < 0.8 * plain.loss.sum()
+
+
+@pytest.mark.parametrize("grouping", [Grouping(), Grouping(-1, -1), Grouping(64, 64)])
+def test_degenerate_rows(grouping):
+    w = np.zeros((6, 128), np.float32)
+    w[1] = 0.37
+    w[2] = -1e-30
+    w[3, ::2], w[3, 1::2] = 1.0, -1.0
+    w[4, 5] = 3e38
+    w[5, :64] = 1.0  # a group of zeros beside a group of ones
+    fit = fit_codebooks(w, np.ones(128, np.float32), CQType.CQ4, grouping, 2)
+    assert np.isfinite(fit.scales).all() and (fit.scales >= 0).all()
+    np.testing.assert_allclose(fit.clustered().dequantize(), w, rtol=1e-5, atol=0)
+
+
+def test_columns_without_weight_do_not_disturb():
+    rng = np.random.default_rng(7)
+    w = rng.standard_normal((4, 128)).astype(np.float32)
+    w[:, :64] *= 100
+    weight = np.repeat(np.float32([0, 1]), 64)
+    fit = fit_codebooks(w, weight, CQType.CQ4, Grouping(-1, -1), 1)
+    alone = fit_codebooks(np.ascontiguousarray(w[:, 64:]), weight[64:], CQType.CQ4, Grouping(-1, -1), 1)
+    np.testing.assert_allclose(fit.loss, alone.loss, rtol=1e-6)
+
+
+def test_any_number_of_threads_gives_the_same_bytes():
+    rng = np.random.default_rng(8)
+    w = rng.standard_normal((50, 192)).astype(np.float32)
+    fits = [fit_codebooks(w, np.ones(192, np.float32), CQType.CQ4, Grouping(), n) for n in (1, 2, 5)]
+    for fit in fits[1:]:
+        for name in ("indices", "centroids", "group_scales", "scales"):
+            np.testing.assert_array_equal(getattr(fit, name), getattr(fits[0], name))
+
+
+@pytest.mark.parametrize("cq", ALL_TYPES)
+def test_error_feedback_lowers_the_output_error(cq):
+    rng = np.random.default_rng(9)
+    mix = rng.standard_normal((128, 128)) * np.geomspace(1, 0.02, 128)[:, None]
+    x = rng.standard_normal((2000, 128)) @ mix
+    moments = x.T @ x / len(x)
+    moments += 0.01 * np.diag(moments).mean() * np.eye(128)
+    factor = np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(moments)).T, np.float32)
+    w = rng.standard_normal((32, 128)).astype(np.float32)
+    fit = fit_codebooks(w, np.diag(moments).astype(np.float32), cq, Grouping(), 2)
+
+    def output_error() -> float:
+        return float(((x @ (w - fit.clustered().dequantize()).T) ** 2).sum())
+
+    nearest = output_error()
+    error_feedback(fit, factor, 2)
+    assert output_error() < 0.7 * nearest
+
+
+def test_error_feedback_without_correlation_is_the_nearest_centroid():
+    rng = np.random.default_rng(10)
+    w = rng.standard_normal((8, 128)).astype(np.float32)
+    fit = fit_codebooks(w, np.ones(128, np.float32), CQType.CQ3, Grouping(), 1)
+    nearest = fit.indices.copy()
+    error_feedback(fit, np.eye(128, dtype=np.float32), 1)
+    effective = fit.clustered().dequantize()
+    fit.indices = nearest
+    np.testing.assert_allclose(np.abs(w - effective), np.abs(w - fit.clustered().dequantize()), rtol=1e-5, atol=1e-7)

@@ -1,0 +1,184 @@
+"""cq-convert end to end on tiny checkpoints: the file it writes, read by transformers, by the runner, and byte for byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from codequant_converter import cli
+from codequant_converter.reference import load
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pyggml_bridge.format import CQType, register
+from pyggml_bridge.models import load_model
+from tests.models import MODELS, TEXT, VOCAB
+
+register()
+TOKENS = np.arange(64, dtype=np.int32) * 37 % VOCAB
+
+
+def convert(model: Path, out: Path, *options: str) -> dict:
+    """Run cq-convert in this process; returns its JSON document."""
+    report = out.with_suffix(".json")
+    arguments = cli.parser().parse_args(
+        [str(model), "--out", str(out), "--report", str(report), "--overwrite", *options]
+    )
+    settings = cli.settings_of(arguments)
+    document = cli.convert(settings).document()
+    report.write_text(json.dumps(document, allow_nan=False))
+    return document
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Every tiny model on disk, saved when first asked for."""
+    folder, saved = tmp_path_factory.mktemp("models"), {}
+
+    def get(name: str) -> tuple[Path, torch.nn.Module]:
+        if name not in saved:
+            saved[name] = (folder / name, MODELS[name].save(folder / name))
+        return saved[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def relative_difference(logits: np.ndarray, original: np.ndarray) -> float:
+    return float(np.abs(logits - original).max() / (original.max() - original.min()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_file_gives_the_original_logits_in_the_runner(checkpoints, tmp_path, name):
+    """Rotation and permutation on, nothing quantized: names, row orders, rope and metadata are those the runner reads."""
+    folder, model = checkpoints(name)
+    document = convert(folder, tmp_path / "m.gguf", "--tensor-type", ".=f32", "--group-size", "64")
+    with torch.no_grad():
+        original = model(input_ids=torch.from_numpy(TOKENS.astype(np.int64))[None]).logits[0].numpy()
+    runner = load_model(str(tmp_path / "m.gguf"), n_ctx=64, n_threads=2)
+    assert relative_difference(runner.forward(TOKENS, 0, len(TOKENS)), original) <= 1e-3
+    assert document["check"]["kld"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama-mha-linear"])
+def test_transformers_reads_our_float32_file(checkpoints, tmp_path, name):
+    """An independent reader of the names, the row order of rope and the metadata (it ignores rope scaling)."""
+    folder, model = checkpoints(name)
+    if name == "llama-mha-linear":
+        config = json.loads((folder / "config.json").read_text())
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
+        folder = tmp_path / "plain-rope"
+        model.save_pretrained(folder)
+        for file in checkpoints(name)[0].glob("token*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+        (folder / "config.json").write_text(json.dumps(config))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    convert(folder, tmp_path / "m.gguf", "--tensor-type", ".=f32", "--no-check")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    ids = torch.from_numpy(TOKENS.astype(np.int64))[None]
+    with torch.no_grad():
+        difference = relative_difference(read(input_ids=ids).logits[0].numpy(), model(input_ids=ids).logits[0].numpy())
+    assert difference <= 1e-3
+
+
+def test_gguf_input_equals_the_directory(checkpoints, tmp_path):
+    """directory -> F32 GGUF -> converted again: the lazy GGUF reader undoes the row order of rope."""
+    folder, model = checkpoints("llama-tied")
+    options = ("--tensor-type", ".=f32", "--no-rotation", "--no-check")
+    convert(folder, tmp_path / "once.gguf", *options)
+    convert(tmp_path / "once.gguf", tmp_path / "twice.gguf", *options)
+    ids = torch.from_numpy(TOKENS.astype(np.int64))[None]
+    with torch.no_grad():
+        original = model(input_ids=ids).logits[0].numpy()
+    runner = load_model(str(tmp_path / "twice.gguf"), n_ctx=64, n_threads=2)
+    assert relative_difference(runner.forward(TOKENS, 0, 64), original) <= 1e-3
+    assert relative_difference(load(str(tmp_path / "once.gguf")).logits(TOKENS), original) <= 1e-3
+
+
+def test_fused_experts_on_disk_give_the_same_file(checkpoints, tmp_path):
+    folder, model = checkpoints("mixtral")
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (fused / file.name).write_bytes(file.read_bytes())
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, fused / "model.safetensors")
+    assert not set(load_file(fused / "model.safetensors")) & {"model.layers.0.block_sparse_moe.gate.weight"}
+    for source, out in ((folder, "a"), (fused, "b")):
+        convert(source, tmp_path / f"{out}.gguf", "--no-check")
+    tensors = [{t.name: t.data.tobytes() for t in gguf.GGUFReader(tmp_path / f"{x}.gguf").tensors} for x in "ab"]
+    assert tensors[0] == tensors[1]
+
+
+@pytest.mark.parametrize("name", ["llama-wide-heads-llama3", "mixtral-top-1"])
+def test_same_seed_same_bytes_other_seed_other_bytes(checkpoints, text, tmp_path, name):
+    folder, _ = checkpoints(name)
+    options = ("--calibration", str(text), "--calibration-tokens", "512", "--no-check", "--threads", "2")
+    for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        convert(folder, tmp_path / f"{out}.gguf", "--seed", seed, *options)
+    a, b, c = ((tmp_path / f"{x}.gguf").read_bytes() for x in "abc")
+    assert a == b
+    assert a != c
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_report_and_file_agree(checkpoints, text, tmp_path, bits):
+    folder, _ = checkpoints("mixtral-top-1")
+    out = tmp_path / "m.gguf"
+    document = convert(folder, out, "--bits", str(bits), "--calibration", str(text), "--calibration-tokens", "512")
+    reader = gguf.GGUFReader(out)
+    types = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+    assert types["blk.0.ffn_down_exps.weight"] == CQType[f"CQ{bits}"]
+    assert types["blk.0.ffn_gate_inp.weight"] == gguf.GGMLQuantizationType.F32
+    body = [t for t in reader.tensors if t.name not in ("token_embd.weight", "output.weight")]
+    sidecars = (".centroids", ".scales", ".group_scales")
+    weights = sum(t.n_elements for t in body if not t.name.endswith(sidecars))
+    assert document["bpw"] == pytest.approx(8 * sum(int(t.n_bytes) for t in body) / int(weights))
+    assert document["bytes"] == out.stat().st_size
+    assert [sum(entry["tokens"]) for entry in document["experts"]] == [512] * 3  # top-1: each token goes to one expert
+    errors = [t["rel_error"] for t in document["tensors"] if t["type"] == f"cq{bits}"]
+    assert len(errors) == 3 * 7
+    assert 0 < max(errors) < {4: 0.15, 3: 0.3, 2: 0.55}[bits]
+    assert np.isfinite(document["check"]["kld"])
+
+
+def test_calibration_lowers_the_error_on_its_inputs(checkpoints, text, tmp_path):
+    folder, _ = checkpoints("llama-mha-linear")
+    options = ("--calibration", str(text), "--calibration-tokens", "512", "--no-check", "--no-rotation")
+    with_feedback = convert(folder, tmp_path / "a.gguf", *options)
+    without = convert(folder, tmp_path / "b.gguf", *options, "--no-feedback")
+    mean = [np.mean([t["rel_error"] for t in d["tensors"] if t["type"] == "cq4"]) for d in (with_feedback, without)]
+    assert mean[0] < 0.8 * mean[1]
+
+
+def test_widths_that_do_not_fit_fall_back_and_say_so(checkpoints, tmp_path):
+    """Hidden size 96 is a multiple of 32 but not of 64."""
+    folder, _ = checkpoints("llama-tied")
+    document = convert(folder, tmp_path / "m.gguf")
+    types = {t["name"]: t for t in document["tensors"]}
+    assert types["blk.0.attn_q.weight"]["type"] == "q8_0"
+    assert "96 columns" in types["blk.0.attn_q.weight"]["note"]
+    assert types["blk.0.ffn_down.weight"]["type"] == "cq4"
+    assert document["check"]["kld"] < 0.1
+
+
+def test_reference_routes_like_the_model(checkpoints):
+    folder, model = checkpoints("mixtral")
+    reference = load(str(folder))
+    ids = torch.from_numpy(TOKENS.astype(np.int64))[None]
+    with torch.no_grad():
+        output = model(input_ids=ids, output_router_logits=True)
+    np.testing.assert_allclose(reference.logits(TOKENS), output.logits[0].numpy(), rtol=1e-4, atol=1e-4)
+    expected = np.stack([np.argsort(-layer.numpy(), axis=1)[:, :2] for layer in output.router_logits])
+    np.testing.assert_array_equal(np.sort(reference.router_top_k(), axis=-1), np.sort(expected, axis=-1))
+    assert load(str(MODELS["llama-tied"] and checkpoints("llama-tied")[0])).router_top_k() is None
