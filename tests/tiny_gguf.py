@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from pyggml_bridge.format import VERSION, Clustered, CQType, Sidecars, pack, register
 
@@ -51,11 +52,14 @@ def random_clustered(rng: np.random.Generator, shape: tuple[int, ...], t: Tiny) 
     return Clustered(t.cq, pack(indices, t.cq), centroids, scales, groups, codebook_cols, scale_cols)
 
 
-def write_tiny(path: Path, t: Tiny) -> dict[str, np.ndarray]:
-    """Write a llama-architecture file; returns the dequantized float32 weights by name."""
+def write_tiny(path: Path, t: Tiny, keys: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
+    """Write a llama-architecture file with these further keys; returns the dequantized float32 weights by name."""
     rng = np.random.default_rng(t.seed)
     writer = GGUFWriter(path, "llama")
     _write_keys(writer, t)
+    for key, value in (keys or {}).items():
+        kind = GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, kind, GGUFValueType.get_type(value[0]) if kind is GGUFValueType.ARRAY else None)
     dense: dict[str, np.ndarray] = {}
 
     def clustered(name: str, *shape: int) -> None:

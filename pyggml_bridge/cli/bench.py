@@ -110,3 +110,7 @@ def _print_table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     print("| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
     for row in cells:
         print("| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+
+
+if __name__ == "__main__":
+    main()

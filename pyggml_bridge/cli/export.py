@@ -26,3 +26,7 @@ def _command() -> None:
     check_writable(out, overwrite=args.overwrite)
     export(Path(args.file), out, TYPES[args.type])
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -67,3 +67,7 @@ def _print(file: GGUFFile) -> None:
     for tensor in info["tensors"]:
         shape = " x ".join(map(str, tensor["shape"]))
         print(f"  {tensor['name']:40} {tensor['type']:5} {shape:>22} {tensor['bpw']:7.3f} bpw")
+
+
+if __name__ == "__main__":
+    main()
