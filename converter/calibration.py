@@ -110,14 +110,14 @@ def capture(arch: Architecture, module: nn.Module, n_experts: int) -> Iterator[S
             handle.remove()
 
 
-def _linear_hook(moments: Moments) -> Any:  # noqa: ANN401
+def _linear_hook(moments: Moments) -> Any:
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         moments.add(arguments[0].flatten(0, -2))
 
     return hook
 
 
-def _experts_hook(inputs: list[Moments], hidden: list[Moments]) -> Any:  # noqa: ANN401
+def _experts_hook(inputs: list[Moments], hidden: list[Moments]) -> Any:
     """transformers keeps experts fused, so no hook sees one expert's input: gather it, and recompute gate and up."""
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:

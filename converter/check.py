@@ -16,7 +16,7 @@ SAMPLE_TOKENS = 16
 PROMPT_TOKENS = 32
 
 
-def check_file(path: Path, tokens: Tensor, logits: Tensor, tokenizer: Any, n_threads: int) -> dict[str, Any]:  # noqa: ANN401
+def check_file(path: Path, tokens: Tensor, logits: Tensor, tokenizer: Any, n_threads: int) -> dict[str, Any]:
     """Compare with the original's logits [n, vocab] on tokens [n]; CQError if the file does not load or is not finite.
 
     kld: mean divergence of the second half of the positions; sample: greedy continuation of the first tokens.
@@ -32,7 +32,7 @@ def check_file(path: Path, tokens: Tensor, logits: Tensor, tokenizer: Any, n_thr
     return {"finite": True, "kld": kld, "sample": tokenizer.decode(_greedy(model, ids[:PROMPT_TOKENS]))}
 
 
-def _greedy(model: Any, prompt: np.ndarray) -> list[int]:  # noqa: ANN401
+def _greedy(model: Any, prompt: np.ndarray) -> list[int]:
     step, position, generated = prompt, 0, []
     for _ in range(SAMPLE_TOKENS):
         token = int(model.forward(step, position, 1)[-1].argmax())

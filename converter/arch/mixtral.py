@@ -46,13 +46,13 @@ MOE = (
 )
 
 
-def check(config: Any) -> None:  # noqa: ANN401
+def check(config: Any) -> None:
     """Refuse what this file does not describe."""
     llama.check(config)
     llama.require(config, sliding_window=None)
 
 
-def hparams(config: Any) -> HParams:  # noqa: ANN401
+def hparams(config: Any) -> HParams:
     """llama.cpp's keys of a Mixtral model, below `llama.`."""
     experts = {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
     return {**llama.hparams(config), **experts}

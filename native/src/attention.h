@@ -9,7 +9,7 @@
 #ifndef CQ_ATTENTION_H
 #define CQ_ATTENTION_H
 
-#define CQ_MASKED (-1e30f) /* finite: masked minus masked must not be NaN */
+#define CQ_HIDDEN (-1e30f) /* score of a key that a query does not see; finite, as their difference must not be NaN */
 
 typedef struct {
     const cq_attention *op;
@@ -28,12 +28,11 @@ static void transpose_queries(const attention_tile *a, const float *q) {
         for (int32_t d = 0; d < dim; d++) a->queries[d * CQ_QUERY_TILE + i] = q[i * stride + d] * a->op->scale;
 }
 
-/* scores[key][query] = key . query, CQ_SCORE_KEYS keys at a time; rows past n_keys are computed from zeros. */
+/* scores[key][query] = key . query, CQ_SCORE_KEYS keys at a time; rows past
+ * n_keys, up to a multiple of it, come out of stale floats and are never read. */
 static void batch_scores(const attention_tile *a, int32_t n_keys) {
     enum { VECS = CQ_QUERY_TILE / CQ_LANES };
     const int32_t dim = a->op->head_dim;
-    const int32_t padding = (CQ_SCORE_KEYS - n_keys % CQ_SCORE_KEYS) % CQ_SCORE_KEYS;
-    memset(a->tile + n_keys * dim, 0, sizeof(float) * (size_t)padding * dim);
     for (int32_t first = 0; first < n_keys; first += CQ_SCORE_KEYS) {
         const float *keys = a->tile + first * dim;
         vec acc[CQ_SCORE_KEYS][VECS] = {0};
@@ -52,33 +51,37 @@ static void batch_scores(const attention_tile *a, int32_t n_keys) {
     }
 }
 
-/* Scores -> exp(score - max), per lane; keys in a query's future or before its window get zero. */
-static void batch_softmax(const attention_tile *a, int32_t first_key, int32_t n_keys) {
-    const int32_t window = a->op->window > 0 ? a->op->window : INT32_MAX;
-    float previous[CQ_QUERY_TILE];
-    memcpy(previous, a->max, sizeof previous);
-    for (int32_t k = 0; k < n_keys; k++)
-#pragma omp simd
-        for (int32_t i = 0; i < CQ_QUERY_TILE; i++) {
-            const int32_t distance = a->position + i - (first_key + k);
-            const float score = a->scores[k * CQ_QUERY_TILE + i];
-            const float masked = (distance >= 0) & (distance < window) ? score : CQ_MASKED;
-            a->scores[k * CQ_QUERY_TILE + i] = masked;
-            a->max[i] = masked > a->max[i] ? masked : a->max[i];
-        }
-#pragma omp simd
-    for (int32_t i = 0; i < CQ_QUERY_TILE; i++) {
-        a->shrink[i] = exp_f32(previous[i] - a->max[i]);
-        a->sum[i] *= a->shrink[i];
+/* -1 in the lanes whose query sees the key: it is not in the query's future, nor before its window. */
+CQ_INLINE int_vec visible(const attention_tile *a, int32_t key, int32_t first_lane) {
+    int_vec distance; /* from the key to the query */
+    for (int32_t i = 0; i < CQ_LANES; i++) distance[i] = i;
+    distance += a->position + first_lane - key;
+    return (distance >= 0) & (distance < (a->op->window > 0 ? a->op->window : INT32_MAX));
+}
+
+/* Scores -> exp(score - max), or zero where the key is not visible; for the queries in lanes first .. */
+CQ_INLINE void softmax_lanes(const attention_tile *a, int32_t first_key, int32_t n_keys, int32_t first) {
+    const int_vec hidden = (int_vec)all_lanes(CQ_HIDDEN);
+    const vec previous = load_vec(a->max + first);
+    float *scores = a->scores + first;
+    vec max = previous;
+    for (int32_t k = 0; k < n_keys; k++) {
+        const int_vec mask = visible(a, first_key + k, first), score = (int_vec)load_vec(scores + k * CQ_QUERY_TILE);
+        max = max_vec(max, (vec)((score & mask) | (hidden & ~mask)));
     }
-    for (int32_t k = 0; k < n_keys; k++)
-#pragma omp simd
-        for (int32_t i = 0; i < CQ_QUERY_TILE; i++) {
-            const float score = a->scores[k * CQ_QUERY_TILE + i], p = exp_f32(score - a->max[i]);
-            const float kept = score == CQ_MASKED ? 0.0f : p;
-            a->scores[k * CQ_QUERY_TILE + i] = kept;
-            a->sum[i] += kept;
-        }
+    const vec shrink = exp_vec(previous - max);
+    vec sum = load_vec(a->sum + first) * shrink;
+    for (int32_t k = 0; k < n_keys; k++) {
+        const int_vec mask = visible(a, first_key + k, first);
+        const vec p = (vec)((int_vec)exp_vec(load_vec(scores + k * CQ_QUERY_TILE) - max) & mask);
+        store_vec(scores + k * CQ_QUERY_TILE, p);
+        sum += p;
+    }
+    store_vec(a->max + first, max), store_vec(a->sum + first, sum), store_vec(a->shrink + first, shrink);
+}
+
+static void batch_softmax(const attention_tile *a, int32_t first_key, int32_t n_keys) {
+    for (int32_t first = 0; first < CQ_QUERY_TILE; first += CQ_LANES) softmax_lanes(a, first_key, n_keys, first);
 }
 
 static void single_scores(const attention_tile *a, const float *q, int32_t n_keys) {
@@ -88,19 +91,21 @@ static void single_scores(const attention_tile *a, const float *q, int32_t n_key
 }
 
 static void single_softmax(const attention_tile *a, int32_t n_keys) {
-    float largest = *a->max, sum = 0;
+    float largest = *a->max;
 #pragma omp simd reduction(max : largest)
     for (int32_t k = 0; k < n_keys; k++) {
         a->scores[k] *= a->op->scale;
         largest = a->scores[k] > largest ? a->scores[k] : largest;
     }
-#pragma omp simd reduction(+ : sum)
-    for (int32_t k = 0; k < n_keys; k++) {
-        a->scores[k] = exp_f32(a->scores[k] - largest);
-        sum += a->scores[k];
+    for (int32_t k = n_keys; k % CQ_LANES; k++) a->scores[k] = CQ_HIDDEN; /* adds e^-87 to a sum of at least one */
+    vec sum = {0};
+    for (int32_t k = 0; k < n_keys; k += CQ_LANES) {
+        const vec p = exp_vec(load_vec(a->scores + k) - largest);
+        store_vec(a->scores + k, p);
+        sum += p;
     }
-    *a->shrink = exp_f32(*a->max - largest);
-    *a->sum = *a->sum * *a->shrink + sum;
+    *a->shrink = exp_vec(all_lanes(*a->max - largest))[0];
+    *a->sum = *a->sum * *a->shrink + sum_lanes(sum);
     *a->max = largest;
 }
 
@@ -155,7 +160,7 @@ static attention_tile carve_scratch(const cq_attention *op, int32_t position, in
     a.max = a.scores + CQ_KEY_TILE * CQ_QUERY_TILE;
     a.sum = a.max + CQ_QUERY_TILE;
     a.shrink = a.sum + CQ_QUERY_TILE;
-    for (int32_t i = 0; i < CQ_QUERY_TILE; i++) a.max[i] = CQ_MASKED, a.sum[i] = 0;
+    for (int32_t i = 0; i < CQ_QUERY_TILE; i++) a.max[i] = CQ_HIDDEN, a.sum[i] = 0;
     return a;
 }
 

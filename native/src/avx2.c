@@ -19,6 +19,8 @@
 #define CQ_SCORE_KEYS 4
 typedef __m256 vec;
 
+static inline vec min_vec(vec a, vec b) { return _mm256_min_ps(a, b); }
+static inline vec max_vec(vec a, vec b) { return _mm256_max_ps(a, b); }
 static inline float sum_lanes(vec v) { return sum_f32(v); }
 
 #include "float_ops.h"

@@ -26,6 +26,8 @@
 #define CQ_SCORE_KEYS 16
 typedef __m512 vec;
 
+static inline vec min_vec(vec a, vec b) { return _mm512_min_ps(a, b); }
+static inline vec max_vec(vec a, vec b) { return _mm512_max_ps(a, b); }
 static inline float sum_lanes(vec v) { return _mm512_reduce_add_ps(v); }
 
 #include "float_ops.h"

@@ -1,20 +1,16 @@
 /* Codebooks for the rows of a weight matrix: exact weighted 1-D k-means, then a fit to what the kernels multiply.
  *
  * 1. Every scale group of a row is divided by its weighted root mean square.
- * 2. Each codebook is solved exactly: sort, prefix sums, dynamic programming over the sorted values with divide and
- *    conquer over the monotone split points, O(k n log n) (Wang & Song, Ckmeans.1d.dp, R Journal 2011; Gronlund et al.,
- *    arXiv 1701.07204). With S0 and S1 the sums of weights and of weighted values of a cluster, its squared error is
- *    sum(q v^2) - S1^2 / S0, so the program maximizes the sum of S1^2 / S0.
+ * 2. Each codebook is solved exactly (kmeans.c), weights taken relative to the amplitudes.
  * 3. Centroids become int8. Then group scales, centroids, assignments and the row's scale are refitted in turn by least
  *    squares. A round counts only if the loss, measured on the effective int8 weights, falls: it never increases.
  *
  * Rows are independent, so the result does not depend on the number of threads. */
 #include "kernels.h"
+#include "kmeans.h"
 #include <math.h>
 #include <omp.h>
 #include <string.h>
-
-enum { MAX_CENTROIDS = 16, RADIX_BITS = 11, RADIX = 1 << RADIX_BITS };
 
 /* One row's solution. */
 typedef struct {
@@ -24,119 +20,24 @@ typedef struct {
     double loss;
 } fit;
 
-/* Per thread; every array holds n_cols elements, rounded up, and one more where prefix sums need it. */
+/* Per thread. */
 typedef struct {
-    uint32_t *key, *key_tmp; /* sortable bit patterns of the normalized values */
-    float *q, *q_tmp, *residual, *amplitude;
-    double *s0, *s1, *best, *next, *codebook;
-    uint16_t *split; /* [MAX_CENTROIDS][n_cols] */
+    cq_kmeans kmeans;
+    double *codebook; /* [n_codebooks * n_centroids]: centroids before rounding */
+    float *amplitude; /* [n_groups]: real scale of each group */
+    float *residual;  /* [n_cols] */
     uint8_t *indices;
     int8_t *centroids, *group_scales;
 } workspace;
 
-static size_t take(uint8_t *base, size_t *used, void *field, size_t bytes) {
-    uint8_t *at = base ? base + *used : NULL;
-    memcpy(field, &at, sizeof at);
-    return *used += (bytes + 63) & ~(size_t)63;
-}
-
 static size_t carve(workspace *s, uint8_t *base, int32_t n_cols) {
-    size_t n = (size_t)n_cols + 1, used = 0;
-    take(base, &used, &s->key, 4 * n);
-    take(base, &used, &s->key_tmp, 4 * n);
-    take(base, &used, &s->q, 4 * n);
-    take(base, &used, &s->q_tmp, 4 * n);
-    take(base, &used, &s->residual, 4 * n);
-    take(base, &used, &s->amplitude, 4 * (n / CQ_BLOCK + 1));
-    take(base, &used, &s->s0, 8 * n);
-    take(base, &used, &s->s1, 8 * n);
-    take(base, &used, &s->best, 8 * n);
-    take(base, &used, &s->next, 8 * n);
-    take(base, &used, &s->split, 2 * n * MAX_CENTROIDS);
-    take(base, &used, &s->codebook, 8 * (n / CQ_BLOCK + 1) * MAX_CENTROIDS);
-    take(base, &used, &s->indices, n);
-    take(base, &used, &s->centroids, (n / CQ_BLOCK + 1) * MAX_CENTROIDS);
-    return take(base, &used, &s->group_scales, n / CQ_BLOCK + 1);
-}
-
-/* ---- sorting ---- */
-
-/* Floats as unsigned integers of the same order: negative values have all bits flipped, the others the sign bit. */
-static uint32_t sortable(float v) {
-    uint32_t bits;
-    memcpy(&bits, &v, sizeof bits);
-    return bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
-}
-
-static float unsortable(uint32_t key) {
-    uint32_t bits = key ^ ((key & 0x80000000u) ? 0x80000000u : 0xffffffffu);
-    float v;
-    memcpy(&v, &bits, sizeof v);
-    return v;
-}
-
-/* Sorts key[n], carrying q along: three stable counting passes of 11 bits. An odd number: the result is swapped in. */
-static void sort_pairs(workspace *s, int32_t n) {
-    for (int shift = 0; shift < 32; shift += RADIX_BITS) {
-        int32_t start[RADIX + 1] = {0};
-        for (int32_t i = 0; i < n; i++) start[((s->key[i] >> shift) & (RADIX - 1)) + 1]++;
-        for (int32_t b = 0; b < RADIX; b++) start[b + 1] += start[b];
-        for (int32_t i = 0; i < n; i++) {
-            int32_t at = start[(s->key[i] >> shift) & (RADIX - 1)]++;
-            s->key_tmp[at] = s->key[i], s->q_tmp[at] = s->q[i];
-        }
-        uint32_t *key = s->key;
-        float *q = s->q;
-        s->key = s->key_tmp, s->key_tmp = key, s->q = s->q_tmp, s->q_tmp = q;
-    }
-}
-
-/* ---- exact k-means ---- */
-
-static double gain(const workspace *s, int32_t from, int32_t to) {
-    double s0 = s->s0[to] - s->s0[from], s1 = s->s1[to] - s->s1[from];
-    return s0 > 0 ? s1 * s1 / s0 : 0;
-}
-
-/* next[i] = max over j in [j_lo, j_hi], j < i, of best[j] + gain(j, i) for i in [lo, hi]: the maximizing j grows with
- * i. */
-static void solve_range(workspace *s, uint16_t *split, int32_t lo, int32_t hi, int32_t j_lo, int32_t j_hi) {
-    while (lo <= hi) {
-        int32_t i = lo + (hi - lo) / 2, last = j_hi < i - 1 ? j_hi : i - 1, arg = j_lo;
-        double top = -1;
-        for (int32_t j = j_lo; j <= last; j++) {
-            double value = s->best[j] + gain(s, j, i);
-            if (value > top) top = value, arg = j;
-        }
-        s->next[i] = top, split[i] = (uint16_t)arg;
-        solve_range(s, split, lo, i - 1, j_lo, arg);
-        lo = i + 1, j_lo = arg;
-    }
-}
-
-/* The k best centroids, ascending, of the n sorted pairs in key and q; fewer than k pairs: the last one repeats. */
-static void kmeans_sorted(workspace *s, int32_t n, int32_t k, double *centroids) {
-    s->s0[0] = s->s1[0] = 0;
-    for (int32_t i = 0; i < n; i++) {
-        s->s0[i + 1] = s->s0[i] + (double)s->q[i];
-        s->s1[i + 1] = s->s1[i] + (double)s->q[i] * unsortable(s->key[i]);
-    }
-    int32_t clusters = k < n ? k : n;
-    for (int32_t i = 0; i <= n; i++) s->best[i] = gain(s, 0, i);
-    for (int32_t c = 1; c < clusters; c++) {
-        int32_t first = c + 1 == clusters ? n : c + 1; /* the last cluster always ends at n */
-        solve_range(s, s->split + (size_t)c * (n + 1), first, n, c, n - 1);
-        double *swap = s->best;
-        s->best = s->next, s->next = swap;
-    }
-    int32_t end = n;
-    for (int32_t c = clusters - 1; c >= 0; c--) {
-        int32_t begin = c ? s->split[(size_t)c * (n + 1) + end] : 0;
-        double s0 = s->s0[end] - s->s0[begin];
-        centroids[c] = s0 > 0 ? (s->s1[end] - s->s1[begin]) / s0 : unsortable(s->key[begin]);
-        end = begin;
-    }
-    for (int32_t c = clusters; c < k; c++) centroids[c] = centroids[clusters - 1];
+    size_t n = (size_t)n_cols, blocks = n / CQ_BLOCK + 1, used = cq_kmeans_carve(&s->kmeans, base, n_cols);
+    cq_take(base, &used, &s->codebook, 8 * blocks * CQ_MAX_CENTROIDS);
+    cq_take(base, &used, &s->amplitude, 4 * blocks);
+    cq_take(base, &used, &s->residual, 4 * n);
+    cq_take(base, &used, &s->indices, n);
+    cq_take(base, &used, &s->centroids, blocks * CQ_MAX_CENTROIDS);
+    return cq_take(base, &used, &s->group_scales, blocks);
 }
 
 /* ---- one row ---- */
@@ -155,8 +56,8 @@ static void set_scales(const cq_clustering *job, workspace *s, fit *f) {
     if (!job->scale_cols) return;
     f->scale = top * (128.0f / 127.0f);
     for (int32_t g = 0; g < n_groups(job); g++) {
-        f->group_scales[g] = (int8_t)(top > 0 ? lrintf(127.0f * s->amplitude[g] / top) : 0);
-        s->amplitude[g] = f->scale * (float)f->group_scales[g] / 128.0f;
+        f->group_scales[g] = (int8_t)(top > 0 ? lrintf(127.0f * (s->amplitude[g] / top)) : 0);
+        s->amplitude[g] = f->scale * ((float)f->group_scales[g] / 128.0f);
     }
 }
 
@@ -200,18 +101,17 @@ static void solve_codebooks(const cq_clustering *job, const float *w, workspace 
         if (n > job->codebook_cols) n = job->codebook_cols;
         for (int32_t i = 0; i < n; i++) {
             float a = s->amplitude[group_of(job, begin + i)];
-            s->key[i] = sortable(a > 0 ? w[begin + i] / a : 0);
-            s->q[i] = a > 0 ? job->weight[begin + i] * (a / top) * (a / top) : 0;
+            s->kmeans.key[i] = cq_sortable(a > 0 ? w[begin + i] / a : 0);
+            s->kmeans.q[i] = a > 0 ? job->weight[begin + i] * (a / top) * (a / top) : 0;
         }
-        sort_pairs(s, n);
-        kmeans_sorted(s, n, job->n_centroids, s->codebook + b * job->n_centroids);
+        cq_kmeans_solve(&s->kmeans, n, job->n_centroids, s->codebook + b * job->n_centroids);
     }
 }
 
 /* Least squares of each centroid with amplitudes and assignments fixed: one Lloyd step. */
 static void refit_codebooks(const cq_clustering *job, const float *w, workspace *s, const fit *f) {
     for (int32_t b = 0; b < n_codebooks(job); b++) {
-        double wa[MAX_CENTROIDS] = {0}, aa[MAX_CENTROIDS] = {0};
+        double wa[CQ_MAX_CENTROIDS] = {0}, aa[CQ_MAX_CENTROIDS] = {0};
         int32_t begin = b * job->codebook_cols, end = begin + job->codebook_cols;
         if (end > job->n_cols) end = job->n_cols;
         for (int32_t i = begin; i < end; i++) {
@@ -251,7 +151,7 @@ static void effective_weights(const cq_clustering *job, const fit *f, int32_t co
 static void assign(const cq_clustering *job, const float *w, fit *f) {
     double ww = 0, we = 0, ee = 0;
     for (int32_t begin = 0; begin < job->n_cols; begin += CQ_BLOCK) {
-        float w8[MAX_CENTROIDS], middle[MAX_CENTROIDS];
+        float w8[CQ_MAX_CENTROIDS], middle[CQ_MAX_CENTROIDS];
         int32_t end = begin + CQ_BLOCK < job->n_cols ? begin + CQ_BLOCK : job->n_cols;
         effective_weights(job, f, begin, w8);
         for (int32_t c = 0; c + 1 < job->n_centroids; c++) middle[c] = f->scale * 0.5f * (w8[c] + w8[c + 1]);
@@ -308,7 +208,7 @@ static void feedback_row(const cq_clustering *job, const float *u, int32_t row, 
     fit f = output_fit(job, row);
     memcpy(s->residual, job->w + (size_t)row * n, 4 * (size_t)n);
     for (int32_t i = 0; i < n; i++) {
-        float w8[MAX_CENTROIDS], w = s->residual[i];
+        float w8[CQ_MAX_CENTROIDS], w = s->residual[i];
         effective_weights(job, &f, i, w8);
         int32_t index = 0;
         for (int32_t c = 0; c + 1 < job->n_centroids; c++) index += w > f.scale * 0.5f * (w8[c] + w8[c + 1]);
@@ -328,7 +228,7 @@ int64_t cq_cluster_scratch_bytes(int32_t n_cols) {
 
 static int valid(const cq_clustering *job) {
     return job->n_rows >= 0 && job->n_cols > 0 && job->n_cols <= CQ_MAX_COLS && job->n_centroids > 0 &&
-           job->n_centroids <= MAX_CENTROIDS && job->codebook_cols > 0 && job->codebook_cols % CQ_BLOCK == 0 &&
+           job->n_centroids <= CQ_MAX_CENTROIDS && job->codebook_cols > 0 && job->codebook_cols % CQ_BLOCK == 0 &&
            job->scale_cols >= 0 && job->scale_cols % CQ_BLOCK == 0;
 }
 

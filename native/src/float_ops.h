@@ -3,6 +3,7 @@
  * The including file defines, before the include:
  *   CQ_LANES, vec     floats per vector, and a vector_size type of that many
  *   sum_lanes(vec)    their sum
+ *   min_vec, max_vec  elementwise; where the second operand is NaN, NaN
  *   f16_to_f32, f32_to_f16   as in cq_kernels
  *   CQ_TILE_VECS, CQ_SCORE_KEYS   register tiles of attention.h
  * and lists CQ_FLOAT_KERNELS at the end of its cq_kernels. */
@@ -19,28 +20,28 @@ typedef float unaligned_vec __attribute__((vector_size(4 * CQ_LANES), aligned(4)
 CQ_INLINE vec load_vec(const float *p) { return *(const unaligned_vec *)p; }
 CQ_INLINE void store_vec(float *p, vec v) { *(unaligned_vec *)p = v; }
 
-/* exp(x) within 2 ulp for x in [-87, 88]; outside it is clamped to exp of the nearer end, NaN stays NaN.
+typedef int32_t int_vec __attribute__((vector_size(4 * CQ_LANES)));
+typedef uint32_t uint_vec __attribute__((vector_size(4 * CQ_LANES)));
+
+CQ_INLINE vec all_lanes(float value) { return value - (vec){0}; }
+
+/* exp(x) within 2 ulp for x in [-87, 88]; outside it is clamped to exp of the nearer end, NaN stays NaN. Written with
+ * vectors, as compilers turn the clamps of a scalar loop into branches.
+ *
  * x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 leaves the integer n in the low bits of the float, from where
- * a shift moves it into the exponent: no float-to-int conversion, so that NaN is no undefined behaviour. */
-CQ_INLINE float exp_f32(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    const float magic = 12582912.0f, shifted = x * 1.44269504f + magic, n = shifted - magic;
-    float r = x - n * 0.693359375f; /* ln 2 in two parts; the first has 9 bits, so n times it is exact */
+ * a shift moves it into the exponent: no float-to-int conversion, which NaN would make undefined. */
+CQ_INLINE vec exp_vec(vec x) {
+    x = min_vec(all_lanes(88.0f), max_vec(all_lanes(-87.0f), x));
+    const vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    vec r = x - n * 0.693359375f; /* ln 2 in two parts; the first has 9 bits, so n times it is exact */
     r = r + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f; /* the minimax polynomial of Cephes' expf */
-    p = p * r + 1.3981999507e-3f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f; /* the minimax polynomial of Cephes' expf */
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    uint32_t bits;
-    float power;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits << 23) + 0x3f800000;
-    memcpy(&power, &bits, 4);
-    return p * power;
+    p = p * (r * r) + r + 1.0f;
+    return p * (vec)(((uint_vec)shifted << 23) + 0x3f800000u);
 }
 
 /* Squares are summed in double, so that every instruction set gives the same scale to the last bit or nearly so. */
@@ -98,12 +99,20 @@ static void quantize(const float *x, int32_t n, int32_t bits, int32_t group, int
 }
 
 /* silu(gate) * up. exp saturates, so a very negative gate needs its own bound to reach zero instead of -inf * tiny. */
+CQ_INLINE vec swiglu_vec(vec gate, vec up) {
+    gate = max_vec(all_lanes(-100.0f), gate);
+    return gate / (1.0f + exp_vec(-gate)) * up;
+}
+
 static void swiglu(const float *gate, const float *up, float *out, int32_t n) {
-#pragma omp simd
-    for (int32_t i = 0; i < n; i++) {
-        const float g = gate[i] < -100.0f ? -100.0f : gate[i];
-        out[i] = g / (1.0f + exp_f32(-g)) * up[i];
-    }
+    int32_t i = 0;
+    for (; i + CQ_LANES <= n; i += CQ_LANES) store_vec(out + i, swiglu_vec(load_vec(gate + i), load_vec(up + i)));
+    if (i == n) return;
+    float rest[2][CQ_LANES] = {0};
+    memcpy(rest[0], gate + i, sizeof(float) * (size_t)(n - i));
+    memcpy(rest[1], up + i, sizeof(float) * (size_t)(n - i));
+    store_vec(rest[0], swiglu_vec(load_vec(rest[0]), load_vec(rest[1])));
+    memcpy(out + i, rest[0], sizeof(float) * (size_t)(n - i));
 }
 
 static void axpy(float a, const float *x, float *y, int32_t n) {

@@ -7,6 +7,14 @@
 #define CQ_SCORE_KEYS 2 /* as do 2 keys x 16 queries */
 typedef float vec __attribute__((vector_size(4 * CQ_LANES)));
 
+static inline vec min_vec(vec a, vec b) {
+    for (int32_t i = 0; i < CQ_LANES; i++) b[i] = a[i] < b[i] ? a[i] : b[i];
+    return b;
+}
+static inline vec max_vec(vec a, vec b) {
+    for (int32_t i = 0; i < CQ_LANES; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
+    return b;
+}
 static inline float sum_lanes(vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
 static float f16_value(uint16_t half) {

@@ -1,0 +1,37 @@
+/* Exact weighted 1-D k-means (kmeans.c) and the workspace it needs, which the caller owns. */
+#ifndef CQ_KMEANS_H
+#define CQ_KMEANS_H
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { CQ_MAX_CENTROIDS = 16 };
+
+/* Arrays of n + 1 elements; split: [CQ_MAX_CENTROIDS][n + 1]. */
+typedef struct {
+    uint32_t *key, *key_tmp; /* values as sortable integers: cq_sortable */
+    float *q, *q_tmp;        /* their weights, >= 0 */
+    double *s0, *s1, *best, *next;
+    uint16_t *split;
+} cq_kmeans;
+
+/* Floats as unsigned integers of the same order: negative values have all bits flipped, the others the sign bit. */
+static inline uint32_t cq_sortable(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
+}
+
+/* Points `field` at the next 64-byte aligned part of base (NULL: only counts); returns the bytes used so far. */
+static inline size_t cq_take(uint8_t *base, size_t *used, void *field, size_t bytes) {
+    uint8_t *at = base ? base + *used : NULL;
+    memcpy(field, &at, sizeof at);
+    return *used += (bytes + 63) & ~(size_t)63;
+}
+
+/* Places a workspace for up to n values at base; returns its bytes. */
+size_t cq_kmeans_carve(cq_kmeans *s, uint8_t *base, int32_t n);
+
+/* The k best centroids, ascending, of the n <= 65536 pairs in key and q; of fewer than k pairs, the last repeats. */
+void cq_kmeans_solve(cq_kmeans *s, int32_t n, int32_t k, double *centroids);
+#endif
