@@ -71,7 +71,7 @@ def test_integers_of_every_grouping(cq: CQType, cols: int) -> None:
 def test_integers_of_every_token_count(cq: CQType, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
     for rows in (1, 33, 70):
-        check(random_clustered(rng, cq, rows, 192, scale_cols=64), activations(rng, tokens, 192), n_threads=2)
+        check(random_clustered(rng, cq, rows, 192, scale_cols=64), activations(rng, tokens, 192))
 
 
 @pytest.mark.parametrize("cq", CQType)

@@ -71,15 +71,16 @@ CQ_INLINE void tile(const int32_t N, const uint8_t *panel, const int8_t *const *
     static void tile_##N(const uint8_t *panel, const int8_t *const *x, int32_t col, int32_t n_cols, int32_t *acc) {    \
         tile(N, panel, x, col, n_cols, acc, col == 0);                                                                 \
     }
-CQ_TILE(1)
-CQ_TILE(2) CQ_TILE(3) CQ_TILE(4) CQ_TILE(5) CQ_TILE(6) CQ_TILE(7) CQ_TILE(8) CQ_TILE(9) CQ_TILE(10) CQ_TILE(11)
-    CQ_TILE(12)
+/* clang-format off */
+CQ_TILE(1) CQ_TILE(2) CQ_TILE(3) CQ_TILE(4) CQ_TILE(5) CQ_TILE(6)
+CQ_TILE(7) CQ_TILE(8) CQ_TILE(9) CQ_TILE(10) CQ_TILE(11) CQ_TILE(12)
 
-        static void (*const tiles[])(const uint8_t *, const int8_t *const *, int32_t, int32_t, int32_t *) = {
-            tile_1, tile_2, tile_3, tile_4, tile_5, tile_6, tile_7, tile_8, tile_9, tile_10, tile_11, tile_12};
+static void (*const tiles[])(const uint8_t *, const int8_t *const *, int32_t, int32_t, int32_t *) = {
+    tile_1, tile_2, tile_3, tile_4, tile_5, tile_6, tile_7, tile_8, tile_9, tile_10, tile_11, tile_12};
+/* clang-format on */
 
-/* TILE_COLS columns of the panel (128 KiB, in the second-level cache) serve all tokens before the next ones; tokens are dealt evenly to tiles, as
- * 13 tokens in tiles of 7 and 6 take less than in 12 and 1. */
+/* TILE_COLS columns of the panel (128 KiB, in the second-level cache) serve all tokens before the next ones; tokens are
+ * dealt evenly to tiles, as 13 tokens in tiles of 7 and 6 take less than in 12 and 1. */
 static void gemm_panel(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
                        int32_t n_tokens, int32_t *acc) {
     const int32_t n_tiles = cq_ceil_div(n_tokens, TILE_TOKENS);
