@@ -4,6 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := converter pyggml_bridge scripts tests native/build_ffi.py setup.py
 NATIVE := $(wildcard native/src/*.[ch] native/include/*.h)
+C_SOURCES := $(NATIVE) $(wildcard native/tests/*.[ch])
+CROSS := aarch64-linux-gnu-gcc
+QEMU := qemu-aarch64-static
+KERNEL_TEST := $(wildcard native/tests/*.c) $(addprefix native/src/,portable.c avx2.c avx512.c neon.c dispatch.c)
+KERNEL_FLAGS := -std=gnu11 -fopenmp-simd -fno-math-errno -Wall -Wextra -Inative/include
 
 .PHONY: setup demo test test-neon test-asan bench lint fmt clean
 
@@ -22,6 +27,22 @@ demo: setup
 test: setup
 	$(BIN)/pytest
 
+# The NEON kernels against the C oracle, under an emulator with and without dotprod.
+test-neon:
+	@for tool in $(CROSS) $(QEMU); do command -v $$tool >/dev/null || { echo "test-neon needs $$tool (Debian: \
+	gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static)" >&2; exit 1; }; done
+	mkdir -p build
+	$(CROSS) $(KERNEL_FLAGS) -O3 -static $(KERNEL_TEST) -o build/test_neon -lm
+	$(QEMU) -cpu max build/test_neon neon-dotprod neon
+	$(QEMU) -cpu cortex-a53 build/test_neon neon
+
+# The same program for this machine, every array ending at an unreadable page.
+test-asan:
+	mkdir -p build
+	$(CC) $(KERNEL_FLAGS) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined $(KERNEL_TEST) \
+	  -o build/test_asan -lm
+	build/test_asan
+
 bench: setup
 	$(BIN)/cq-bench demo/smol.cq.gguf && $(BIN)/cq-bench demo/smol.cq.gguf --kernels
 
@@ -29,12 +50,12 @@ lint: setup
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(wildcard native/tests/*.c)
+	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
 
 fmt: setup
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
-	$(BIN)/clang-format -i $(NATIVE) $(wildcard native/tests/*.c)
+	$(BIN)/clang-format -i $(C_SOURCES)
 
 clean:
 	rm -rf build demo $(VENV) pyggml_bridge/*.so pyggml_bridge/_native.c *.egg-info

@@ -29,9 +29,11 @@ PRE_TOKENIZERS = {
 def tokenizer_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     """All tokenizer.* keys, and cq.eos_token_ids: every id that ends an answer."""
     tokenizer = checkpoint.tokenizer
-    stored = tokenizer.backend_tokenizer.to_str()
-    own = _source_keys(checkpoint) or _describe(json.loads(stored), checkpoint)
-    keys = own | {"tokenizer.huggingface.json": stored}
+    # A GGUF's own description is exact; the tokenizer.json that transformers rebuilds from it may lose rules.
+    keys = _source_keys(checkpoint)
+    if not keys:
+        stored = tokenizer.backend_tokenizer.to_str()
+        keys = _describe(json.loads(stored), checkpoint) | {"tokenizer.huggingface.json": stored}
     if isinstance(tokenizer.chat_template, str):
         keys["tokenizer.chat_template"] = tokenizer.chat_template
     eos = _eos_ids(checkpoint)

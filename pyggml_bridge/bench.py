@@ -122,13 +122,15 @@ def _time_core(matrix: Matrix, n_tokens: int, n_threads: int) -> float:
     x = np.random.default_rng(1).integers(-127, 128, (n_tokens, matrix.n_cols), dtype=np.int8)
     acc = np.empty((n_tokens, matrix.n_rows), np.int32)
     scratch = aligned_empty(max(1, lib.cq_gemm_scratch_bytes(struct) * n_threads))
-    x_at, acc_at, scratch_at = pointer(x, "int8_t *"), pointer(acc, "int32_t *"), pointer(scratch, "uint8_t *")
+    sums = x.sum(axis=1, dtype=np.int32)
+    x_at, sums_at = pointer(x, "int8_t *"), pointer(sums, "int32_t *")
+    acc_at, scratch_at = pointer(acc, "int32_t *"), pointer(scratch, "uint8_t *")
 
     def call() -> None:
         if n_tokens == 1:
-            lib.cq_gemv_i32(struct, x_at, 1, acc_at, n_threads)
+            lib.cq_gemv_i32(struct, x_at, sums_at, 1, acc_at, n_threads)
         else:
-            lib.cq_gemm_i32(struct, x_at, n_tokens, acc_at, n_threads, scratch_at)
+            lib.cq_gemm_i32(struct, x_at, sums_at, n_tokens, acc_at, n_threads, scratch_at)
 
     call()
     best, began = float("inf"), time.perf_counter()

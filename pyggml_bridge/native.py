@@ -13,9 +13,6 @@ from pyggml_bridge.errors import CQError
 
 __all__ = ["aligned_empty", "available_isas", "choose_isa", "current_isa", "default_threads", "ffi", "lib", "pointer"]
 
-# The names of --isa, lowest first; a host supports a prefix-free subset of them.
-ISAS = ("scalar", "avx2", "avx512", "neon")
-
 
 def pointer(array: NDArray[Any] | None, ctype: str) -> Any:
     """C pointer to a C-contiguous array's data (None: NULL). The caller keeps the array alive."""
@@ -42,7 +39,9 @@ def available_isas() -> list[str]:
 
 
 def current_isa() -> str:
-    """The instruction set in use."""
+    """The instruction set in use; CQError if the environment's CQ_ISA is unknown."""
+    if lib.cq_isa_current() == ffi.NULL:
+        choose_isa(None)
     return ffi.string(lib.cq_isa_current()).decode()
 
 

@@ -117,7 +117,7 @@ def test_bench_measures_both_tests_and_the_kernels(files):
     kernels = run_json("bench", folder / "moe.gguf", "--kernels", "--json")
     assert {"gemv", "gemm512"} == {result["kernel"] for result in kernels}
     for result in kernels:
-        assert 0 < result["gbps"] and 0 < result["frac_bandwidth"] and 0 < result["frac_peak"] < 1.5
+        assert min(result["gbps"], result["frac_bandwidth"], result["frac_peak"]) > 0 and result["frac_peak"] < 1.5
 
 
 def test_bad_usage_and_bad_input(files, tmp_path):

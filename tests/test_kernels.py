@@ -36,7 +36,8 @@ def integers(w: Clustered, x: np.ndarray, n_threads: int = 1) -> tuple[np.ndarra
     scratch_bytes = n_threads * lib.cq_gemm_scratch_bytes(native.struct)
     scratch = aligned_empty(scratch_bytes + 64)
     scratch[scratch_bytes:] = 77
-    arguments = (native.struct, pointer(activations, "const int8_t *"), len(x))
+    sums = x.sum(axis=1, dtype=np.int32)
+    arguments = (native.struct, pointer(activations, "const int8_t *"), pointer(sums, "const int32_t *"), len(x))
     assert lib.cq_gemv_i32(*arguments, pointer(gemv, "int32_t *"), n_threads) == lib.CQ_OK
     at = pointer(scratch, "uint8_t *")
     assert lib.cq_gemm_i32(*arguments, pointer(gemm, "int32_t *"), n_threads, at) == lib.CQ_OK

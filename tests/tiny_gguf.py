@@ -59,7 +59,8 @@ def write_tiny(path: Path, t: Tiny, keys: dict[str, Any] | None = None) -> dict[
     _write_keys(writer, t)
     for key, value in (keys or {}).items():
         kind = GGUFValueType.get_type(value)
-        writer.add_key_value(key, value, kind, GGUFValueType.get_type(value[0]) if kind is GGUFValueType.ARRAY else None)
+        item = GGUFValueType.get_type(value[0]) if kind is GGUFValueType.ARRAY else None
+        writer.add_key_value(key, value, kind, item)
     dense: dict[str, np.ndarray] = {}
 
     def clustered(name: str, *shape: int) -> None:

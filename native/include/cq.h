@@ -3,6 +3,7 @@
  * Python describes a forward pass once as an array of cq_op; cq_run executes it for one batch of tokens in a single
  * team of threads. Nothing here allocates, prints or exits; every function returns a cq_status. The caller checks shapes:
  * pointers and dimensions given here are trusted. This header is the cffi declaration, so it stays free of macros. */
+/* clang-format off: a record per line reads better here */
 #ifndef CQ_H
 #define CQ_H
 #include <stdint.h>
@@ -93,9 +94,12 @@ const char *cq_isa_name(int32_t index);
 const char *cq_isa_current(void);
 int cq_isa_choose(const char *name);
 
-/* The integer core alone: acc[n_tokens][n_rows] = x[n_tokens][n_cols] times expert 0 of a CQ matrix, exact in int32. */
-int cq_gemv_i32(const cq_matrix *w, const int8_t *x, int32_t n_tokens, int32_t *acc, int32_t n_threads);
-int cq_gemm_i32(const cq_matrix *w, const int8_t *x, int32_t n_tokens, int32_t *acc, int32_t n_threads, uint8_t *scratch);
+/* The integer core alone: acc[n_tokens][n_rows] = x[n_tokens][n_cols] times expert 0 of a CQ matrix, exact in int32.
+ * sums[n_tokens]: each token's sum of x. scratch: n_threads * cq_gemm_scratch_bytes(w), 64-byte aligned. */
+int cq_gemv_i32(const cq_matrix *w, const int8_t *x, const int32_t *sums, int32_t n_tokens, int32_t *acc,
+                int32_t n_threads);
+int cq_gemm_i32(const cq_matrix *w, const int8_t *x, const int32_t *sums, int32_t n_tokens, int32_t *acc,
+                int32_t n_threads, uint8_t *scratch);
 int64_t cq_gemm_scratch_bytes(const cq_matrix *w);
 
 /* This machine's limits: bytes per second read from a buffer, and int8 multiply-adds per second of the current set. */

@@ -1,13 +1,14 @@
 /* Linear layers: every matrix type, dense or routed to experts, for one token or many.
  *
- * The rows of a matrix are cut into units of panel_rows rows (several for narrow matrices, so that a unit reads at least
- * CQ_UNIT_BYTES); threads take units as they become free. Few tokens: GEMV straight from the packed indices. More: the
- * unit is decoded once to int8 and multiplied with all tokens. */
+ * The rows of a matrix are cut into units of panel_rows rows (several for narrow matrices, so that a unit reads at
+ * least CQ_UNIT_BYTES); threads take units as they become free. Few tokens: GEMV straight from the packed indices.
+ * More: the unit is decoded once to int8 and multiplied with all tokens. */
 #include "worker.h"
 #include <string.h>
 
 enum {
-    CQ_TOKEN_TILE = 48,     /* tokens whose accumulators are kept before they are scaled: a multiple of every kernel's tile */
+    CQ_TOKEN_TILE =
+        48, /* tokens whose accumulators are kept before they are scaled: a multiple of every kernel's tile */
     CQ_GEMV_MAX_TOKENS = 4, /* up to here reading the indices once per token costs less than decoding a panel */
     CQ_UNIT_BYTES = 16384,
     CQ_MAX_PANEL_ROWS = 64,
@@ -17,10 +18,14 @@ static int is_clustered(const cq_matrix *w) { return w->type >= CQ_CQ2 && w->typ
 
 static int64_t row_bytes(const cq_matrix *w) {
     switch (w->type) {
-    case CQ_F32: return (int64_t)w->n_cols * 4;
-    case CQ_F16: return (int64_t)w->n_cols * 2;
-    case CQ_Q8_0: return (int64_t)w->n_cols / 32 * 34;
-    default: return (int64_t)w->n_cols / CQ_BLOCK * 8 * cq_bits(w);
+    case CQ_F32:
+        return (int64_t)w->n_cols * 4;
+    case CQ_F16:
+        return (int64_t)w->n_cols * 2;
+    case CQ_Q8_0:
+        return (int64_t)w->n_cols / 32 * 34;
+    default:
+        return (int64_t)w->n_cols / CQ_BLOCK * 8 * cq_bits(w);
     }
 }
 
@@ -160,59 +165,4 @@ void cq_dequantize_row(const cq_kernels *kernels, const cq_matrix *w, int64_t ro
         kernels->f16_to_f32(&half, &scale, 1);
         for (int32_t j = 0; j < 32; j++) out[block * 32 + j] = scale * (float)(int8_t)data[2 + j];
     }
-}
-
-/* ---- the integer core alone, for tests and cq-bench --kernels ---- */
-
-static int core_ok(const cq_matrix *w, int32_t n_tokens, int32_t n_threads) {
-    return is_clustered(w) && n_tokens > 0 && n_threads > 0 && w->n_cols % CQ_BLOCK == 0 && w->n_cols <= CQ_MAX_COLS;
-}
-
-static int32_t row_sum(const int8_t *x, int32_t n) {
-    int32_t sum = 0;
-    for (int32_t i = 0; i < n; i++) sum += x[i];
-    return sum;
-}
-
-int cq_gemv_i32(const cq_matrix *w, const int8_t *x, int32_t n_tokens, int32_t *acc, int32_t n_threads) {
-    if (!core_ok(w, n_tokens, n_threads)) return CQ_ERR_ARGUMENT;
-    const cq_kernels *kernels = cq_kernels_current();
-    for (int32_t t = 0; t < n_tokens; t++) {
-        const int8_t *row = x + (int64_t)t * w->n_cols;
-        int32_t sum = row_sum(row, w->n_cols), *out = acc + (int64_t)t * w->n_rows;
-#pragma omp parallel for schedule(static) num_threads(n_threads)
-        for (int32_t part = 0; part < n_threads; part++) {
-            int32_t begin = (int32_t)((int64_t)w->n_rows * part / n_threads);
-            int32_t end = (int32_t)((int64_t)w->n_rows * (part + 1) / n_threads);
-            kernels->gemv(w, begin, end - begin, row, sum, out + begin);
-        }
-    }
-    return CQ_OK;
-}
-
-int64_t cq_gemm_scratch_bytes(const cq_matrix *w) { return cq_linear_scratch_bytes(cq_kernels_current(), w); }
-
-int cq_gemm_i32(const cq_matrix *w, const int8_t *x, int32_t n_tokens, int32_t *acc, int32_t n_threads, uint8_t *scratch) {
-    if (!core_ok(w, n_tokens, n_threads)) return CQ_ERR_ARGUMENT;
-    const cq_kernels *kernels = cq_kernels_current();
-    int32_t panel_rows = kernels->panel_rows, n_panels = cq_ceil_div(w->n_rows, panel_rows);
-#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
-    for (int32_t p = 0; p < n_panels; p++) {
-        uint8_t *panel = scratch + omp_get_thread_num() * cq_linear_scratch_bytes(kernels, w);
-        int32_t row = p * panel_rows, n = w->n_rows - row < panel_rows ? w->n_rows - row : panel_rows;
-        int32_t tile[CQ_TOKEN_TILE * CQ_MAX_PANEL_ROWS] __attribute__((aligned(64))), sums[CQ_TOKEN_TILE];
-        const int8_t *rows[CQ_TOKEN_TILE];
-        kernels->decode_panel(w, row, n, panel);
-        for (int32_t first = 0; first < n_tokens; first += CQ_TOKEN_TILE) {
-            int32_t count = n_tokens - first < CQ_TOKEN_TILE ? n_tokens - first : CQ_TOKEN_TILE;
-            for (int32_t i = 0; i < count; i++) {
-                rows[i] = x + (int64_t)(first + i) * w->n_cols;
-                sums[i] = row_sum(rows[i], w->n_cols);
-            }
-            kernels->gemm_panel(panel, w->n_cols, rows, sums, count, tile);
-            for (int32_t i = 0; i < count; i++)
-                memcpy(acc + (int64_t)(first + i) * w->n_rows + row, tile + i * panel_rows, (size_t)n * 4);
-        }
-    }
-    return CQ_OK;
 }

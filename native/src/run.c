@@ -7,7 +7,8 @@
 static void run_embed(const cq_worker *worker, const cq_embed *op) {
     cq_range range = cq_share(worker, worker->step->n_tokens);
     for (int32_t t = range.begin; t < range.end; t++)
-        cq_dequantize_row(worker->kernels, op->table, worker->step->tokens[t], op->out + (int64_t)t * op->table->n_cols);
+        cq_dequantize_row(worker->kernels, op->table, worker->step->tokens[t],
+                          op->out + (int64_t)t * op->table->n_cols);
 }
 
 static void run_rms_norm(const cq_worker *worker, const cq_rms_norm *op, int32_t n_rows) {
@@ -131,16 +132,36 @@ static void run_select_outputs(const cq_worker *worker, const cq_select_outputs 
 static void run_op(const cq_worker *worker, const cq_op *op) {
     int32_t n_rows = cq_row_count(op, worker->step);
     switch (op->code) {
-    case CQ_OP_EMBED: run_embed(worker, &op->u.embed); break;
-    case CQ_OP_RMS_NORM: run_rms_norm(worker, &op->u.rms_norm, n_rows); break;
-    case CQ_OP_QUANTIZE: run_quantize(worker, &op->u.quantize, n_rows); break;
-    case CQ_OP_LINEAR: cq_run_linear(worker, &op->u.linear, n_rows); break;
-    case CQ_OP_ROPE: run_rope(worker, &op->u.rope, n_rows); break;
-    case CQ_OP_ATTENTION: run_attention(worker, &op->u.attention); break;
-    case CQ_OP_SWIGLU: run_swiglu(worker, &op->u.swiglu, n_rows); break;
-    case CQ_OP_ROUTE: run_route(worker, &op->u.route, n_rows); break;
-    case CQ_OP_COMBINE: run_combine(worker, &op->u.combine, n_rows); break;
-    case CQ_OP_SELECT_OUTPUTS: run_select_outputs(worker, &op->u.select_outputs); break;
+    case CQ_OP_EMBED:
+        run_embed(worker, &op->u.embed);
+        break;
+    case CQ_OP_RMS_NORM:
+        run_rms_norm(worker, &op->u.rms_norm, n_rows);
+        break;
+    case CQ_OP_QUANTIZE:
+        run_quantize(worker, &op->u.quantize, n_rows);
+        break;
+    case CQ_OP_LINEAR:
+        cq_run_linear(worker, &op->u.linear, n_rows);
+        break;
+    case CQ_OP_ROPE:
+        run_rope(worker, &op->u.rope, n_rows);
+        break;
+    case CQ_OP_ATTENTION:
+        run_attention(worker, &op->u.attention);
+        break;
+    case CQ_OP_SWIGLU:
+        run_swiglu(worker, &op->u.swiglu, n_rows);
+        break;
+    case CQ_OP_ROUTE:
+        run_route(worker, &op->u.route, n_rows);
+        break;
+    case CQ_OP_COMBINE:
+        run_combine(worker, &op->u.combine, n_rows);
+        break;
+    case CQ_OP_SELECT_OUTPUTS:
+        run_select_outputs(worker, &op->u.select_outputs);
+        break;
     }
 }
 
@@ -164,7 +185,8 @@ int64_t cq_scratch_bytes(const cq_op *ops, int32_t n_ops, int32_t n_threads) {
 }
 
 int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step) {
-    if (n_ops < 1 || step->n_tokens < 1 || step->n_outputs > step->n_tokens || step->n_threads < 1 || step->position < 0)
+    if (n_ops < 1 || step->n_tokens < 1 || step->n_outputs > step->n_tokens || step->n_threads < 1 ||
+        step->position < 0)
         return CQ_ERR_ARGUMENT;
     for (int32_t i = 0; i < n_ops; i++)
         if (ops[i].code < 0 || ops[i].code >= CQ_OP_COUNT) return CQ_ERR_ARGUMENT;

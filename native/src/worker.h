@@ -15,7 +15,9 @@ typedef struct {
     uint8_t *scratch; /* this thread's own, 64-byte aligned */
 } cq_worker;
 
-typedef struct { int32_t begin, end; } cq_range;
+typedef struct {
+    int32_t begin, end;
+} cq_range;
 
 /* This thread's contiguous share of n equal items. */
 static inline cq_range cq_share(const cq_worker *worker, int32_t n) {
@@ -30,9 +32,12 @@ static inline int32_t cq_next_unit(const cq_worker *worker) {
 
 static inline int32_t cq_row_count(const cq_op *op, const cq_step *step) {
     switch (op->rows) {
-    case CQ_ROWS_SLOTS: return step->n_tokens * op->top_k;
-    case CQ_ROWS_OUTPUTS: return step->n_outputs;
-    default: return step->n_tokens;
+    case CQ_ROWS_SLOTS:
+        return step->n_tokens * op->top_k;
+    case CQ_ROWS_OUTPUTS:
+        return step->n_outputs;
+    default:
+        return step->n_tokens;
     }
 }
 

@@ -1,0 +1,50 @@
+/* The integer core alone, for tests and cq-bench --kernels: int32 accumulators of a whole matrix, nothing scaled. */
+#include "worker.h"
+#include <string.h>
+
+enum { TOKEN_TILE = 48, MAX_PANEL_ROWS = 64 };
+
+static int arguments_ok(const cq_matrix *w, int32_t n_tokens, int32_t n_threads) {
+    return w->type >= CQ_CQ2 && w->type <= CQ_CQ4 && n_tokens > 0 && n_threads > 0 && w->n_cols % CQ_BLOCK == 0 &&
+           w->n_cols <= CQ_MAX_COLS;
+}
+
+int cq_gemv_i32(const cq_matrix *w, const int8_t *x, const int32_t *sums, int32_t n_tokens, int32_t *acc,
+                int32_t n_threads) {
+    if (!arguments_ok(w, n_tokens, n_threads)) return CQ_ERR_ARGUMENT;
+    const cq_kernels *kernels = cq_kernels_current();
+    for (int64_t t = 0; t < n_tokens; t++) {
+#pragma omp parallel for schedule(static) num_threads(n_threads)
+        for (int32_t part = 0; part < n_threads; part++) {
+            int32_t begin = (int32_t)((int64_t)w->n_rows * part / n_threads);
+            int32_t end = (int32_t)((int64_t)w->n_rows * (part + 1) / n_threads);
+            kernels->gemv(w, begin, end - begin, x + t * w->n_cols, sums[t], acc + t * w->n_rows + begin);
+        }
+    }
+    return CQ_OK;
+}
+
+int64_t cq_gemm_scratch_bytes(const cq_matrix *w) { return cq_linear_scratch_bytes(cq_kernels_current(), w); }
+
+int cq_gemm_i32(const cq_matrix *w, const int8_t *x, const int32_t *sums, int32_t n_tokens, int32_t *acc,
+                int32_t n_threads, uint8_t *scratch) {
+    if (!arguments_ok(w, n_tokens, n_threads)) return CQ_ERR_ARGUMENT;
+    const cq_kernels *kernels = cq_kernels_current();
+    int32_t panel_rows = kernels->panel_rows, n_panels = cq_ceil_div(w->n_rows, panel_rows);
+#pragma omp parallel for schedule(dynamic) num_threads(n_threads)
+    for (int32_t p = 0; p < n_panels; p++) {
+        uint8_t *panel = scratch + omp_get_thread_num() * cq_linear_scratch_bytes(kernels, w);
+        int32_t row = p * panel_rows, n = w->n_rows - row < panel_rows ? w->n_rows - row : panel_rows;
+        int32_t tile[TOKEN_TILE * MAX_PANEL_ROWS] __attribute__((aligned(64)));
+        const int8_t *rows[TOKEN_TILE];
+        kernels->decode_panel(w, row, n, panel);
+        for (int32_t first = 0; first < n_tokens; first += TOKEN_TILE) {
+            int32_t count = n_tokens - first < TOKEN_TILE ? n_tokens - first : TOKEN_TILE;
+            for (int32_t i = 0; i < count; i++) rows[i] = x + (int64_t)(first + i) * w->n_cols;
+            kernels->gemm_panel(panel, w->n_cols, rows, sums + first, count, tile);
+            for (int32_t i = 0; i < count; i++)
+                memcpy(acc + (int64_t)(first + i) * w->n_rows + row, tile + i * panel_rows, (size_t)n * 4);
+        }
+    }
+    return CQ_OK;
+}
