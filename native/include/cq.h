@@ -1,8 +1,9 @@
 /* The C ABI of the native library: a program of operations over buffers that the caller owns.
  *
  * Python describes a forward pass once as an array of cq_op; cq_run executes it for one batch of tokens in a single
- * team of threads. Nothing here allocates, prints or exits; every function returns a cq_status. The caller checks shapes:
- * pointers and dimensions given here are trusted. This header is the cffi declaration, so it stays free of macros. */
+ * team of threads. Nothing here allocates, prints or exits; every function returns a cq_status. The caller checks
+ * shapes: pointers and dimensions given here are trusted. This header is the cffi declaration, so it stays free of
+ * macros. */
 /* clang-format off */
 #ifndef CQ_H
 #define CQ_H
