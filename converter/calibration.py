@@ -17,7 +17,7 @@ from .architecture import Architecture
 from .checkpoint import Checkpoint
 
 SEQUENCE = 512
-DAMPING = 0.01  # added to the second moments' diagonal, relative to its mean: unseen directions still count
+DAMPING = 0.1  # added to the second moments' diagonal, relative to its mean: lowest held-out error (docs/decisions.md)
 
 
 def read_tokens(checkpoint: Checkpoint, file: Path, n_tokens: int) -> Tensor:
@@ -64,16 +64,21 @@ class Moments:
 
     @cached_property
     def matrix(self) -> Tensor:
-        """X^T X / tokens, damped, [cols, cols]; only once all rows have been added."""
-        matrix = self._sum / max(1, self.tokens)
+        """X^T X / tokens [cols, cols]; only once all rows have been added."""
+        return self._sum / max(1, self.tokens)
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """The matrix with more on its diagonal, so that directions that the calibration did not show count too."""
+        matrix = self.matrix.clone()
         damping = max(DAMPING * float(matrix.diagonal().mean()), torch.finfo(torch.float32).tiny)
         matrix.diagonal().add_(damping)
         return matrix
 
     @cached_property
     def feedback_factor(self) -> Tensor:
-        """Upper Cholesky factor [cols, cols] of the inverse second moments."""
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.matrix.double()))
+        """Upper Cholesky factor [cols, cols] of the inverse of damped."""
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped.double()))
         return torch.linalg.cholesky(inverse, upper=True).float().contiguous()
 
     def relative_error(self, weight: Tensor, quantized: Tensor) -> tuple[float, float]:

@@ -62,7 +62,7 @@ def parser() -> ArgumentParser:
     )
     p.add_argument("--no-rotation", action="store_true", help="keep the residual stream's basis")
     p.add_argument("--no-permutation", action="store_true", help="keep the order of channels (with --group-size)")
-    p.add_argument("--no-feedback", action="store_true", help="nearest centroids, no error feedback over columns")
+    p.add_argument("--no-feedback", action="store_true", help="nearest centroids: no error feedback, no descent")
     p.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help="type of matching matrices")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes")
     p.add_argument("--threads", type=int, default=None, metavar="N", help="threads (default: physical cores)")

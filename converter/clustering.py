@@ -11,6 +11,7 @@ from pyggml_bridge.format import BLOCK, Clustered, CQType, pack
 from pyggml_bridge.native import aligned_empty, ffi, lib, pointer
 
 ITERATIONS = 8
+DESCENT_ROUNDS = 1
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,19 @@ def error_feedback(fit: Fit, factor: NDArray[np.float32], n_threads: int) -> Non
 
     factor float32 [cols, cols]: upper Cholesky factor of the inverse second moments of the inputs.
     """
-    scratch = aligned_empty(n_threads * lib.cq_cluster_scratch_bytes(fit.w.shape[1]))
+    scratch = aligned_empty(n_threads * lib.cq_descent_scratch_bytes(fit.w.shape[1]))
     u = pointer(factor, "const float *")
     _check(lib.cq_feedback_rows(_job(fit, 0), u, n_threads, pointer(scratch, "uint8_t *")))
+
+
+def descend(fit: Fit, moments: NDArray[np.float32], n_threads: int, rounds: int = DESCENT_ROUNDS) -> None:
+    """Refit codebooks and indices in turn under the inputs' second moments float32 [cols, cols] (LNQ).
+
+    fit.loss becomes each row's r^T moments r, r = effective weights - w; it never increases.
+    """
+    scratch = aligned_empty(n_threads * lib.cq_descent_scratch_bytes(fit.w.shape[1]))
+    h = pointer(moments, "const float *")
+    _check(lib.cq_descend_rows(_job(fit, rounds), h, n_threads, pointer(scratch, "uint8_t *")))
 
 
 def _job(fit: Fit, iterations: int) -> object:

@@ -16,7 +16,7 @@ from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 
 from .calibration import Moments
-from .clustering import Grouping, error_feedback, fit_codebooks
+from .clustering import Grouping, descend, error_feedback, fit_codebooks
 from .plan import PlannedTensor
 
 F16_MAX = 65504.0
@@ -73,10 +73,11 @@ def _cluster(
     weight: Tensor, cq: CQType, grouping: Grouping, moments: Moments | None, feedback: bool, n_threads: int
 ) -> tuple[list[NDArray[Any]], Tensor]:
     seen = moments is not None and moments.tokens > 0
-    importance = moments.matrix.diagonal().numpy() if moments and seen else np.ones(weight.shape[1], np.float32)
+    importance = moments.damped.diagonal().numpy() if moments and seen else np.ones(weight.shape[1], np.float32)
     fit = fit_codebooks(weight.numpy(), importance, cq, grouping, n_threads)
     if moments and seen and feedback:
         error_feedback(fit, moments.feedback_factor.numpy(), n_threads)
+        descend(fit, moments.damped.numpy(), n_threads)
     clustered = fit.clustered()
     arrays: list[NDArray[Any]] = [clustered.packed, clustered.centroids, clustered.scales]
     if clustered.group_scales is not None:

@@ -122,7 +122,10 @@ typedef struct {
 
 int64_t cq_cluster_scratch_bytes(int32_t n_cols); /* per thread */
 int cq_cluster_rows(const cq_clustering *job, int32_t n_threads, uint8_t *scratch);
-/* Keeps the codebooks, chooses the indices anew from left to right with error feedback. u: [n_cols][n_cols], the upper
- * Cholesky factor of the inverse of the inputs' second moments. */
+/* Under the inputs' second moments h [n_cols][n_cols] (descent.c), from what the job's arrays hold. Feedback keeps the
+ * codebooks and chooses the indices anew; u: upper Cholesky factor of the inverse of h. Descent then refits both, for at
+ * most n_iterations rounds; loss becomes r^T h r. */
+int64_t cq_descent_scratch_bytes(int32_t n_cols); /* per thread */
 int cq_feedback_rows(const cq_clustering *job, const float *u, int32_t n_threads, uint8_t *scratch);
+int cq_descend_rows(const cq_clustering *job, const float *h, int32_t n_threads, uint8_t *scratch);
 #endif

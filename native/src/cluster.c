@@ -6,26 +6,15 @@
  *    squares. A round counts only if the loss, measured on the effective int8 weights, falls: it never increases.
  *
  * Rows are independent, so the result does not depend on the number of threads. */
-#include "kernels.h"
-#include "kmeans.h"
+#include "fit.h"
 #include <math.h>
 #include <omp.h>
-#include <string.h>
-
-/* One row's solution. */
-typedef struct {
-    float scale;
-    uint8_t *indices;
-    int8_t *centroids, *group_scales;
-    double loss;
-} fit;
 
 /* Per thread. */
 typedef struct {
     cq_kmeans kmeans;
     double *codebook; /* [n_codebooks * n_centroids]: centroids before rounding */
     float *amplitude; /* [n_groups]: real scale of each group */
-    float *residual;  /* [n_cols] */
     uint8_t *indices;
     int8_t *centroids, *group_scales;
 } workspace;
@@ -34,7 +23,6 @@ static size_t carve(workspace *s, uint8_t *base, int32_t n_cols) {
     size_t n = (size_t)n_cols, blocks = n / CQ_BLOCK + 1, used = cq_kmeans_carve(&s->kmeans, base, n_cols);
     cq_take(base, &used, &s->codebook, 8 * blocks * CQ_MAX_CENTROIDS);
     cq_take(base, &used, &s->amplitude, 4 * blocks);
-    cq_take(base, &used, &s->residual, 4 * n);
     cq_take(base, &used, &s->indices, n);
     cq_take(base, &used, &s->centroids, blocks * CQ_MAX_CENTROIDS);
     return cq_take(base, &used, &s->group_scales, blocks);
@@ -42,29 +30,25 @@ static size_t carve(workspace *s, uint8_t *base, int32_t n_cols) {
 
 /* ---- one row ---- */
 
-static int32_t n_codebooks(const cq_clustering *job) { return cq_ceil_div(job->n_cols, job->codebook_cols); }
-static int32_t n_groups(const cq_clustering *job) {
-    return job->scale_cols ? cq_ceil_div(job->n_cols, job->scale_cols) : 1;
-}
 static int32_t group_of(const cq_clustering *job, int32_t col) { return job->scale_cols ? col / job->scale_cols : 0; }
 
 /* Rounds the amplitudes of all groups to the file's grid: u8 steps of the row's scale. */
-static void set_scales(const cq_clustering *job, workspace *s, fit *f) {
+static void set_scales(const cq_clustering *job, workspace *s, cq_fit *f) {
     float top = 0;
-    for (int32_t g = 0; g < n_groups(job); g++) top = fmaxf(top, s->amplitude[g]);
+    for (int32_t g = 0; g < cq_n_groups(job); g++) top = fmaxf(top, s->amplitude[g]);
     f->scale = top;
     if (!job->scale_cols) return;
     f->scale = top * (128.0f / 127.0f);
-    for (int32_t g = 0; g < n_groups(job); g++) {
+    for (int32_t g = 0; g < cq_n_groups(job); g++) {
         f->group_scales[g] = (int8_t)(top > 0 ? lrintf(127.0f * (s->amplitude[g] / top)) : 0);
         s->amplitude[g] = f->scale * ((float)f->group_scales[g] / 128.0f);
     }
 }
 
 /* Start: each group's weighted root mean square. */
-static void start_scales(const cq_clustering *job, const float *w, workspace *s, fit *f) {
+static void start_scales(const cq_clustering *job, const float *w, workspace *s, cq_fit *f) {
     int32_t cols = job->scale_cols ? job->scale_cols : job->n_cols;
-    for (int32_t g = 0; g < n_groups(job); g++) {
+    for (int32_t g = 0; g < cq_n_groups(job); g++) {
         int32_t end = (g + 1) * cols < job->n_cols ? (g + 1) * cols : job->n_cols;
         double sum = 0, total = 0;
         for (int32_t i = g * cols; i < end; i++) {
@@ -77,9 +61,9 @@ static void start_scales(const cq_clustering *job, const float *w, workspace *s,
 }
 
 /* Least squares of each group's amplitude with centroids and assignments fixed. */
-static void refit_scales(const cq_clustering *job, const float *w, workspace *s, fit *f) {
+static void refit_scales(const cq_clustering *job, const float *w, workspace *s, cq_fit *f) {
     int32_t cols = job->scale_cols ? job->scale_cols : job->n_cols;
-    for (int32_t g = 0; g < n_groups(job); g++) {
+    for (int32_t g = 0; g < cq_n_groups(job); g++) {
         int32_t end = (g + 1) * cols < job->n_cols ? (g + 1) * cols : job->n_cols;
         double wc = 0, cc = 0;
         for (int32_t i = g * cols; i < end; i++) {
@@ -95,8 +79,8 @@ static void refit_scales(const cq_clustering *job, const float *w, workspace *s,
 /* Exact codebooks for the current amplitudes. */
 static void solve_codebooks(const cq_clustering *job, const float *w, workspace *s) {
     float top = 0; /* weights are taken relative to the largest amplitude: its square may not fit a float */
-    for (int32_t g = 0; g < n_groups(job); g++) top = fmaxf(top, s->amplitude[g]);
-    for (int32_t b = 0; b < n_codebooks(job); b++) {
+    for (int32_t g = 0; g < cq_n_groups(job); g++) top = fmaxf(top, s->amplitude[g]);
+    for (int32_t b = 0; b < cq_n_codebooks(job); b++) {
         int32_t begin = b * job->codebook_cols, n = job->n_cols - begin;
         if (n > job->codebook_cols) n = job->codebook_cols;
         for (int32_t i = 0; i < n; i++) {
@@ -109,8 +93,8 @@ static void solve_codebooks(const cq_clustering *job, const float *w, workspace 
 }
 
 /* Least squares of each centroid with amplitudes and assignments fixed: one Lloyd step. */
-static void refit_codebooks(const cq_clustering *job, const float *w, workspace *s, const fit *f) {
-    for (int32_t b = 0; b < n_codebooks(job); b++) {
+static void refit_codebooks(const cq_clustering *job, const float *w, workspace *s, const cq_fit *f) {
+    for (int32_t b = 0; b < cq_n_codebooks(job); b++) {
         double wa[CQ_MAX_CENTROIDS] = {0}, aa[CQ_MAX_CENTROIDS] = {0};
         int32_t begin = b * job->codebook_cols, end = begin + job->codebook_cols;
         if (end > job->n_cols) end = job->n_cols;
@@ -127,8 +111,8 @@ static void refit_codebooks(const cq_clustering *job, const float *w, workspace 
 }
 
 /* Rounds the real codebooks to int8, the largest of the row to 127, and sorts each. */
-static void set_centroids(const cq_clustering *job, workspace *s, fit *f) {
-    int32_t k = job->n_centroids, n = n_codebooks(job) * k;
+static void set_centroids(const cq_clustering *job, workspace *s, cq_fit *f) {
+    int32_t k = job->n_centroids, n = cq_n_codebooks(job) * k;
     double top = 0;
     for (int32_t i = 0; i < n; i++) top = fmax(top, fabs(s->codebook[i]));
     f->scale = (float)(f->scale * top / 127.0);
@@ -140,20 +124,13 @@ static void set_centroids(const cq_clustering *job, workspace *s, fit *f) {
     }
 }
 
-/* The effective int8 weights of the codebook at one column. */
-static void effective_weights(const cq_clustering *job, const fit *f, int32_t col, float *w8) {
-    const int8_t *c = f->centroids + col / job->codebook_cols * job->n_centroids;
-    int32_t scale = job->scale_cols ? f->group_scales[col / job->scale_cols] : 128;
-    for (int32_t i = 0; i < job->n_centroids; i++) w8[i] = (float)((c[i] * scale + 64) >> 7);
-}
-
 /* Nearest effective weight per element; then the best scale for these assignments, rounded to float, and its loss. */
-static void assign(const cq_clustering *job, const float *w, fit *f) {
+static void assign(const cq_clustering *job, const float *w, cq_fit *f) {
     double ww = 0, we = 0, ee = 0;
     for (int32_t begin = 0; begin < job->n_cols; begin += CQ_BLOCK) {
         float w8[CQ_MAX_CENTROIDS], middle[CQ_MAX_CENTROIDS];
         int32_t end = begin + CQ_BLOCK < job->n_cols ? begin + CQ_BLOCK : job->n_cols;
-        effective_weights(job, f, begin, w8);
+        cq_effective_weights(job, f, begin, w8);
         for (int32_t c = 0; c + 1 < job->n_centroids; c++) middle[c] = f->scale * 0.5f * (w8[c] + w8[c + 1]);
         for (int32_t i = begin; i < end; i++) {
             int32_t index = 0;
@@ -167,56 +144,23 @@ static void assign(const cq_clustering *job, const float *w, fit *f) {
     f->loss = fmax(0, ww + f->scale * (f->scale * ee - 2 * we));
 }
 
-static void keep(const cq_clustering *job, fit *best, const fit *candidate) {
-    best->scale = candidate->scale, best->loss = candidate->loss;
-    memcpy(best->indices, candidate->indices, (size_t)job->n_cols);
-    memcpy(best->centroids, candidate->centroids, (size_t)n_codebooks(job) * job->n_centroids);
-    if (job->scale_cols) memcpy(best->group_scales, candidate->group_scales, (size_t)n_groups(job));
-}
-
-static fit output_fit(const cq_clustering *job, int32_t row) {
-    return (fit){job->scales[row], job->indices + (size_t)row * job->n_cols,
-                 job->centroids + (size_t)row * n_codebooks(job) * job->n_centroids,
-                 job->scale_cols ? job->group_scales + (size_t)row * n_groups(job) : NULL, job->loss[row]};
-}
-
 static void cluster_row(const cq_clustering *job, int32_t row, workspace *s) {
     const float *w = job->w + (size_t)row * job->n_cols;
-    fit best = output_fit(job, row), candidate = {0, s->indices, s->centroids, s->group_scales, 0};
+    cq_fit best = cq_fit_of_row(job, row), candidate = {0, s->indices, s->centroids, s->group_scales, 0};
     start_scales(job, w, s, &candidate);
     solve_codebooks(job, w, s);
     set_centroids(job, s, &candidate);
     assign(job, w, &candidate);
-    keep(job, &best, &candidate);
+    cq_fit_copy(job, &best, &candidate);
     for (int32_t round = 0; round < job->n_iterations; round++) {
         refit_scales(job, w, s, &candidate);
         refit_codebooks(job, w, s, &candidate);
         set_centroids(job, s, &candidate);
         assign(job, w, &candidate);
         if (!(candidate.loss < best.loss)) break;
-        keep(job, &best, &candidate);
+        cq_fit_copy(job, &best, &candidate);
     }
     job->scales[row] = best.scale, job->loss[row] = best.loss;
-}
-
-/* ---- error feedback ---- */
-
-/* GPTQ (arXiv 2210.17323) on given codebooks: each column takes its nearest effective weight, and the error made is
- * moved to the columns after it in proportion to their correlation. */
-static void feedback_row(const cq_clustering *job, const float *u, int32_t row, workspace *s) {
-    int32_t n = job->n_cols;
-    fit f = output_fit(job, row);
-    memcpy(s->residual, job->w + (size_t)row * n, 4 * (size_t)n);
-    for (int32_t i = 0; i < n; i++) {
-        float w8[CQ_MAX_CENTROIDS], w = s->residual[i];
-        effective_weights(job, &f, i, w8);
-        int32_t index = 0;
-        for (int32_t c = 0; c + 1 < job->n_centroids; c++) index += w > f.scale * 0.5f * (w8[c] + w8[c + 1]);
-        f.indices[i] = (uint8_t)index;
-        const float *row_u = u + (size_t)i * n;
-        float error = (w - f.scale * w8[index]) / row_u[i];
-        for (int32_t j = i + 1; j < n; j++) s->residual[j] -= error * row_u[j];
-    }
 }
 
 /* ---- entry points ---- */
@@ -226,35 +170,16 @@ int64_t cq_cluster_scratch_bytes(int32_t n_cols) {
     return (int64_t)carve(&s, NULL, n_cols);
 }
 
-static int valid(const cq_clustering *job) {
-    return job->n_rows >= 0 && job->n_cols > 0 && job->n_cols <= CQ_MAX_COLS && job->n_centroids > 0 &&
-           job->n_centroids <= CQ_MAX_CENTROIDS && job->codebook_cols > 0 && job->codebook_cols % CQ_BLOCK == 0 &&
-           job->scale_cols >= 0 && job->scale_cols % CQ_BLOCK == 0;
-}
-
-/* Rows in any order, one workspace per thread; u selects error feedback. */
-static int for_rows(const cq_clustering *job, const float *u, int32_t n_threads, uint8_t *scratch) {
-    if (!valid(job) || n_threads < 1) return CQ_ERR_ARGUMENT;
+/* Rows in any order, one workspace per thread. */
+int cq_cluster_rows(const cq_clustering *job, int32_t n_threads, uint8_t *scratch) {
+    if (!cq_clustering_valid(job) || n_threads < 1) return CQ_ERR_ARGUMENT;
     int64_t bytes = cq_cluster_scratch_bytes(job->n_cols);
 #pragma omp parallel num_threads(n_threads)
     {
         workspace s;
         carve(&s, scratch + bytes * omp_get_thread_num(), job->n_cols);
 #pragma omp for schedule(dynamic, 8)
-        for (int32_t row = 0; row < job->n_rows; row++) {
-            if (u)
-                feedback_row(job, u, row, &s);
-            else
-                cluster_row(job, row, &s);
-        }
+        for (int32_t row = 0; row < job->n_rows; row++) cluster_row(job, row, &s);
     }
     return CQ_OK;
-}
-
-int cq_cluster_rows(const cq_clustering *job, int32_t n_threads, uint8_t *scratch) {
-    return for_rows(job, NULL, n_threads, scratch);
-}
-
-int cq_feedback_rows(const cq_clustering *job, const float *u, int32_t n_threads, uint8_t *scratch) {
-    return for_rows(job, u, n_threads, scratch);
 }
