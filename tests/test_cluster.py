@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from codequant_converter.clustering import Grouping, error_feedback, fit_codebooks
+from codequant_converter.clustering import Grouping, descend, error_feedback, fit_codebooks
 
 from pyggml_bridge.format import CQType
 
@@ -157,3 +157,41 @@ def test_error_feedback_without_correlation_is_the_nearest_centroid():
     effective = fit.clustered().dequantize()
     fit.indices = nearest
     np.testing.assert_allclose(np.abs(w - effective), np.abs(w - fit.clustered().dequantize()), rtol=1e-5, atol=1e-7)
+
+
+def correlated(cols: int, seed: int) -> np.ndarray:
+    """Damped second moments of strongly correlated inputs, float32 [cols, cols]."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((2000, cols)) @ (rng.standard_normal((cols, cols)) * np.geomspace(1, 0.02, cols)[:, None])
+    moments = x.T @ x / len(x)
+    return np.ascontiguousarray(moments + 0.01 * np.diag(moments).mean() * np.eye(cols), np.float32)
+
+
+@pytest.mark.parametrize("cq", ALL_TYPES)
+@pytest.mark.parametrize("grouping", [Grouping(), Grouping(64, -1), Grouping(128, 64), Grouping(-1, 128)])
+def test_descent_lowers_the_output_error_round_by_round(cq, grouping):
+    moments = correlated(192, seed=11)
+    w = np.random.default_rng(12).standard_normal((21, 192)).astype(np.float32)  # not a multiple of a batch of rows
+    losses = []
+    for rounds in (0, 1, 2, 4, 8):
+        fit = fit_codebooks(w, np.diag(moments).copy(), cq, grouping, 2)
+        descend(fit, moments, 2, rounds)
+        residual = (fit.clustered().dequantize() - w).astype(np.float64)
+        exact = ((residual @ moments) * residual).sum(axis=1)
+        np.testing.assert_allclose(fit.loss, exact, rtol=2e-3)
+        losses.append(exact)
+    for before, after in pairwise(losses):
+        assert (after <= before * (1 + 1e-4)).all()
+    assert losses[-1].sum() < 0.8 * losses[0].sum()
+
+
+def test_descent_does_not_depend_on_threads_and_keeps_zero_rows():
+    moments = correlated(128, seed=13)
+    w = np.random.default_rng(14).standard_normal((30, 128)).astype(np.float32)
+    w[7] = 0
+    fits = [fit_codebooks(w, np.diag(moments).copy(), CQType.CQ4, Grouping(), 1) for _ in range(3)]
+    for n_threads, fit in zip((1, 2, 5), fits, strict=True):
+        descend(fit, moments, n_threads)
+        assert not fit.clustered().dequantize()[7].any() and np.isfinite(fit.scales).all()
+        np.testing.assert_array_equal(fit.indices, fits[0].indices)
+        np.testing.assert_array_equal(fit.centroids, fits[0].centroids)
