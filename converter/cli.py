@@ -12,7 +12,7 @@ from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import BLOCK, MAX_COLS
 from pyggml_bridge.native import default_threads
 
-from .clustering import Grouping
+from .clustering import DESCENT_ROUNDS, Grouping, Refinement
 from .pipeline import convert, plan_conversion
 from .plan import Plan
 from .report import console, tensor_table
@@ -63,6 +63,9 @@ def parser() -> ArgumentParser:
     p.add_argument("--no-rotation", action="store_true", help="keep the residual stream's basis")
     p.add_argument("--no-permutation", action="store_true", help="keep the order of channels (with --group-size)")
     p.add_argument("--no-feedback", action="store_true", help="nearest centroids: no error feedback, no descent")
+    p.add_argument(
+        "--descent-rounds", type=int, default=DESCENT_ROUNDS, metavar="N", help=f"codebook refits ({DESCENT_ROUNDS})"
+    )
     p.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help="type of matching matrices")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes")
     p.add_argument("--threads", type=int, default=None, metavar="N", help="threads (default: physical cores)")
@@ -83,6 +86,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         raise CQError(f"--calibration-tokens {a.calibration_tokens}: expected at least 64")
     if a.threads is not None and not 1 <= a.threads <= 1024:
         raise CQError(f"--threads {a.threads}: expected 1 .. 1024")
+    if not 0 <= a.descent_rounds <= 1000:
+        raise CQError(f"--descent-rounds {a.descent_rounds}: expected 0 .. 1000")
     if not 0 <= a.seed < 1 << 32:
         raise CQError(f"--seed {a.seed}: expected 0 .. 4294967295")
     if a.calibration and not a.calibration.is_file():
@@ -97,7 +102,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         calibration_tokens=a.calibration_tokens,
         rotation=not a.no_rotation,
         permutation=not a.no_permutation,
-        feedback=not a.no_feedback,
+        refinement=Refinement(not a.no_feedback, a.descent_rounds),
         overrides=tuple(Override.parse(text) for text in a.tensor_type),
         seed=a.seed,
         threads=a.threads or default_threads(),

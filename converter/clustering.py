@@ -11,6 +11,7 @@ from pyggml_bridge.format import BLOCK, Clustered, CQType, pack
 from pyggml_bridge.native import aligned_empty, ffi, lib, pointer
 
 ITERATIONS = 8
+ITERATIONS_BEFORE_FEEDBACK = 2  # which chooses the indices anew
 DESCENT_ROUNDS = 1
 
 
@@ -20,6 +21,14 @@ class Grouping:
 
     group_size: int = -1
     scale_group: int = 64
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What follows the k-means where the inputs' second moments are known. Descent needs feedback before it."""
+
+    feedback: bool = True
+    descent_rounds: int = DESCENT_ROUNDS
 
 
 @dataclass

@@ -167,7 +167,7 @@ class _Job:
         site: str = "",
     ) -> Tensor:
         moments = (statistics or {}).get(site)
-        result = quantize(planned, weight, moments, self.settings.feedback, self.settings.threads)
+        result = quantize(planned, weight, moments, self.settings.refinement, self.settings.threads)
         file.write(planned, result.arrays)
         if len(planned.shape) > 1:
             self.report.rel_errors[planned.name] = result.rel_error

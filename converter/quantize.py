@@ -16,7 +16,15 @@ from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 
 from .calibration import Moments
-from .clustering import Grouping, descend, error_feedback, fit_codebooks
+from .clustering import (
+    ITERATIONS,
+    ITERATIONS_BEFORE_FEEDBACK,
+    Grouping,
+    Refinement,
+    descend,
+    error_feedback,
+    fit_codebooks,
+)
 from .plan import PlannedTensor
 
 F16_MAX = 65504.0
@@ -35,7 +43,7 @@ class Quantized:
 
 
 def quantize(
-    planned: PlannedTensor, weight: Tensor, moments: list[Moments] | None, feedback: bool, n_threads: int
+    planned: PlannedTensor, weight: Tensor, moments: list[Moments] | None, refinement: Refinement, n_threads: int
 ) -> Quantized:
     """Quantize weight [out, in] or [n_experts, out, in] to its planned type.
 
@@ -47,7 +55,7 @@ def quantize(
     matrices = weight if weight.dim() == 3 else weight[None]
     entries: Sequence[Moments | None] = moments or [None] * len(matrices)
     parts = [
-        _cluster(matrix, planned.cq, planned.grouping, entry, feedback, n_threads)
+        _cluster(matrix, planned.cq, planned.grouping, entry, refinement, n_threads)
         for matrix, entry in zip(matrices, entries, strict=True)
     ]
     stacked = [np.stack(arrays) for arrays in zip(*(arrays for arrays, _ in parts), strict=True)]
@@ -70,14 +78,17 @@ def _plain(planned: PlannedTensor, weight: Tensor) -> tuple[list[NDArray[Any]], 
 
 
 def _cluster(
-    weight: Tensor, cq: CQType, grouping: Grouping, moments: Moments | None, feedback: bool, n_threads: int
+    weight: Tensor, cq: CQType, grouping: Grouping, moments: Moments | None, refinement: Refinement, n_threads: int
 ) -> tuple[list[NDArray[Any]], Tensor]:
     seen = moments is not None and moments.tokens > 0
     importance = moments.damped.diagonal().numpy() if moments and seen else np.ones(weight.shape[1], np.float32)
-    fit = fit_codebooks(weight.numpy(), importance, cq, grouping, n_threads)
-    if moments and seen and feedback:
-        error_feedback(fit, moments.feedback_factor.numpy(), n_threads)
-        descend(fit, moments.damped.numpy(), n_threads)
+    feedback = moments if seen and refinement.feedback else None
+    iterations = ITERATIONS if feedback is None else ITERATIONS_BEFORE_FEEDBACK
+    fit = fit_codebooks(weight.numpy(), importance, cq, grouping, n_threads, iterations)
+    if feedback:
+        error_feedback(fit, feedback.feedback_factor.numpy(), n_threads)
+        if refinement.descent_rounds:
+            descend(fit, feedback.damped.numpy(), n_threads, refinement.descent_rounds)
     clustered = fit.clustered()
     arrays: list[NDArray[Any]] = [clustered.packed, clustered.centroids, clustered.scales]
     if clustered.group_scales is not None:

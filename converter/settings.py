@@ -9,7 +9,7 @@ from pathlib import Path
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 
-from .clustering import Grouping
+from .clustering import Grouping, Refinement
 
 TENSOR_TYPES = ("f32", "f16", "q8_0", "cq4", "cq3", "cq2")
 
@@ -46,7 +46,7 @@ class Settings:
     calibration_tokens: int
     rotation: bool
     permutation: bool
-    feedback: bool
+    refinement: Refinement
     overrides: tuple[Override, ...]
     seed: int
     threads: int

@@ -54,16 +54,17 @@ static double gain(const cq_kmeans *s, int32_t from, int32_t to) {
 
 /* next[i] = max over j in [j_lo, j_hi], j < i, of best[j] + gain(j, i) for i in [lo, hi]: the maximizing j grows with
  * i. */
-static void solve_range(cq_kmeans *s, uint16_t *split, int32_t lo, int32_t hi, int32_t j_lo, int32_t j_hi) {
+static void solve_range(cq_kmeans *s, uint16_t *split, const uint16_t *fewer, int32_t lo, int32_t hi, int32_t j_lo,
+                        int32_t j_hi) {
     while (lo <= hi) {
         int32_t i = lo + (hi - lo) / 2, last = j_hi < i - 1 ? j_hi : i - 1, arg = j_lo;
         double top = -1;
-        for (int32_t j = j_lo; j <= last; j++) {
+        for (int32_t j = fewer && fewer[i] > arg ? fewer[i] : arg; j <= last; j++) {
             double value = s->best[j] + gain(s, j, i);
             if (value > top) top = value, arg = j;
         }
         s->next[i] = top, split[i] = (uint16_t)arg;
-        solve_range(s, split, lo, i - 1, j_lo, arg);
+        solve_range(s, split, fewer, lo, i - 1, j_lo, arg);
         lo = i + 1, j_lo = arg;
     }
 }
@@ -79,7 +80,8 @@ void cq_kmeans_solve(cq_kmeans *s, int32_t n, int32_t k, double *centroids) {
     for (int32_t i = 0; i <= n; i++) s->best[i] = gain(s, 0, i);
     for (int32_t c = 1; c < clusters; c++) {
         int32_t first = c + 1 == clusters ? n : c + 1; /* the last cluster always ends at n */
-        solve_range(s, s->split + (size_t)c * (n + 1), first, n, c, n - 1);
+        uint16_t *split = s->split + (size_t)c * (n + 1);
+        solve_range(s, split, c > 1 ? split - (n + 1) : NULL, first, n, c, n - 1);
         double *swap = s->best;
         s->best = s->next, s->next = swap;
     }
