@@ -12,6 +12,7 @@
 
 /* Per thread. */
 typedef struct {
+    const cq_kernels *kernels;
     cq_kmeans kmeans;
     double *codebook; /* [n_codebooks * n_centroids]: centroids before rounding */
     float *amplitude; /* [n_groups]: real scale of each group */
@@ -88,7 +89,7 @@ static void solve_codebooks(const cq_clustering *job, const float *w, workspace 
             s->kmeans.key[i] = cq_sortable(a > 0 ? w[begin + i] / a : 0);
             s->kmeans.q[i] = a > 0 ? job->weight[begin + i] * (a / top) * (a / top) : 0;
         }
-        cq_kmeans_solve(&s->kmeans, n, job->n_centroids, s->codebook + b * job->n_centroids);
+        cq_kmeans_solve(s->kernels, &s->kmeans, n, job->n_centroids, s->codebook + b * job->n_centroids);
     }
 }
 
@@ -172,11 +173,12 @@ int64_t cq_cluster_scratch_bytes(int32_t n_cols) {
 
 /* Rows in any order, one workspace per thread. */
 int cq_cluster_rows(const cq_clustering *job, int32_t n_threads, uint8_t *scratch) {
-    if (!cq_clustering_valid(job) || n_threads < 1) return CQ_ERR_ARGUMENT;
+    const cq_kernels *kernels = cq_kernels_current();
+    if (!cq_clustering_valid(job) || n_threads < 1 || !kernels) return CQ_ERR_ARGUMENT;
     int64_t bytes = cq_cluster_scratch_bytes(job->n_cols);
 #pragma omp parallel num_threads(n_threads)
     {
-        workspace s;
+        workspace s = {.kernels = kernels};
         carve(&s, scratch + bytes * omp_get_thread_num(), job->n_cols);
 #pragma omp for schedule(dynamic, 8)
         for (int32_t row = 0; row < job->n_rows; row++) cluster_row(job, row, &s);

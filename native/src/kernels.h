@@ -13,7 +13,10 @@
 #define CQ_BLOCK 64 /* weights per packed block: 8 * bits bytes */
 #define CQ_MAX_HEAD_DIM 512
 
-typedef struct {
+struct cq_kmeans;
+struct cq_kmeans_layer;
+
+typedef struct cq_kernels {
     const char *name;
     int (*supported)(void);
 
@@ -52,6 +55,7 @@ typedef struct {
      * strided. */
     void (*attention_head)(const cq_attention *op, int32_t head, int32_t position, int32_t n_queries, const float *q,
                            float *out, float *scratch);
+    void (*kmeans_layer)(const struct cq_kmeans *s, const struct cq_kmeans_layer *layer);
 } cq_kernels;
 
 extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avx512, cq_kernels_neon,

@@ -7,7 +7,7 @@
 enum { RADIX_BITS = 11, RADIX = 1 << RADIX_BITS };
 
 size_t cq_kmeans_carve(cq_kmeans *s, uint8_t *base, int32_t n) {
-    size_t m = (size_t)n + 1, used = 0;
+    size_t m = (size_t)n + 1 + CQ_STRIDE, used = 0;
     cq_take(base, &used, &s->key, 4 * m);
     cq_take(base, &used, &s->key_tmp, 4 * m);
     cq_take(base, &used, &s->q, 4 * m);
@@ -52,36 +52,20 @@ static double gain(const cq_kmeans *s, int32_t from, int32_t to) {
     return s0 > 0 ? s1 * s1 / s0 : 0;
 }
 
-/* next[i] = max over j in [j_lo, j_hi], j < i, of best[j] + gain(j, i) for i in [lo, hi]: the maximizing j grows with
- * i. */
-static void solve_range(cq_kmeans *s, uint16_t *split, const uint16_t *fewer, int32_t lo, int32_t hi, int32_t j_lo,
-                        int32_t j_hi) {
-    while (lo <= hi) {
-        int32_t i = lo + (hi - lo) / 2, last = j_hi < i - 1 ? j_hi : i - 1, arg = j_lo;
-        double top = -1;
-        for (int32_t j = fewer && fewer[i] > arg ? fewer[i] : arg; j <= last; j++) {
-            double value = s->best[j] + gain(s, j, i);
-            if (value > top) top = value, arg = j;
-        }
-        s->next[i] = top, split[i] = (uint16_t)arg;
-        solve_range(s, split, fewer, lo, i - 1, j_lo, arg);
-        lo = i + 1, j_lo = arg;
-    }
-}
-
-void cq_kmeans_solve(cq_kmeans *s, int32_t n, int32_t k, double *centroids) {
+void cq_kmeans_solve(const cq_kernels *kernels, cq_kmeans *s, int32_t n, int32_t k, double *centroids) {
     sort_pairs(s, n);
     s->s0[0] = s->s1[0] = 0;
     for (int32_t i = 0; i < n; i++) {
         s->s0[i + 1] = s->s0[i] + (double)s->q[i];
         s->s1[i + 1] = s->s1[i] + (double)s->q[i] * unsortable(s->key[i]);
     }
+    s->tiny = 1e-20 * s->s0[n] + 1e-300;
     int32_t clusters = k < n ? k : n;
-    for (int32_t i = 0; i <= n; i++) s->best[i] = gain(s, 0, i);
+    for (int32_t i = 0; i <= n; i++) s->best[i] = gain(s, 0, i), s->split[i] = 0;
     for (int32_t c = 1; c < clusters; c++) {
-        int32_t first = c + 1 == clusters ? n : c + 1; /* the last cluster always ends at n */
+        int32_t lo = c + 1 == clusters ? n : c + 1; /* the last cluster always ends at n */
         uint16_t *split = s->split + (size_t)c * (n + 1);
-        solve_range(s, split, c > 1 ? split - (n + 1) : NULL, first, n, c, n - 1);
+        kernels->kmeans_layer(s, &(cq_kmeans_layer){c, lo, n, split - (n + 1), split});
         double *swap = s->best;
         s->best = s->next, s->next = swap;
     }

@@ -1,19 +1,28 @@
 /* Exact weighted 1-D k-means (kmeans.c) and the workspace it needs, which the caller owns. */
 #ifndef CQ_KMEANS_H
 #define CQ_KMEANS_H
-#include <stddef.h>
-#include <stdint.h>
+#include "kernels.h"
 #include <string.h>
 
-enum { CQ_MAX_CENTROIDS = 16 };
+enum { CQ_MAX_CENTROIDS = 16, CQ_STRIDE = 8 };
 
-/* Arrays of n + 1 elements; split: [CQ_MAX_CENTROIDS][n + 1]. */
-typedef struct {
+/* Arrays of n + 1 elements, and CQ_STRIDE more that may be read but do not count; split: [CQ_MAX_CENTROIDS][n + 1]. */
+typedef struct cq_kmeans {
     uint32_t *key, *key_tmp; /* values as sortable integers: cq_sortable */
     float *q, *q_tmp;        /* their weights, >= 0 */
-    double *s0, *s1, *best, *next;
-    uint16_t *split;
+    double *s0, *s1;         /* sums of weights and of weighted values up to each end */
+    double *best, *next;     /* per end: the greatest sum of gains with one cluster fewer, and with this one */
+    double tiny;             /* added to a cluster's weight, which may be 0 */
+    uint16_t *split;         /* per number of clusters and end: where the last cluster starts */
 } cq_kmeans;
+
+/* The ends lo..hi of one layer, whose last cluster starts at `first` or later; fewer: split of the layer before, a
+ * lower bound too. */
+typedef struct cq_kmeans_layer {
+    int32_t first, lo, hi;
+    const uint16_t *fewer;
+    uint16_t *split;
+} cq_kmeans_layer;
 
 /* Floats as unsigned integers of the same order: negative values have all bits flipped, the others the sign bit. */
 static inline uint32_t cq_sortable(float v) {
@@ -33,5 +42,5 @@ static inline size_t cq_take(uint8_t *base, size_t *used, void *field, size_t by
 size_t cq_kmeans_carve(cq_kmeans *s, uint8_t *base, int32_t n);
 
 /* The k best centroids, ascending, of the n <= 65536 pairs in key and q; of fewer than k pairs, the last repeats. */
-void cq_kmeans_solve(cq_kmeans *s, int32_t n, int32_t k, double *centroids);
+void cq_kmeans_solve(const cq_kernels *kernels, cq_kmeans *s, int32_t n, int32_t k, double *centroids);
 #endif
