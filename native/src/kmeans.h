@@ -1,10 +1,11 @@
-/* Exact weighted 1-D k-means (kmeans.c) and the workspace it needs, which the caller owns. */
+/* Weighted 1-D k-means (kmeans.c), exact for up to CQ_KMEANS_CUTS values, and the workspace it needs, which the caller
+ * owns. */
 #ifndef CQ_KMEANS_H
 #define CQ_KMEANS_H
 #include "kernels.h"
 #include <string.h>
 
-enum { CQ_MAX_CENTROIDS = 16, CQ_STRIDE = 8 };
+enum { CQ_MAX_CENTROIDS = 16, CQ_STRIDE = 8, CQ_KMEANS_CUTS = 512 };
 
 /* Arrays of n + 1 elements, and CQ_STRIDE more that may be read but do not count; split: [CQ_MAX_CENTROIDS][n + 1]. */
 typedef struct cq_kmeans {
