@@ -47,8 +47,6 @@ def random_clustered(rng: np.random.Generator, shape: tuple[int, ...], t: Tiny) 
     if t.scale_group > 0:
         scale_cols = min(cols, t.scale_group)
         groups = rng.integers(30, 128, (*lead, -(-cols // scale_cols))).astype(np.int8)
-    else:
-        scales *= np.float32(0.6)  # about the mean of the group scales above
     return Clustered(t.cq, pack(indices, t.cq), centroids, scales, groups, codebook_cols, scale_cols)
 
 

@@ -1,5 +1,8 @@
 """The forward pass of a tiny llama-architecture CQ file in plain PyTorch, with the run-time activation quantizer.
 
+Two experts of nearly equal probability may fall either way, and one flip moves every later token. So the oracle takes
+the experts that the runner chose, and says how much worse than its own best they are: `routing_regret`.
+
 Written from docs/format.md and the architecture's definition, independently of the runner: no code is shared with it.
 """
 
@@ -14,12 +17,14 @@ from tests.tiny_gguf import Tiny
 
 
 class TorchOracle:
-    """Logits of whole sequences; keeps the experts chosen by the last call."""
+    """Logits of whole sequences; keeps the experts that it would have chosen in the last call."""
 
     def __init__(self, weights: dict[str, np.ndarray], t: Tiny) -> None:
         self.w = {name: torch.from_numpy(array) for name, array in weights.items()}
         self.t = t
         self.experts: list[torch.Tensor] = []
+        self.given: list[np.ndarray] = []
+        self.routing_regret = 0.0
 
     def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
         top = 127.0 if self.t.activation_bits == 8 else 7.0
@@ -45,6 +50,7 @@ class TorchOracle:
         q = self.rope(self.linear(x, f"{block}.attn_q").reshape(n, t.n_heads, t.head_dim))
         k = self.rope(self.linear(x, f"{block}.attn_k").reshape(n, t.n_kv_heads, t.head_dim))
         v = self.linear(x, f"{block}.attn_v").reshape(n, t.n_kv_heads, t.head_dim)
+        k, v = k.half().float(), v.half().float()  # the cache's type
         k, v = (y.repeat_interleave(t.n_heads // t.n_kv_heads, dim=1) for y in (k, v))
         scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(t.head_dim)
         scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
@@ -58,9 +64,14 @@ class TorchOracle:
     def ffn(self, x: torch.Tensor, block: str) -> torch.Tensor:
         if not self.t.n_experts:
             return self.swiglu_ffn(x, *(self.w[f"{block}.ffn_{name}.weight"] for name in ("gate", "up", "down")))
-        weights, ids = (x @ self.w[f"{block}.ffn_gate_inp.weight"].T).softmax(-1).topk(self.t.top_k)
-        weights = weights / weights.sum(-1, keepdim=True)
+        probabilities = (x @ self.w[f"{block}.ffn_gate_inp.weight"].T).softmax(-1)
+        best, ids = probabilities.topk(self.t.top_k)
         self.experts.append(ids)
+        if self.given:
+            ids = torch.from_numpy(self.given[len(self.experts) - 1]).long()
+        weights = probabilities.gather(-1, ids)
+        self.routing_regret = max(self.routing_regret, float((best.sum(-1) - weights.sum(-1)).max()))
+        weights = weights / weights.sum(-1, keepdim=True)
         out = torch.zeros_like(x)
         for token in range(len(x)):
             for weight, expert in zip(weights[token], ids[token], strict=True):
@@ -69,8 +80,9 @@ class TorchOracle:
         return out
 
     @torch.no_grad()
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        self.experts = []
+    def logits(self, tokens: np.ndarray, experts: list[np.ndarray] | None = None) -> np.ndarray:
+        """Logits [n, vocab] of tokens [n]; experts: per layer [n, top_k] to use instead of the best."""
+        self.experts, self.given, self.routing_regret = [], experts or [], 0.0
         x = self.w["token_embd.weight"][torch.from_numpy(tokens).long()]
         for layer in range(self.t.n_layers):
             x = x + self.attention(self.norm(x, f"blk.{layer}.attn_norm"), f"blk.{layer}")
