@@ -7,26 +7,26 @@
  *    per centroid, rounded to int8; then coordinate descent, each column taking the value that minimizes the loss with
  *    the others fixed, its gradient kept up to date. A round counts only if the loss falls.
  *
- * BATCH rows go together, so that each row of H, which outgrows the second-level cache, is read once for all of them.
- * Rows do not influence each other, so the result does not depend on the number of threads. */
+ * CQ_ROWS rows go together, in blocks of columns (column_block.h): what a block changes is added to the other columns
+ * as one product of matrices. Rows do not influence each other, so the result does not depend on the number of threads.
+ */
+#include "descent.h"
 #include "fit.h"
 #include <math.h>
 #include <omp.h>
 
-enum { BATCH = 8, SWEEPS = 2 }; /* sweeps of coordinate descent per round */
-#define RIDGE 1e-6              /* relative to the diagonal: centroids that no column uses stay where they are */
+enum { SWEEPS = 2 }; /* sweeps of coordinate descent per round */
+#define RIDGE 1e-6   /* relative to the diagonal: centroids that no column uses stay where they are */
 
 /* One row at work. */
 typedef struct {
     cq_fit fit, best;
     const float *w;
-    float *value;                   /* [n_cols]: effective weights times the scale */
-    float *error;                   /* [n_cols]: value - w; in error feedback what is left of w */
-    float *gradient;                /* [n_cols]: H error */
-    float *moments;                 /* [n_centroids][n_cols]: H P of one codebook */
-    double *target;                 /* [n_codebooks * n_centroids]: centroids before rounding */
-    float values[CQ_MAX_CENTROIDS]; /* what the columns of the current block can take */
-    int active;                     /* whether the last round improved it */
+    float *value;   /* [n_cols]: effective weights times the scale */
+    float *state;   /* [n_cols]: the gradient, H (value - w); in error feedback what is left of w */
+    float *moments; /* [n_centroids][n_cols]: H P of one codebook */
+    double *target; /* [n_codebooks * n_centroids]: centroids before rounding */
+    int active;     /* whether the last round improved it */
 } lane;
 
 typedef struct {
@@ -39,10 +39,9 @@ typedef struct {
 
 static size_t carve(lane *lanes, uint8_t *base, int32_t n_cols) {
     size_t n = (size_t)n_cols, blocks = n / CQ_BLOCK + 1, used = 0;
-    for (lane *s = lanes; s < lanes + BATCH; s++) {
+    for (lane *s = lanes; s < lanes + CQ_ROWS; s++) {
         cq_take(base, &used, &s->value, 4 * n);
-        cq_take(base, &used, &s->error, 4 * n);
-        cq_take(base, &used, &s->gradient, 4 * n);
+        cq_take(base, &used, &s->state, 4 * n);
         cq_take(base, &used, &s->moments, 4 * n * CQ_MAX_CENTROIDS);
         cq_take(base, &used, &s->target, 8 * blocks * CQ_MAX_CENTROIDS);
         cq_take(base, &used, &s->fit.indices, n);
@@ -52,24 +51,43 @@ static size_t carve(lane *lanes, uint8_t *base, int32_t n_cols) {
     return used;
 }
 
-static int32_t nearest(const float *values, int32_t n, float v) {
-    int32_t best = 0;
-    float distance = fabsf(v - values[0]);
-    for (int32_t i = 1; i < n; i++) {
-        float other = fabsf(v - values[i]);
-        best = other < distance ? i : best;
-        distance = fminf(other, distance);
-    }
-    return best;
-}
-
 static const float *matrix_row(const batch *b, int32_t i) { return b->matrix + (size_t)i * b->job->n_cols; }
 
-/* Column i's possible values, which change from block to block. */
-static void enter_column(const batch *b, lane *s, int32_t i) {
-    if (i % CQ_BLOCK) return;
-    cq_effective_weights(b->job, &s->fit, i, s->values);
-    for (int32_t c = 0; c < b->job->n_centroids; c++) s->values[c] *= s->fit.scale;
+/* The block of columns from `begin` on: its values, states and part of the matrix. */
+static cq_column_block block_at(const batch *b, int32_t begin) {
+    const int32_t rest = b->job->n_cols - begin;
+    cq_column_block block = {.n_cols = rest < CQ_BLOCK ? rest : CQ_BLOCK, .n_values = b->job->n_centroids};
+    block.matrix = matrix_row(b, begin) + begin, block.stride = b->job->n_cols;
+    for (int32_t r = 0; r < b->n; r++) {
+        const lane *s = b->lanes + r;
+        float w8[CQ_MAX_CENTROIDS];
+        cq_effective_weights(b->job, &s->fit, begin, w8);
+        for (int32_t c = 0; c < block.n_values; c++) block.values[c][r] = w8[c] * s->fit.scale;
+        for (int32_t i = 0; i < block.n_cols; i++) {
+            block.state[i][r] = s->state[begin + i];
+            block.value[i][r] = s->value[begin + i];
+        }
+    }
+    return block;
+}
+
+/* Takes over the block's choices. */
+static void leave_block(const batch *b, const cq_column_block *block, int32_t begin) {
+    for (int32_t r = 0; r < b->n; r++) {
+        lane *s = b->lanes + r;
+        for (int32_t i = 0; i < block->n_cols; i++) {
+            s->fit.indices[begin + i] = (uint8_t)block->index[i][r];
+            s->value[begin + i] = block->value[i][r];
+            s->state[begin + i] = block->state[i][r];
+        }
+    }
+}
+
+/* Adds what the block's columns changed to the states of the n columns from `first` on. */
+static void update_states(const batch *b, const cq_column_block *block, int32_t begin, int32_t first, int32_t n) {
+    float *rows[CQ_ROWS];
+    for (int32_t r = 0; r < CQ_ROWS; r++) rows[r] = b->lanes[r].state + first;
+    b->kernels->rank_update(block->change, block->n_cols, matrix_row(b, begin) + first, b->job->n_cols, rows, n);
 }
 
 /* What one step of a column's centroid changes in its weight. */
@@ -80,36 +98,36 @@ static float step_of(const batch *b, const lane *s, int32_t i) {
 
 static void feedback(const batch *b) {
     int32_t n = b->job->n_cols;
-    for (lane *s = b->lanes; s < b->lanes + b->n; s++) memcpy(s->error, s->w, 4 * (size_t)n);
-    for (int32_t i = 0; i < n; i++) {
-        const float *u = matrix_row(b, i);
-        for (lane *s = b->lanes; s < b->lanes + b->n; s++) {
-            enter_column(b, s, i);
-            int32_t index = nearest(s->values, b->job->n_centroids, s->error[i]);
-            s->fit.indices[i] = (uint8_t)index;
-            b->kernels->axpy((s->values[index] - s->error[i]) / u[i], u + i + 1, s->error + i + 1, n - i - 1);
-        }
+    for (lane *s = b->lanes; s < b->lanes + b->n; s++) memcpy(s->state, s->w, 4 * (size_t)n);
+    for (int32_t begin = 0; begin < n; begin += CQ_BLOCK) {
+        cq_column_block block = block_at(b, begin);
+        b->kernels->feedback_block(&block);
+        leave_block(b, &block, begin);
+        const int32_t end = begin + block.n_cols;
+        update_states(b, &block, begin, end, n - end);
     }
     for (lane *s = b->lanes; s < b->lanes + b->n; s++) cq_fit_copy(b->job, &s->best, &s->fit);
 }
 
-/* Fills value, error and gradient. */
+/* Fills value and state, the gradient. */
 static void evaluate(const batch *b) {
     int32_t n = b->job->n_cols;
-    for (lane *s = b->lanes; s < b->lanes + b->n; s++) memset(s->gradient, 0, 4 * (size_t)n);
-    for (int32_t i = 0; i < n; i++)
-        for (lane *s = b->lanes; s < b->lanes + b->n; s++) {
-            if (!s->active) continue;
-            enter_column(b, s, i);
-            s->value[i] = s->values[s->fit.indices[i]];
-            s->error[i] = s->value[i] - s->w[i];
-            b->kernels->axpy(s->error[i], matrix_row(b, i), s->gradient, n);
-        }
+    for (lane *s = b->lanes; s < b->lanes + CQ_ROWS; s++) memset(s->state, 0, 4 * (size_t)n);
+    for (int32_t begin = 0; begin < n; begin += CQ_BLOCK) {
+        cq_column_block block = block_at(b, begin);
+        for (int32_t r = 0; r < b->n; r++)
+            for (int32_t i = 0; i < block.n_cols; i++) {
+                lane *s = b->lanes + r;
+                s->value[begin + i] = block.values[s->fit.indices[begin + i]][r];
+                block.change[i][r] = s->value[begin + i] - s->w[begin + i];
+            }
+        update_states(b, &block, begin, 0, n);
+    }
 }
 
 static double loss_of(const batch *b, const lane *s) {
     double loss = 0;
-    for (int32_t i = 0; i < b->job->n_cols; i++) loss += (double)(s->value[i] - s->w[i]) * s->gradient[i];
+    for (int32_t i = 0; i < b->job->n_cols; i++) loss += (double)(s->value[i] - s->w[i]) * s->state[i];
     return loss;
 }
 
@@ -138,7 +156,7 @@ static void solve_codebook(const batch *b, lane *s, int32_t book, int32_t begin,
     for (int32_t i = begin; i < end; i++) {
         double step = step_of(b, s, i);
         for (int32_t c = 0; c < k; c++) a[s->fit.indices[i] * k + c] += step * s->moments[(size_t)c * n + i];
-        d[s->fit.indices[i]] -= step * s->gradient[i];
+        d[s->fit.indices[i]] -= step * s->state[i];
     }
     for (int32_t c = 0; c < k; c++) top = fmax(top, a[c * k + c]);
     for (int32_t c = 0; c < k; c++) a[c * k + c] += RIDGE * top + 1e-30;
@@ -174,17 +192,13 @@ static void round_centroids(const batch *b, lane *s) {
 /* One sweep over the columns: the minimizing value of column i is value - gradient / H[i][i]. */
 static void sweep(const batch *b) {
     int32_t n = b->job->n_cols;
-    for (int32_t i = 0; i < n; i++) {
-        const float *h = matrix_row(b, i);
-        for (lane *s = b->lanes; s < b->lanes + b->n; s++) {
-            if (!s->active) continue;
-            enter_column(b, s, i);
-            int32_t index = nearest(s->values, b->job->n_centroids, s->value[i] - s->gradient[i] / h[i]);
-            float change = s->values[index] - s->value[i];
-            if (change == 0) continue;
-            s->fit.indices[i] = (uint8_t)index, s->value[i] = s->values[index];
-            b->kernels->axpy(change, h, s->gradient, n);
-        }
+    for (int32_t begin = 0; begin < n; begin += CQ_BLOCK) {
+        cq_column_block block = block_at(b, begin);
+        b->kernels->descend_block(&block);
+        leave_block(b, &block, begin);
+        const int32_t end = begin + block.n_cols;
+        update_states(b, &block, begin, 0, begin);
+        update_states(b, &block, begin, end, n - end);
     }
 }
 
@@ -209,7 +223,7 @@ static void descend(const batch *b) {
 /* ---- entry points ---- */
 
 int64_t cq_descent_scratch_bytes(int32_t n_cols) {
-    lane lanes[BATCH];
+    lane lanes[CQ_ROWS];
     return (int64_t)carve(lanes, NULL, n_cols);
 }
 
@@ -228,11 +242,11 @@ static int for_batches(const cq_clustering *job, void (*function)(const batch *)
     int64_t bytes = cq_descent_scratch_bytes(job->n_cols);
 #pragma omp parallel num_threads(n_threads)
     {
-        lane lanes[BATCH];
+        lane lanes[CQ_ROWS];
         carve(lanes, scratch + bytes * omp_get_thread_num(), job->n_cols);
 #pragma omp for schedule(dynamic, 1)
-        for (int32_t row = 0; row < job->n_rows; row += BATCH) {
-            batch b = {job, kernels, matrix, lanes, job->n_rows - row < BATCH ? job->n_rows - row : BATCH};
+        for (int32_t row = 0; row < job->n_rows; row += CQ_ROWS) {
+            batch b = {job, kernels, matrix, lanes, job->n_rows - row < CQ_ROWS ? job->n_rows - row : CQ_ROWS};
             for (int32_t i = 0; i < b.n; i++) start_lane(job, row + i, lanes + i);
             function(&b);
             for (int32_t i = 0; i < b.n; i++)

@@ -15,6 +15,7 @@
 
 struct cq_kmeans;
 struct cq_kmeans_layer;
+struct cq_column_block;
 
 typedef struct cq_kernels {
     const char *name;
@@ -55,7 +56,13 @@ typedef struct cq_kernels {
      * strided. */
     void (*attention_head)(const cq_attention *op, int32_t head, int32_t position, int32_t n_queries, const float *q,
                            float *out, float *scratch);
+
+    /* ---- clustering ---- */
     void (*kmeans_layer)(const struct cq_kmeans *s, const struct cq_kmeans_layer *layer);
+    void (*feedback_block)(struct cq_column_block *b);
+    void (*descend_block)(struct cq_column_block *b);
+    void (*rank_update)(const float (*change)[8], int32_t n_cols, const float *matrix, int64_t stride,
+                        float *const *rows, int32_t n);
 } cq_kernels;
 
 extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avx512, cq_kernels_neon,
