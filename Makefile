@@ -8,7 +8,7 @@ C_SOURCES := $(NATIVE) $(wildcard native/tests/*.[ch])
 CROSS := aarch64-linux-gnu-gcc
 QEMU := qemu-aarch64-static
 KERNEL_TEST := $(wildcard native/tests/*.c) $(addprefix native/src/,portable.c avx2.c avx512.c neon.c dispatch.c)
-KERNEL_FLAGS := -std=gnu11 -fopenmp-simd -fno-math-errno -Wall -Wextra -Inative/include
+KERNEL_FLAGS := -std=gnu11 -fopenmp-simd -fno-math-errno -Wall -Wextra -Wno-psabi -Inative/include
 
 .PHONY: setup demo test test-neon test-asan bench lint fmt clean
 

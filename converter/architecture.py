@@ -39,6 +39,8 @@ class Linear:
     experts: bool = False  # one matrix per expert
     on_disk: str | None = None  # another name in checkpoints; `{}` stands for the expert
     router: bool = False  # tiny and decisive: stays F32
+    hadamard: bool = False  # the runner can transform its input, which no norm feeds (docs/format.md)
+    sensitive: bool = False  # worth more bits than others where the budget allows
 
     def rows_of(self, parameter: Tensor) -> Tensor:
         """The view of this linear [..., out, in] in the parameter [..., n * out, in]."""
@@ -89,6 +91,11 @@ class Architecture:
                 module.get_parameter(norm.parameter).copy_(layer[norm.name])
             for linear in self.linears:
                 linear.rows_of(module.get_parameter(linear.parameter)).copy_(layer[linear.name])
+
+
+def head_dim_of(config: Any) -> int:
+    """Width of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def interleave_rope(weight: Tensor, n_heads: int) -> Tensor:

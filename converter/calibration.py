@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyggml_bridge.errors import CQError
 
 from .architecture import Architecture
+from .basis import FileBasis
 from .checkpoint import Checkpoint
 
 SEQUENCE = 512
@@ -80,6 +81,14 @@ class Moments:
         """Upper Cholesky factor [cols, cols] of the inverse of damped."""
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped.double()))
         return torch.linalg.cholesky(inverse, upper=True).float().contiguous()
+
+    def in_basis(self, basis: FileBasis) -> Moments:
+        """The moments of the inputs that the file's weight multiplies."""
+        if not basis.hadamard:
+            return self
+        moments = Moments(len(self._sum))
+        moments._sum, moments.tokens = basis.moments(self._sum), self.tokens
+        return moments
 
     def relative_error(self, weight: Tensor, quantized: Tensor) -> tuple[float, float]:
         """Squared output error and squared output norm over these inputs, for weights [rows, cols]."""

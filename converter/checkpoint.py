@@ -227,6 +227,9 @@ class GgufCheckpoint(Checkpoint):
         for key, what in ((f"{name}.expert_count", "experts"), (f"{name}.rope.scaling.type", "rope scaling")):
             if self.source.reader.get_field(key):
                 raise CQError(f"{self.path}: a GGUF file with {what} ({key}) is not supported as input")
+        hadamard = self.source.reader.get_field("cq.hadamard.ffn_down")
+        if hadamard and hadamard.contents():
+            raise CQError(f"{self.path}: was written by cq-convert for a transform at run time: use its original")
         if self.source.shape("rope_freqs.weight"):
             raise CQError(f"{self.path}: a GGUF file with rope scaling (rope_freqs.weight) is not supported as input")
         return self._transformers_config(self.path.parent, gguf_file=self.path.name)

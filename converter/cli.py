@@ -61,6 +61,7 @@ def parser() -> ArgumentParser:
         "--calibration-tokens", type=int, default=DEFAULT_CALIBRATION_TOKENS, metavar="N", help="tokens used of it"
     )
     p.add_argument("--no-rotation", action="store_true", help="keep the residual stream's basis")
+    p.add_argument("--no-hadamard", action="store_true", help="no transform at run time before the FFN's last linear")
     p.add_argument("--no-permutation", action="store_true", help="keep the order of channels (with --group-size)")
     p.add_argument("--no-feedback", action="store_true", help="nearest centroids: no error feedback, no descent")
     p.add_argument(
@@ -101,6 +102,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         calibration=a.calibration,
         calibration_tokens=a.calibration_tokens,
         rotation=not a.no_rotation,
+        hadamard=not a.no_hadamard,
         permutation=not a.no_permutation,
         refinement=Refinement(not a.no_feedback, a.descent_rounds),
         overrides=tuple(Override.parse(text) for text in a.tensor_type),

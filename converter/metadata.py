@@ -8,28 +8,30 @@ from typing import Any
 from pyggml_bridge.format import VERSION
 
 from .checkpoint import Checkpoint
+from .plan import Plan
 from .settings import Settings
 from .tokenizer import tokenizer_keys
 
 SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 
 
-def metadata(checkpoint: Checkpoint, settings: Settings, calibration_tokens: int) -> dict[str, Any]:
+def metadata(checkpoint: Checkpoint, settings: Settings, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
     """All keys but general.architecture; values are int, float, bool, str or a list of one of them."""
     arch = checkpoint.arch
     keys: dict[str, Any] = {"general.type": "model", "general.name": checkpoint.path.stem}
     keys |= {f"{arch.gguf_name}.{key}": value for key, value in arch.hparams(checkpoint.config).items()}
-    keys |= _cq_keys(settings, calibration_tokens)
+    keys |= _cq_keys(settings, plan, calibration_tokens)
     return keys | _sampling_keys(checkpoint) | tokenizer_keys(checkpoint)
 
 
-def _cq_keys(settings: Settings, calibration_tokens: int) -> dict[str, Any]:
+def _cq_keys(settings: Settings, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "cq.version": VERSION,
         "cq.bits": settings.bits,
         "cq.group_size": settings.grouping.group_size,
         "cq.scale_group": settings.grouping.scale_group,
         "cq.activation_bits": settings.activation_bits,
+        "cq.hadamard.ffn_down": plan.hadamard,
         "cq.seed": settings.seed,
         "cq.rotation": settings.rotation,
         "cq.converter": f"codequant {package_version()}",

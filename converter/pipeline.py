@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pyggml_bridge.output import complete_file
 
-from .architecture import Layer, Linear, interleave_rope, split_rope
-from .calibration import Statistics, capture, read_tokens, tokenize
+from .architecture import Layer, Linear, head_dim_of
+from .basis import FileBasis
+from .calibration import Moments, Statistics, capture, read_tokens, tokenize
 from .check import check_file
 from .checkpoint import Checkpoint, open_checkpoint
 from .metadata import metadata
@@ -63,14 +64,16 @@ class _Job:
 
     def run(self) -> None:
         tokens = self._calibration_tokens()
-        keys = metadata(self.checkpoint, self.settings, 0 if tokens is None else tokens.numel())
+        keys = metadata(self.checkpoint, self.settings, self.plan, 0 if tokens is None else tokens.numel())
         self.stream = LayerStream(self.checkpoint)
         grouped = self.settings.grouping.group_size != -1 and self.settings.permutation
-        self.model = TransformedModel(self.checkpoint, None, self.settings.grouping.group_size if grouped else 0)
+        permute_block = self.settings.grouping.group_size if grouped else 0
+        self.model = TransformedModel(self.checkpoint, permute_block=permute_block)
         observed_tokens = self._check_tokens() if tokens is None else tokens[:OBSERVED_SEQUENCES]
         observed = self._observe(observed_tokens, learns=tokens is not None)
         if self.settings.rotation:
-            self.model = self.model.rotated(self._rotation(None if tokens is None else observed))
+            heads = random_rotation(head_dim_of(self.checkpoint.config), self.settings.seed)
+            self.model = self.model.rotated(self._rotation(None if tokens is None else observed), heads)
         with complete_file(self.settings.out) as part:
             file = OutputFile(part, self.checkpoint.arch.gguf_name, keys, self.plan.tensors)
             try:
@@ -150,23 +153,21 @@ class _Job:
     def _write_linear(
         self, file: OutputFile, planned: PlannedTensor, linear: Linear, weight: Tensor, statistics: Statistics
     ) -> Tensor:
-        """Write one linear in llama.cpp's row order; returns what it has become, in transformers'."""
-        if not linear.rope_heads:
-            return self._write_tensor(file, planned, weight, statistics, linear.site)
-        n_heads = getattr(self.checkpoint.config, linear.rope_heads)
-        return split_rope(
-            self._write_tensor(file, planned, interleave_rope(weight, n_heads), statistics, linear.site), n_heads
+        """Write one linear in the file's basis; returns what it has become, in transformers'."""
+        basis = FileBasis(
+            getattr(self.checkpoint.config, linear.rope_heads) if linear.rope_heads else 0,
+            self.plan.hadamard if linear.hadamard else 0,
         )
+        moments = [entry.in_basis(basis) for entry in statistics.get(linear.site, ())]
+        return basis.from_file(self._write_tensor(file, planned, basis.to_file(weight), moments))
 
     def _write_tensor(
         self,
         file: OutputFile,
         planned: PlannedTensor,
         weight: Tensor,
-        statistics: Statistics | None = None,
-        site: str = "",
+        moments: list[Moments] | None = None,
     ) -> Tensor:
-        moments = (statistics or {}).get(site)
         result = quantize(planned, weight, moments, self.settings.refinement, self.settings.threads)
         file.write(planned, result.arrays)
         if len(planned.shape) > 1:

@@ -96,6 +96,7 @@ class Plan:
     first: tuple[PlannedTensor, ...]
     layers: tuple[tuple[PlannedTensor, ...], ...]
     last: tuple[PlannedTensor, ...]
+    hadamard: int  # columns per block of the transform before the FFN's last linear, 0: none
 
     @property
     def tensors(self) -> list[PlannedTensor]:
@@ -115,7 +116,20 @@ class Plan:
 
 
 def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
-    """Choose all types; CQError if --tensor-type asks for something impossible or matches nothing."""
+    """Choose all types; CQError if --tensor-type asks for something impossible or matches nothing.
+
+    Sensitive linears become Q8_0 where that leaves the whole below half a bit more than --bits.
+    """
+    plan = _plan_with(checkpoint, settings, "q8_0")
+    return plan if plan.bpw <= settings.bits + 0.5 else _plan_with(checkpoint, settings, settings.cq.name.lower())
+
+
+def _hadamard_block(checkpoint: Checkpoint, settings: Settings) -> int:
+    shapes = [checkpoint.expected_shape(linear) for linear in checkpoint.arch.linears if linear.hadamard]
+    return BLOCK if settings.hadamard and all(shape[-1] % BLOCK == 0 for shape in shapes) else 0
+
+
+def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: str) -> Plan:
     planner = _Planner(settings)
     config, arch = checkpoint.config, checkpoint.arch
     head_shape = (config.vocab_size, config.hidden_size)
@@ -126,13 +140,13 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     for i in range(config.num_hidden_layers):
         tensors = [planner.float32(f"blk.{i}.{norm.name}.weight", (config.hidden_size,)) for norm in arch.norms]
         for linear in arch.linears:
-            kind = "f32" if linear.router else settings.cq.name.lower()
+            kind = "f32" if linear.router else sensitive if linear.sensitive else settings.cq.name.lower()
             tensors.append(planner.matrix(f"blk.{i}.{linear.name}.weight", checkpoint.expected_shape(linear), kind))
         layers.append(tuple(tensors))
     norm = planner.float32(GGUF_NAMES[FINAL_NORM], (config.hidden_size,))
     head = planner.matrix(GGUF_NAMES[HEAD], head_shape, "q8_0")
     planner.require_all_used()
-    return Plan(tuple(first), tuple(layers), (norm, head))
+    return Plan(tuple(first), tuple(layers), (norm, head), _hadamard_block(checkpoint, settings))
 
 
 class _Planner:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
 
-from .architecture import HParams
+from .architecture import HParams, head_dim_of
 
 
 def rope_hparams(config: Any) -> HParams:
@@ -32,7 +32,7 @@ def rope_freqs(config: Any) -> NDArray[np.float32] | None:
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":
         return None
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     wavelength = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     turns = rope["original_max_position_embeddings"] / wavelength

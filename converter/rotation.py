@@ -106,6 +106,17 @@ def orthogonalize(rotation: Tensor) -> Tensor:
     return (u @ v).float()
 
 
+def rotate_heads(arch: Architecture, layer: Layer, rotation: Tensor) -> Layer:
+    """The layer with every value head in the basis of rotation [head_dim, head_dim]: R^T V, and O R to undo it.
+
+    Attention sums value rows of one head with scalar weights, so logits are unchanged.
+    """
+    value, output = arch.heads.value, arch.heads.output
+    heads = layer[value].unflatten(0, (-1, len(rotation)))
+    columns = layer[output].unflatten(1, (-1, len(rotation)))
+    return layer | {value: (rotation.T @ heads).flatten(0, 1), output: (columns @ rotation).flatten(1)}
+
+
 def rotate_layer(arch: Architecture, layer: Layer, rotation: Tensor) -> Layer:
     """The layer in the rotated basis: W R for what a norm feeds, R^T W for what writes the residual stream."""
     rotated = dict(layer)

@@ -45,6 +45,7 @@ class Settings:
     calibration: Path | None
     calibration_tokens: int
     rotation: bool
+    hadamard: bool
     permutation: bool
     refinement: Refinement
     overrides: tuple[Override, ...]

@@ -6,24 +6,29 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .architecture import Layer
+from .architecture import Layer, head_dim_of
 from .checkpoint import Checkpoint
 from .fold import fold_final_norm, fold_norms
 from .permutation import permute_layer
-from .rotation import rotate_layer
+from .rotation import rotate_heads, rotate_layer
 
 
 @dataclass(frozen=True)
 class TransformedModel:
-    """A checkpoint seen through fold, rotation [hidden, hidden] (None: no rotation) and permutation (0: none)."""
+    """A checkpoint seen through fold, rotations and permutation.
+
+    rotation [hidden, hidden]: of the residual stream; head_rotation [head_dim, head_dim]: of the value heads (or None);
+    permute_block: columns per codebook, 0 for no permutation.
+    """
 
     checkpoint: Checkpoint
     rotation: Tensor | None = None
+    head_rotation: Tensor | None = None
     permute_block: int = 0
 
-    def rotated(self, rotation: Tensor | None) -> TransformedModel:
-        """The same with another rotation."""
-        return replace(self, rotation=rotation)
+    def rotated(self, rotation: Tensor, head_rotation: Tensor) -> TransformedModel:
+        """The same in other bases."""
+        return replace(self, rotation=rotation, head_rotation=head_rotation)
 
     def _rotate(self, matrix: Tensor) -> Tensor:
         return matrix if self.rotation is None else matrix @ self.rotation
@@ -42,7 +47,8 @@ class TransformedModel:
         layer = fold_norms(arch, self.checkpoint.layer(index))
         if self.rotation is not None:
             layer = rotate_layer(arch, layer, self.rotation)
+        if self.head_rotation is not None:
+            layer = rotate_heads(arch, layer, self.head_rotation)
         if self.permute_block:
-            head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-            layer = permute_layer(arch, layer, self.permute_block, head_dim)
+            layer = permute_layer(arch, layer, self.permute_block, head_dim_of(config))
         return layer

@@ -30,6 +30,7 @@ ffibuilder.set_source(
         "-fno-math-errno",
         "-Wall",
         "-Wextra",
+        "-Wno-psabi",  # vectors wider than registers pass between inlined functions only
         *extra,
     ],
     extra_link_args=["-fopenmp", *extra],

@@ -107,6 +107,7 @@ class CPUBackend:
                 return self._attention(op)
             case p.SwiGLU():
                 arguments = {"gate": at(op.gate), "up": at(op.up), "out": at(op.out), "n": op.gate.width}
+                arguments |= {"hadamard": op.hadamard}
                 return _native_op(lib.CQ_OP_SWIGLU, op.gate, "swiglu", arguments)
             case p.Route():
                 arguments = {"logits": at(op.logits), "routing": self._routing(op.routing), "normalize": op.normalize}

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.quants import quant_shape_to_byte_shape, quantize
+from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import CQType, Sidecars
+from pyggml_bridge.format import CQType, Sidecars, hadamard
 from pyggml_bridge.output import complete_file
 from pyggml_bridge.reader import GGUFFile, Tensor
 from pyggml_bridge.weights import Weights
@@ -19,10 +19,11 @@ TYPES = {"f16": GGMLQuantizationType.F16, "f32": GGMLQuantizationType.F32, "q8_0
 
 
 def export(source: Path, out: Path, kind: GGMLQuantizationType) -> None:
-    """Write `source` with every clustered weight dequantized to `kind`; all other tensors and keys are kept."""
+    """Write `source` with the weights that stock readers would not understand as `kind`, the rest as it is."""
     file = GGUFFile(source)
     weights = Weights(file)
     clustered = {name for name, tensor in file.tensors.items() if int(tensor.type) in list(CQType)}
+    converted = clustered | {name for name in file.tensors if _is_transformed(weights, name)}
     sidecars = {name for weight in clustered for name in vars(Sidecars.of(weight)).values()}
     kept = {name: tensor for name, tensor in file.tensors.items() if name not in sidecars}
     with complete_file(out) as part:
@@ -32,7 +33,7 @@ def export(source: Path, out: Path, kind: GGMLQuantizationType) -> None:
             if not key.startswith("cq.") and key not in ("general.architecture", "general.alignment"):
                 writer.add_key_value(key, value, value_type, item_type)
         for name, tensor in kept.items():
-            target = kind if name in clustered else tensor.type
+            target = kind if name in converted else tensor.type
             shape = (
                 quant_shape_to_byte_shape(tensor.shape, target) if target == GGMLQuantizationType.Q8_0 else tensor.shape
             )
@@ -43,18 +44,27 @@ def export(source: Path, out: Path, kind: GGMLQuantizationType) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, tensor in kept.items():
-            writer.write_tensor_data(_converted(weights, tensor, kind) if name in clustered else tensor.data)
+            writer.write_tensor_data(_converted(weights, tensor, kind) if name in converted else tensor.data)
         writer.close()
 
 
 _DTYPES = {GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.I8: np.int8}
 
 
+def _is_transformed(weights: Weights, name: str) -> bool:
+    """Whether the weight is stored for inputs after a Hadamard transform, which stock readers do not compute."""
+    return "ffn_down" in name and name.endswith(".weight") and weights.file.get("cq.hadamard.ffn_down", int, 0) > 0
+
+
 def _converted(weights: Weights, tensor: Tensor, kind: GGMLQuantizationType) -> NDArray[np.uint8]:
     *experts, n_rows, n_cols = tensor.shape
     matrix = weights.matrix(tensor.name, n_rows, n_cols, *experts)
-    assert matrix.clustered is not None
-    values = matrix.clustered.dequantize()
+    if matrix.clustered is not None:
+        values = matrix.clustered.dequantize()
+    else:
+        values = dequantize(matrix.data, matrix.type).reshape(tensor.shape)
+    if _is_transformed(weights, tensor.name):
+        values = hadamard(values, weights.hadamard("ffn_down", n_cols))
     if kind == GGMLQuantizationType.F16 and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
         raise CQError(f"{weights.file.path}: tensor {tensor.name} does not fit F16; use --type f32")
     return np.ascontiguousarray(quantize(values, kind)).view(np.uint8)

@@ -101,11 +101,12 @@ class Attention:
 
 @dataclass(frozen=True)
 class SwiGLU:
-    """out = silu(gate) * up."""
+    """out = silu(gate) * up; hadamard: then each block of that many columns by the Hadamard matrix (0: none)."""
 
     gate: Value
     up: Value
     out: Value
+    hadamard: int
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,10 @@ class Program:
         self.ops.append(Attention(layer, q, k, v, self.head_dim, scale, window, out))
         return out
 
-    def swiglu(self, gate: Value, up: Value) -> Value:
-        """silu(gate) * up (arXiv 2002.05202)."""
+    def swiglu(self, gate: Value, up: Value, hadamard: int = 0) -> Value:
+        """silu(gate) * up (arXiv 2002.05202), then the Hadamard transform of each block of columns (0: none)."""
         out = Value(gate.width, gate.rows, gate.top_k)
-        self.ops.append(SwiGLU(gate, up, out))
+        self.ops.append(SwiGLU(gate, up, out, hadamard))
         return out
 
     def route(self, logits: Value, layer: int, top_k: int, *, normalize: bool) -> Routing:

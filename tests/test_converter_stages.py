@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from codequant_converter.architecture import interleave_rope, split_rope
+from codequant_converter.basis import FileBasis
 from codequant_converter.calibration import capture, read_tokens
 from codequant_converter.checkpoint import open_checkpoint
 from codequant_converter.permutation import outlier_order
@@ -13,7 +14,7 @@ from codequant_converter.rotation import cayley, learn_rotation, orthogonalize, 
 from codequant_converter.stream import LayerStream
 from codequant_converter.tokenizer import tokenizer_keys
 
-from pyggml_bridge.format import quantize_activations
+from pyggml_bridge.format import hadamard, quantize_activations
 from pyggml_bridge.tokenizer import Tokenizer
 from tests.models import MODELS, TEXT
 
@@ -150,3 +151,16 @@ def test_runner_tokenizes_like_transformers_by_either_description(mixtral):
     assert keys["cq.eos_token_ids"] == [257, 258]
     assert keys["tokenizer.ggml.merges"] == ["t h", "th e"]
     assert len(keys["tokenizer.ggml.tokens"]) == mixtral.config.vocab_size
+
+
+def test_file_basis_goes_there_and_back_and_keeps_outputs():
+    rng = np.random.default_rng(15)
+    weight = torch.from_numpy(rng.standard_normal((48, 128)).astype(np.float32))
+    x = torch.from_numpy(rng.standard_normal((200, 128)).astype(np.float32))
+    basis = FileBasis(rope_heads=3, hadamard=64)
+    stored = basis.to_file(weight)
+    assert not torch.allclose(stored, weight)
+    torch.testing.assert_close(basis.from_file(stored), weight)
+    inputs = torch.from_numpy(hadamard(x.numpy(), 64))
+    torch.testing.assert_close(inputs @ stored.T, x @ interleave_rope(weight, 3).T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(basis.moments(x.T @ x), inputs.T @ inputs, rtol=1e-4, atol=1e-3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pyggml_bridge.format import Clustered, CQType, pack, packed_shape, quantize_activations, register, unpack
+from pyggml_bridge.format import Clustered, CQType, hadamard, pack, packed_shape, quantize_activations, register, unpack
 
 
 @pytest.mark.parametrize("cq", CQType)
@@ -80,3 +80,12 @@ def test_gguf_py_reads_our_types_after_one_call(tmp_path):
         64,
     )
     assert np.array_equal(w8.dequantize(), dense["blk.0.ffn_down.weight"])
+
+
+@pytest.mark.parametrize("block", [2, 16, 64])
+def test_hadamard_is_the_matrix_of_the_format_and_its_own_inverse(block):
+    x = np.random.default_rng(3).standard_normal((5, 192)).astype(np.float32)
+    matrix = np.array([[(-1) ** (i & j).bit_count() for j in range(block)] for i in range(block)]) / np.sqrt(block)
+    want = (x.reshape(5, -1, block) @ matrix).reshape(x.shape)
+    np.testing.assert_allclose(hadamard(x, block), want, atol=1e-6)
+    np.testing.assert_allclose(hadamard(hadamard(x, block), block), x, atol=1e-6)

@@ -17,8 +17,8 @@ MAX_MEAN_KLD = 1e-4
 MAX_REGRET = 0.02  # probability that the runner's experts may lack to the oracle's
 
 VARIANTS = {
-    "dense": Tiny(),
-    "moe": Tiny(n_experts=6),
+    "dense": Tiny(hadamard=64),
+    "moe": Tiny(n_experts=6, hadamard=32),
     "moe-cq3-codebooks": Tiny(cq=CQType.CQ3, n_experts=4, top_k=1, group_size=64, scale_group=-1),
     "dense-cq2-int4-bias": Tiny(
         cq=CQType.CQ2, activation_bits=4, biases=True, tied=True, scale_group=128, n_kv_heads=4

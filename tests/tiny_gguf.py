@@ -33,6 +33,7 @@ class Tiny:
     activation_bits: int = 8
     biases: bool = False
     tied: bool = False
+    hadamard: int = 0
     seed: int = 0
 
 
@@ -111,6 +112,7 @@ def _write_keys(writer: GGUFWriter, t: Tiny) -> None:
     writer.add_int32("cq.group_size", t.group_size)
     writer.add_int32("cq.scale_group", t.scale_group)
     writer.add_uint32("cq.activation_bits", t.activation_bits)
+    writer.add_uint32("cq.hadamard.ffn_down", t.hadamard)
     writer.add_context_length(1024)
     writer.add_embedding_length(t.hidden)
     writer.add_block_count(t.n_layers)

@@ -59,7 +59,12 @@ class TorchOracle:
 
     def swiglu_ffn(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         x = self.fake_quantize(x)
-        return self.fake_quantize(torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+        hidden = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+        if self.t.hadamard:
+            i = torch.arange(self.t.hadamard)
+            signs = torch.tensor([[1 - 2 * (int(a & b).bit_count() % 2) for b in i] for a in i])
+            hidden = (hidden.unflatten(-1, (-1, len(i))) @ (signs / len(i) ** 0.5)).flatten(-2)
+        return self.fake_quantize(hidden) @ down.T
 
     def ffn(self, x: torch.Tensor, block: str) -> torch.Tensor:
         if not self.t.n_experts:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pyggml_bridge.errors import CQError
 
-from ..architecture import Architecture, ChannelGroup, HeadGroup, HParams, Linear, Norm
+from ..architecture import Architecture, ChannelGroup, HeadGroup, HParams, Linear, Norm, head_dim_of
 from ..rope import rope_hparams
 
 NORMS = (Norm("attn_norm", "input_layernorm.weight"), Norm("ffn_norm", "post_attention_layernorm.weight"))
@@ -14,14 +14,14 @@ NORMS = (Norm("attn_norm", "input_layernorm.weight"), Norm("ffn_norm", "post_att
 ATTENTION = (
     Linear("attn_q", "self_attn.q_proj.weight", "self_attn.q_proj", "attn_norm", rope_heads="num_attention_heads"),
     Linear("attn_k", "self_attn.k_proj.weight", "self_attn.q_proj", "attn_norm", rope_heads="num_key_value_heads"),
-    Linear("attn_v", "self_attn.v_proj.weight", "self_attn.q_proj", "attn_norm"),
+    Linear("attn_v", "self_attn.v_proj.weight", "self_attn.q_proj", "attn_norm", sensitive=True),
     Linear("attn_output", "self_attn.o_proj.weight", "self_attn.o_proj", writes_residual=True),
 )
 
 FFN = (
     Linear("ffn_gate", "mlp.gate_proj.weight", "mlp.gate_proj", "ffn_norm"),
     Linear("ffn_up", "mlp.up_proj.weight", "mlp.gate_proj", "ffn_norm"),
-    Linear("ffn_down", "mlp.down_proj.weight", "mlp.down_proj", writes_residual=True),
+    Linear("ffn_down", "mlp.down_proj.weight", "mlp.down_proj", writes_residual=True, hadamard=True),
 )
 
 
@@ -41,7 +41,7 @@ def check(config: Any) -> None:
 
 def hparams(config: Any) -> HParams:
     """llama.cpp's keys of a Llama-like model, below `llama.`."""
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     return {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,

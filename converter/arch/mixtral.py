@@ -40,6 +40,7 @@ MOE = (
         "mlp.experts.down_proj",
         "mlp.experts.hidden",
         writes_residual=True,
+        hadamard=True,
         experts=True,
         on_disk=f"{EXPERT}.w2.weight",
     ),

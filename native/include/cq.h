@@ -66,7 +66,9 @@ typedef struct {
     const float *q, *k, *v; uint16_t *k_cache, *v_cache; float *out;
     int32_t n_heads, n_kv_heads, head_dim, n_ctx, window; float scale;
 } cq_attention;
-typedef struct { const float *gate, *up; float *out; int32_t n; } cq_swiglu;
+/* hadamard: then every block of that many columns (a power of two that divides n) times the orthonormal Hadamard matrix;
+ * 0: none. */
+typedef struct { const float *gate, *up; float *out; int32_t n, hadamard; } cq_swiglu;
 /* Softmax over all experts, then the top_k largest; normalize: their weights are divided by their sum. */
 typedef struct { const float *logits; cq_routing *routing; int32_t normalize; } cq_route;
 /* out[t] += sum over rank of weights[t][rank] * y[slot] */

@@ -1,7 +1,6 @@
 /* The inner loops of descent.c, included by float_ops.h: CQ_ROWS rows of a weight matrix side by side, one lane each,
  * a block of columns at a time. Inside the block every column's choice moves the columns beside it at once; what it
  * means for the columns outside is then added for the whole block by rank_update. */
-#pragma GCC diagnostic ignored "-Wpsabi" /* vectors wider than registers only pass between inlined functions */
 #include "descent.h"
 
 typedef float row_vec __attribute__((vector_size(4 * CQ_ROWS), may_alias));

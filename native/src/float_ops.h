@@ -115,6 +115,20 @@ static void swiglu(const float *gate, const float *up, float *out, int32_t n) {
     memcpy(out + i, rest[0], sizeof(float) * (size_t)(n - i));
 }
 
+/* The fast Walsh-Hadamard transform, in Sylvester's order, divided by sqrt(block). */
+static void hadamard(float *x, int32_t n, int32_t block) {
+    for (int32_t half = block / 2; half > 0; half /= 2)
+        for (int32_t begin = 0; begin < n; begin += 2 * half)
+#pragma omp simd
+            for (int32_t i = begin; i < begin + half; i++) {
+                const float a = x[i], b = x[i + half];
+                x[i] = a + b, x[i + half] = a - b;
+            }
+    const float scale = 1.0f / sqrtf((float)block);
+#pragma omp simd
+    for (int32_t i = 0; i < n; i++) x[i] *= scale;
+}
+
 static void axpy(float a, const float *x, float *y, int32_t n) {
 #pragma omp simd
     for (int32_t i = 0; i < n; i++) y[i] += a * x[i];
@@ -178,6 +192,6 @@ static void dot_f16(const uint16_t *w, const float *const *x, int32_t n_tokens, 
 #include "kmeans_layer.h"
 
 #define CQ_FLOAT_KERNELS                                                                                               \
-    rms_norm, quantize, swiglu, axpy, scale_acc, dot_f32, dot_f16, f16_to_f32, f32_to_f16, attention_head,             \
+    rms_norm, quantize, swiglu, hadamard, axpy, scale_acc, dot_f32, dot_f16, f16_to_f32, f32_to_f16, attention_head,   \
         kmeans_layer, feedback_block, descend_block, rank_update
 #endif

@@ -3,7 +3,6 @@
  *
  * The best start grows with the end. So divide and conquer over every STRIDE-th end scans few starts for each, several
  * starts per vector; an end between two of these scans only the starts between theirs, several ends per vector. */
-#pragma GCC diagnostic ignored "-Wpsabi" /* vectors wider than registers only pass between inlined functions */
 #include "kmeans.h"
 
 typedef double stride_vec __attribute__((vector_size(8 * CQ_STRIDE)));

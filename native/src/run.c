@@ -67,8 +67,10 @@ static void run_attention(const cq_worker *worker, const cq_attention *op) {
 
 static void run_swiglu(const cq_worker *worker, const cq_swiglu *op, int32_t n_rows) {
     cq_range range = cq_share(worker, n_rows);
-    for (int64_t t = range.begin; t < range.end; t++)
+    for (int64_t t = range.begin; t < range.end; t++) {
         worker->kernels->swiglu(op->gate + t * op->n, op->up + t * op->n, op->out + t * op->n, op->n);
+        if (op->hadamard) worker->kernels->hadamard(op->out + t * op->n, op->n, op->hadamard);
+    }
 }
 
 /* Softmax over all experts and the top_k best, ties to the lower index. */

@@ -53,4 +53,5 @@ static inline void guarded_free(guarded g) { munmap(g.map, g.map_bytes); }
 void test_integers(void);
 void test_floats(void);
 void test_attention(void);
+void test_clustering(void);
 #endif

@@ -39,6 +39,7 @@ int main(int argc, char **argv) {
         const int64_t integers = checks - before;
         test_floats();
         test_attention();
+        test_clustering();
         printf("%-13s %lld integer checks, %lld float checks, %lld failures so far\n", cq_isa_current(),
                (long long)integers, (long long)(checks - before - integers), (long long)failures);
     }

@@ -35,7 +35,8 @@ def build(weights: Weights, n_ctx: int) -> Program:
         else:
             gate = _projection(p, weights, normed, f"{block}.ffn_gate", h.ffn_width)
             up = _projection(p, weights, normed, f"{block}.ffn_up", h.ffn_width)
-            _projection(p, weights, p.swiglu(gate, up), f"{block}.ffn_down", h.hidden, add_to=x)
+            hidden = p.swiglu(gate, up, weights.hadamard("ffn_down", h.ffn_width))
+            _projection(p, weights, hidden, f"{block}.ffn_down", h.hidden, add_to=x)
 
     last = p.rms_norm(p.select_outputs(x), weights.vector("output_norm.weight", h.hidden), h.eps)
     tied = not weights.has("output.weight")
@@ -58,4 +59,5 @@ def _experts(p: Program, weights: Weights, h: HParams, layer: int, normed: Value
     down_w = weights.matrix(f"{block}.ffn_down_exps.weight", h.hidden, h.ffn_width, h.n_experts)
     gate = p.expert_linear(normed, gate_w, routing)
     up = p.expert_linear(normed, up_w, routing)
-    p.combine(p.expert_linear(p.swiglu(gate, up), down_w, routing), routing, add_to=residual)
+    hidden = p.swiglu(gate, up, weights.hadamard("ffn_down", h.ffn_width))
+    p.combine(p.expert_linear(hidden, down_w, routing), routing, add_to=residual)

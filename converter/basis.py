@@ -1,0 +1,48 @@
+"""The basis in which the file holds a linear: llama.cpp's row order for rope, Hadamard blocks of input columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .architecture import interleave_rope, split_rope
+
+
+def hadamard_blocks(x: Tensor, block: int) -> Tensor:
+    """Each block of columns of x [..., n] times the orthonormal Hadamard matrix in Sylvester's order: its own inverse.
+
+    block: a power of two that divides n; 0: x itself.
+    """
+    if not block:
+        return x
+    matrix = torch.ones(1, 1)
+    while len(matrix) < block:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return (x.unflatten(-1, (-1, block)) @ (matrix / block**0.5)).flatten(-2)
+
+
+@dataclass(frozen=True)
+class FileBasis:
+    """rope_heads: heads whose rows go from halves to pairs, 0 for none; hadamard: columns per block, 0 for none.
+
+    Both maps are orthogonal, so a gradient goes over like the weight itself.
+    """
+
+    rope_heads: int = 0
+    hadamard: int = 0
+
+    def to_file(self, weight: Tensor) -> Tensor:
+        """A weight [..., out, in] of transformers' layer as the file holds it."""
+        rows = interleave_rope(weight, self.rope_heads) if self.rope_heads else weight
+        return hadamard_blocks(rows, self.hadamard)
+
+    def from_file(self, weight: Tensor) -> Tensor:
+        """Inverse of to_file."""
+        rows = split_rope(weight, self.rope_heads) if self.rope_heads else weight
+        return hadamard_blocks(rows, self.hadamard)
+
+    def moments(self, matrix: Tensor) -> Tensor:
+        """Second moments [in, in] of the inputs that the file's weight multiplies."""
+        return hadamard_blocks(hadamard_blocks(matrix, self.hadamard).T, self.hadamard).T.contiguous()

@@ -1,0 +1,120 @@
+/* The inner loops of clustering, of which converted files depend on every instruction set, against plain C. */
+#include "../src/descent.h"
+#include "../src/kmeans.h"
+#include "check.h"
+
+static const double EPS = 0x1p-24;
+
+static void fill(float *x, int32_t n, float scale) {
+    for (int32_t i = 0; i < n; i++) x[i] = scale * random_float();
+}
+
+static void check_hadamard(int32_t n, int32_t block) {
+    guarded memory = guarded_new((size_t)n * 4);
+    float *x = memory.data, *before = malloc((size_t)n * 4);
+    fill(x, n, 2);
+    memcpy(before, x, (size_t)n * 4);
+    cq_kernels_current()->hadamard(x, n, block);
+    for (int32_t i = 0; i < n; i++) {
+        double want = 0, size = 0;
+        const float *from = before + i / block * block;
+        for (int32_t j = 0; j < block; j++) {
+            want += __builtin_parity((unsigned)(i % block & j)) ? -from[j] : from[j];
+            size += fabs((double)from[j]);
+        }
+        CHECK(fabs(x[i] - want / sqrt(block)) <= 10 * EPS * size, "hadamard %d of %d [%d]", block, n, i);
+    }
+    free(before);
+    guarded_free(memory);
+}
+
+static void check_rank_update(int32_t n_cols, int32_t n) {
+    guarded memory = guarded_new((size_t)n_cols * (size_t)n * 4),
+            rows_memory = guarded_new((size_t)CQ_ROWS * (size_t)n * 4);
+    float change[CQ_BLOCK][CQ_ROWS], *matrix = memory.data, *rows[CQ_ROWS],
+                                     *before = malloc((size_t)CQ_ROWS * (size_t)n * 4);
+    for (int32_t r = 0; r < CQ_ROWS; r++) rows[r] = (float *)rows_memory.data + (size_t)r * (size_t)n;
+    fill(change[0], CQ_BLOCK * CQ_ROWS, 1), fill(matrix, n_cols * n, 1), fill(rows[0], CQ_ROWS * n, 1);
+    memcpy(before, rows[0], (size_t)CQ_ROWS * (size_t)n * 4);
+    cq_kernels_current()->rank_update((const float (*)[CQ_ROWS])change, n_cols, matrix, n, rows, n);
+    for (int32_t r = 0; r < CQ_ROWS; r++)
+        for (int32_t j = 0; j < n; j++) {
+            double want = before[r * n + j], size = fabs(want);
+            for (int32_t i = 0; i < n_cols; i++) {
+                const double product = (double)change[i][r] * matrix[i * n + j];
+                want += product, size += fabs(product);
+            }
+            CHECK(fabs(rows[r][j] - want) <= (n_cols + 2) * EPS * size, "rank_update %d x %d [%d][%d]", n_cols, n, r,
+                  j);
+        }
+    free(before);
+    guarded_free(memory), guarded_free(rows_memory);
+}
+
+static int32_t nearest(const cq_column_block *b, int32_t r, float wanted) {
+    int32_t best = 0;
+    for (int32_t c = 1; c < b->n_values; c++)
+        if (fabsf(wanted - b->values[c][r]) < fabsf(wanted - b->values[best][r])) best = c;
+    return best;
+}
+
+/* One column at a time, so that the choices are followed exactly: a column's state is what the kernel left there. */
+static void check_column_block(int32_t n_values, int32_t feedback) {
+    static float matrix[CQ_BLOCK * CQ_BLOCK];
+    cq_column_block b = {.n_cols = CQ_BLOCK, .n_values = n_values, .matrix = matrix, .stride = CQ_BLOCK}, was;
+    fill(matrix, CQ_BLOCK * CQ_BLOCK, 0.1f), fill(b.values[0], 16 * CQ_ROWS, 1);
+    fill(b.state[0], CQ_BLOCK * CQ_ROWS, 1), fill(b.value[0], CQ_BLOCK * CQ_ROWS, 1);
+    for (int32_t i = 0; i < CQ_BLOCK; i++) matrix[i * CQ_BLOCK + i] = 1.0f + 0.1f * (float)(i % 7);
+    was = b;
+    feedback ? cq_kernels_current()->feedback_block(&b) : cq_kernels_current()->descend_block(&b);
+    for (int32_t r = 0; r < CQ_ROWS; r++) {
+        double state[CQ_BLOCK];
+        for (int32_t i = 0; i < CQ_BLOCK; i++) state[i] = was.state[i][r];
+        for (int32_t i = 0; i < CQ_BLOCK; i++) {
+            const double pivot = matrix[i * CQ_BLOCK + i];
+            const double wanted = feedback ? state[i] : was.value[i][r] - state[i] / pivot;
+            const int32_t chosen = b.index[i][r], best = nearest(&b, r, (float)wanted);
+            const double loss = fabs(wanted - b.values[chosen][r]) - fabs(wanted - b.values[best][r]);
+            CHECK(chosen >= 0 && chosen < n_values && loss <= 1e-5, "column %d row %d: index %d", i, r, chosen);
+            const double change = b.values[chosen][r] - (feedback ? state[i] : was.value[i][r]);
+            const double step = feedback ? change / pivot : change;
+            CHECK(fabs(b.change[i][r] - step) <= 1e-5, "column %d row %d: change %g", i, r, (double)b.change[i][r]);
+            for (int32_t j = feedback ? i + 1 : 0; j < CQ_BLOCK; j++) state[j] += step * matrix[i * CQ_BLOCK + j];
+        }
+        for (int32_t i = 0; i < CQ_BLOCK && !feedback; i++)
+            CHECK(fabs(b.state[i][r] - state[i]) <= 1e-4, "gradient %d row %d", i, r);
+    }
+}
+
+/* Every end's split against all starts. */
+static void check_kmeans_layer(int32_t n, int32_t first) {
+    const size_t m = (size_t)n + 1 + CQ_STRIDE;
+    double *s0 = calloc(m, 8), *s1 = calloc(m, 8), *best = calloc(m, 8), *next = calloc(m, 8);
+    uint16_t *fewer = calloc(m, 2), *split = calloc(m, 2);
+    for (int32_t i = 0; i < n; i++) { /* sorted values, some of weight zero */
+        const double weight = i % 5 == 3 ? 0 : 0.5 + random_between(0, 1000) * 1e-3;
+        s0[i + 1] = s0[i] + weight, s1[i + 1] = s1[i] + weight * (i + random_between(0, 900) * 1e-3 - n / 2.0);
+    }
+    for (int32_t i = 1; i <= n; i++) best[i] = s0[i] > 0 ? s1[i] * s1[i] / s0[i] : 0;
+    const cq_kmeans s = {.s0 = s0, .s1 = s1, .best = best, .next = next, .tiny = 1e-20 * s0[n]};
+    const cq_kmeans_layer layer = {first, first + 1, n, fewer, split};
+    cq_kernels_current()->kmeans_layer(&s, &layer);
+    for (int32_t i = first + 1; i <= n; i++) {
+        double top = -1;
+        for (int32_t j = first; j < i; j++) {
+            const double w = s0[i] - s0[j], v = s1[i] - s1[j];
+            top = fmax(top, best[j] + (w > 0 ? v * v / w : 0));
+        }
+        CHECK(split[i] >= first && split[i] < i && fabs(next[i] - top) <= 1e-9 * top, "kmeans n %d end %d: %g, want %g",
+              n, i, next[i], top);
+    }
+    free(s0), free(s1), free(best), free(next), free(fewer), free(split);
+}
+
+void test_clustering(void) {
+    for (int32_t block = 2; block <= 128; block *= 2) check_hadamard(384, block);
+    for (int32_t n = 1; n <= 130; n += 43) check_rank_update(1 + n % 64, n);
+    for (int32_t n_values = 1; n_values <= 16; n_values += 3)
+        for (int32_t feedback = 0; feedback < 2; feedback++) check_column_block(n_values, feedback);
+    for (int32_t n = 2; n < 200; n += 7) check_kmeans_layer(n, 1), check_kmeans_layer(n, n / 2);
+}
