@@ -110,6 +110,31 @@ def descend(fit: Fit, moments: NDArray[np.float32], n_threads: int, rounds: int 
     _check(lib.cq_descend_rows(_job(fit, rounds), h, n_threads, pointer(scratch, "uint8_t *")))
 
 
+@dataclass(frozen=True)
+class FitGradient:
+    """A loss's gradient by centroids [rows, n_codebooks * K], group_scales [rows, n_groups] or None, scales [rows]."""
+
+    centroids: NDArray[np.float32]
+    group_scales: NDArray[np.float32] | None
+    scales: NDArray[np.float32]
+
+
+def weights_of(fit: Fit, n_threads: int) -> NDArray[np.float32]:
+    """The weights [rows, cols] that the fit stands for."""
+    out = np.empty_like(fit.w)
+    _check(lib.cq_clustered_weights(_job(fit, 0), pointer(out, "float *"), n_threads))
+    return out
+
+
+def gradient_of(fit: Fit, gradient: NDArray[np.float32], n_threads: int) -> FitGradient:
+    """Carry a loss's gradient by the weights [rows, cols] over to what they are made of; rounding counts as 1."""
+    groups = None if fit.group_scales is None else np.zeros(fit.group_scales.shape, np.float32)
+    found = FitGradient(np.zeros(fit.centroids.shape, np.float32), groups, np.zeros(len(fit.w), np.float32))
+    parts = [pointer(array, "float *") for array in (found.centroids, found.group_scales, found.scales)]
+    _check(lib.cq_clustered_gradient(_job(fit, 0), pointer(gradient, "const float *"), *parts, n_threads))
+    return found
+
+
 def _job(fit: Fit, iterations: int) -> object:
     rows, cols = fit.w.shape
     return ffi.new(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +11,17 @@ from torch import Tensor
 
 from pyggml_bridge.output import complete_file
 
-from .architecture import Layer, Linear, head_dim_of
-from .basis import FileBasis
-from .calibration import Moments, Statistics, capture, read_tokens, tokenize
+from .architecture import head_dim_of
+from .calibration import SEQUENCE, read_tokens, tokenize
 from .check import check_file
 from .checkpoint import Checkpoint, open_checkpoint
+from .finetune import MIN_STEPS, SEQUENCES_PER_STEP, FineTuner, step_count
+from .layers import LayerQuantizer, QuantizedLayer
 from .metadata import metadata
 from .observe import Observation, observe
 from .plan import Plan, PlannedTensor, make_plan
-from .quantize import quantize
-from .report import Report, progress, warn
+from .quantize import Quantized, quantize
+from .report import Report, warn
 from .rope import rope_freqs
 from .rotation import learn_rotation, random_rotation
 from .settings import Settings
@@ -114,67 +116,50 @@ class _Job:
 
     def _write(self, file: OutputFile, tokens: Tensor | None) -> None:
         """Every tensor in the plan's order; hidden states follow through the already quantized layers."""
-        *_, embedding = self.plan.first
+        *_, planned_embedding = self.plan.first
         freqs = rope_freqs(self.checkpoint.config)
         if freqs is not None:
             file.write(self.plan.first[0], [freqs])
-        table = self._write_tensor(file, embedding, self.model.embedding())
-        hidden = None if tokens is None else table[tokens]
-        with progress("clustering", len(self.plan.layers)) as advance:
-            for i, planned_layer in enumerate(self.plan.layers):
-                self._write_layer(file, i, planned_layer, hidden)
-                advance(f"layer {i}")
-        norm, head = self.plan.last
-        self._write_tensor(file, norm, torch.ones(norm.shape))
-        self._write_tensor(file, head, self.model.head())
+        embedding = self._quantize(planned_embedding, self.model.embedding())
+        self._write_tensor(file, embedding)
+        table = embedding.weight(self.settings.threads)
+        norm, planned_head = self.plan.last
+        head = self._quantize(planned_head, self.model.head())
+        quantizer = LayerQuantizer(self.settings, self.plan, self.model, self.stream)
+        layers: Iterable[QuantizedLayer] = quantizer.layers(None if tokens is None else table[tokens])
+        steps = self._finetune_steps(tokens)
+        if tokens is not None and steps:
+            further = self._tuning_tokens(len(tokens), steps * SEQUENCES_PER_STEP)
+            layers = list(layers)
+            tuner = FineTuner(quantizer, layers, table, head.weight(self.settings.threads))
+            self.report.tuned = tuner.tune(tokens if further is None else further, steps, self.settings.seed)
+        for index, layer in enumerate(layers):
+            for quantized in layer.tensors.values():
+                self._write_tensor(file, quantized)
+            if layer.tokens:
+                self.report.experts.append({"layer": index, "tokens": layer.tokens})
+        self._write_tensor(file, self._quantize(norm, torch.ones(norm.shape)))
+        self._write_tensor(file, head)
 
-    def _write_layer(
-        self, file: OutputFile, index: int, planned: tuple[PlannedTensor, ...], hidden: Tensor | None
-    ) -> None:
-        layer = self.model.layer(index)
-        statistics: Statistics = {}
-        if hidden is not None:
-            module = self.stream.module(index, layer)
-            with capture(
-                self.checkpoint.arch, module, self.checkpoint.arch.n_experts(self.checkpoint.config)
-            ) as statistics:
-                self.stream.forward(module, hidden.clone())
-            self._count_experts(index, statistics)
-        arch = self.checkpoint.arch
-        quantized: Layer = {norm.name: layer[norm.name] for norm in arch.norms}
-        for norm, tensor in zip(arch.norms, planned, strict=False):
-            file.write(tensor, [layer[norm.name].numpy()])
-        for linear, tensor in zip(arch.linears, planned[len(arch.norms) :], strict=True):
-            quantized[linear.name] = self._write_linear(file, tensor, linear, layer[linear.name], statistics)
-        if hidden is not None:
-            arch.install(module, quantized)
-            self.stream.forward(module, hidden)
+    def _quantize(self, planned: PlannedTensor, weight: Tensor) -> Quantized:
+        return quantize(planned, weight, None, self.settings.refinement, self.settings.threads)
 
-    def _write_linear(
-        self, file: OutputFile, planned: PlannedTensor, linear: Linear, weight: Tensor, statistics: Statistics
-    ) -> Tensor:
-        """Write one linear in the file's basis; returns what it has become, in transformers'."""
-        basis = FileBasis(
-            getattr(self.checkpoint.config, linear.rope_heads) if linear.rope_heads else 0,
-            self.plan.hadamard if linear.hadamard else 0,
-        )
-        moments = [entry.in_basis(basis) for entry in statistics.get(linear.site, ())]
-        return basis.from_file(self._write_tensor(file, planned, basis.to_file(weight), moments))
+    def _write_tensor(self, file: OutputFile, quantized: Quantized) -> None:
+        file.write(quantized.planned, quantized.arrays())
+        if len(quantized.planned.shape) > 1:
+            self.report.rel_errors[quantized.planned.name] = quantized.rel_error(self.settings.threads)
 
-    def _write_tensor(
-        self,
-        file: OutputFile,
-        planned: PlannedTensor,
-        weight: Tensor,
-        moments: list[Moments] | None = None,
-    ) -> Tensor:
-        result = quantize(planned, weight, moments, self.settings.refinement, self.settings.threads)
-        file.write(planned, result.arrays)
-        if len(planned.shape) > 1:
-            self.report.rel_errors[planned.name] = result.rel_error
-        return result.weight
+    def _tuning_tokens(self, n_calibrated: int, n_sequences: int) -> Tensor | None:
+        """Sequences of the calibration text that the clustering has not seen; None if there are hardly any."""
+        assert self.settings.calibration is not None
+        wanted = (n_calibrated + n_sequences) * SEQUENCE
+        sequences = read_tokens(self.checkpoint, self.settings.calibration, wanted)[n_calibrated:]
+        return sequences if len(sequences) >= MIN_STEPS * SEQUENCES_PER_STEP else None
 
-    def _count_experts(self, index: int, statistics: Statistics) -> None:
-        site = next((linear.site for linear in self.checkpoint.arch.linears if linear.experts), None)
-        if site:
-            self.report.experts.append({"layer": index, "tokens": [entry.tokens for entry in statistics[site]]})
+    def _finetune_steps(self, tokens: Tensor | None) -> int:
+        if tokens is None or not self.settings.finetune:
+            return 0
+        steps = step_count(self.plan, self.checkpoint, tokens)
+        if not steps:
+            warn("no fine-tuning: the model is too large for it in this memory or in a few minutes")
+        return steps

@@ -1,4 +1,4 @@
-"""One weight -> the arrays that the file holds for it, with the weights they stand for."""
+"""One weight -> the arrays that the file holds for it, and the weights they stand for."""
 
 from __future__ import annotations
 
@@ -19,27 +19,58 @@ from .calibration import Moments
 from .clustering import (
     ITERATIONS,
     ITERATIONS_BEFORE_FEEDBACK,
+    Fit,
     Grouping,
     Refinement,
     descend,
     error_feedback,
     fit_codebooks,
+    weights_of,
 )
 from .plan import PlannedTensor
 
 F16_MAX = 65504.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Quantized:
-    """arrays in the order of the plan's parts; weight: float32, what a kernel effectively multiplies.
+    """A weight [out, in] or [n_experts, out, in] in its planned type.
 
-    rel_error: ||XW - XW'|| / ||XW|| on the calibration inputs, ||W - W'|| / ||W|| without any.
+    fits: of a clustered type, one per matrix; they may still change. plain: the array of any other type.
+    moments: statistics of its inputs, one entry per matrix, or none.
     """
 
-    arrays: list[NDArray[Any]]
-    weight: Tensor
-    rel_error: float
+    planned: PlannedTensor
+    original: Tensor
+    moments: list[Moments] | None
+    fits: list[Fit]
+    plain: NDArray[Any] | None
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """What the file holds, in the order of the plan's parts."""
+        if self.plain is not None:
+            return [self.plain]
+        parts = []
+        for clustered in (fit.clustered() for fit in self.fits):
+            groups = [] if clustered.group_scales is None else [clustered.group_scales]
+            parts.append([clustered.packed, clustered.centroids, clustered.scales, *groups])
+        stacked = [np.stack(arrays) for arrays in zip(*parts, strict=True)]
+        return stacked if self.original.dim() == 3 else [array[0] for array in stacked]
+
+    def weight(self, n_threads: int) -> Tensor:
+        """Float32, what a kernel effectively multiplies."""
+        if self.plain is None:
+            matrices = [torch.from_numpy(weights_of(fit, n_threads)) for fit in self.fits]
+            return torch.stack(matrices).reshape(self.original.shape)
+        if self.planned.type == "q8_0":
+            values = quants.dequantize(self.plain, GGMLQuantizationType.Q8_0)
+        else:
+            values = self.plain.astype(np.float32)
+        return torch.from_numpy(values).reshape(self.original.shape)
+
+    def rel_error(self, n_threads: int) -> float:
+        """||XW - XW'|| / ||XW|| on the calibration inputs, ||W - W'|| / ||W|| without any."""
+        return relative_error(self.original, self.weight(n_threads), self.moments)
 
 
 def quantize(
@@ -50,36 +81,31 @@ def quantize(
     moments: statistics of its inputs, one entry or one per expert; an entry that has seen no token counts as none.
     """
     if planned.cq is None:
-        arrays, effective = _plain(planned, weight)
-        return Quantized(arrays, effective, relative_error(weight, effective, moments))
+        return Quantized(planned, weight, moments, [], _plain(planned, weight))
     matrices = weight if weight.dim() == 3 else weight[None]
     entries: Sequence[Moments | None] = moments or [None] * len(matrices)
-    parts = [
+    fits = [
         _cluster(matrix, planned.cq, planned.grouping, entry, refinement, n_threads)
         for matrix, entry in zip(matrices, entries, strict=True)
     ]
-    stacked = [np.stack(arrays) for arrays in zip(*(arrays for arrays, _ in parts), strict=True)]
-    effective = torch.stack([matrix for _, matrix in parts])
-    if weight.dim() == 2:
-        stacked, effective = [array[0] for array in stacked], effective[0]
-    return Quantized(stacked, effective, relative_error(weight, effective, moments))
+    return Quantized(planned, weight, moments, fits, None)
 
 
-def _plain(planned: PlannedTensor, weight: Tensor) -> tuple[list[NDArray[Any]], Tensor]:
+def _plain(planned: PlannedTensor, weight: Tensor) -> NDArray[Any]:
     values = np.ascontiguousarray(weight.numpy(), np.float32)
     if planned.type == "f32":
-        return [values], weight
+        return values
     if planned.type == "f16":
         if float(weight.abs().max()) > F16_MAX:
             raise CQError(f"{planned.name}: values beyond the range of F16: use --tensor-type")
-        return [values.astype(np.float16)], weight.half().float()
-    packed = quants.quantize(values, GGMLQuantizationType.Q8_0)
-    return [packed], torch.from_numpy(quants.dequantize(packed, GGMLQuantizationType.Q8_0)).reshape(weight.shape)
+        return values.astype(np.float16)
+    packed: NDArray[Any] = quants.quantize(values, GGMLQuantizationType.Q8_0)
+    return packed
 
 
 def _cluster(
     weight: Tensor, cq: CQType, grouping: Grouping, moments: Moments | None, refinement: Refinement, n_threads: int
-) -> tuple[list[NDArray[Any]], Tensor]:
+) -> Fit:
     seen = moments is not None and moments.tokens > 0
     importance = moments.damped.diagonal().numpy() if moments and seen else np.ones(weight.shape[1], np.float32)
     feedback = moments if seen and refinement.feedback else None
@@ -89,11 +115,7 @@ def _cluster(
         error_feedback(fit, feedback.feedback_factor.numpy(), n_threads)
         if refinement.descent_rounds:
             descend(fit, feedback.damped.numpy(), n_threads, refinement.descent_rounds)
-    clustered = fit.clustered()
-    arrays: list[NDArray[Any]] = [clustered.packed, clustered.centroids, clustered.scales]
-    if clustered.group_scales is not None:
-        arrays.append(clustered.group_scales)
-    return arrays, torch.from_numpy(clustered.dequantize())
+    return fit
 
 
 def relative_error(weight: Tensor, effective: Tensor, moments: list[Moments] | None) -> float:

@@ -6,7 +6,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -38,6 +38,15 @@ def progress(what: str, total: int) -> Iterator[Any]:
         yield advance
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What fine-tuning did: its steps, the mean loss of the first quarter of them and of the last."""
+
+    steps: int
+    loss_start: float
+    loss_end: float
+
+
 @dataclass
 class Report:
     """Filled in by the pipeline."""
@@ -47,6 +56,7 @@ class Report:
     rel_errors: dict[str, float] = field(default_factory=dict)
     experts: list[dict[str, Any]] = field(default_factory=list)
     rotation: LearnedRotation | None = None
+    tuned: Tuned | None = None
     check: dict[str, Any] = field(default_factory=dict)
     nbytes: int = 0
     seconds: float = 0.0
@@ -68,6 +78,8 @@ class Report:
         if self.rotation:
             loss = {"start": self.rotation.loss_start, "end": self.rotation.loss_end, "steps": self.rotation.steps}
             document["rotation_loss"] = loss
+        if self.tuned:
+            document["finetune"] = asdict(self.tuned)
         return document
 
     def _entry(self, tensor: PlannedTensor) -> dict[str, Any]:
@@ -81,6 +93,9 @@ class Report:
         if self.rotation:
             r = self.rotation
             console.print(f"rotation: quantization loss {r.loss_start:.4g} -> {r.loss_end:.4g} in {r.steps} steps")
+        if self.tuned:
+            t = self.tuned
+            console.print(f"fine-tuning: KL {t.loss_start:.4f} -> {t.loss_end:.4f} in {t.steps} steps")
         for entry in self.experts:
             idle = [expert for expert, tokens in enumerate(entry["tokens"]) if not tokens]
             if idle:

@@ -48,6 +48,7 @@ class Settings:
     hadamard: bool
     permutation: bool
     refinement: Refinement
+    finetune: bool
     overrides: tuple[Override, ...]
     seed: int
     threads: int

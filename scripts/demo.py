@@ -40,7 +40,7 @@ class Case:
 
 CASES = (
     Case("SmolLM2-135M", MODEL, DEMO / "smol.cq.gguf"),
-    Case("SmolMoE 8x1088", MOE_DIRECTORY, DEMO / "smolmoe.cq.gguf", ("--descent-rounds", "0")),  # saves minutes
+    Case("SmolMoE 8x1088", MOE_DIRECTORY, DEMO / "smolmoe.cq.gguf", ("--descent-rounds", "0")),
 )
 
 
@@ -87,6 +87,7 @@ def convert(case: Case) -> dict[str, Any]:
     """Convert; the converter's report."""
     report = case.out.with_suffix(".json")
     options = ("--calibration", CALIBRATION, "--calibration-tokens", str(CALIBRATION_TOKENS), "--overwrite")
+    options += ("--no-finetune",)  # it alone takes minutes
     run(BIN / "cq-convert", case.original, "--out", case.out, *options, *case.options, "--report", report)
     return json.loads(report.read_text(encoding="utf-8"))
 

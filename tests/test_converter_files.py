@@ -143,7 +143,10 @@ def test_same_seed_same_bytes_other_seed_other_bytes(checkpoints, text, tmp_path
 def test_report_and_file_agree(checkpoints, text, tmp_path, bits):
     folder, _ = checkpoints("mixtral-top-1")
     out = tmp_path / "m.gguf"
-    document = convert(folder, out, "--bits", str(bits), "--calibration", str(text), "--calibration-tokens", "512")
+    tuning = () if bits == 3 else ("--no-finetune",)
+    options = ("--bits", str(bits), "--calibration", str(text), "--calibration-tokens", "512", *tuning)
+    document = convert(folder, out, *options)
+    assert ("finetune" in document) == (bits == 3)
     reader = gguf.GGUFReader(out)
     types = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
     assert types["blk.0.ffn_down_exps.weight"] == CQType[f"CQ{bits}"]
@@ -162,7 +165,7 @@ def test_report_and_file_agree(checkpoints, text, tmp_path, bits):
 
 def test_calibration_lowers_the_error_on_its_inputs(checkpoints, text, tmp_path):
     folder, _ = checkpoints("llama-mha-linear")
-    options = ("--calibration", str(text), "--calibration-tokens", "512", "--no-check", "--no-rotation")
+    options = ("--calibration", str(text), "--calibration-tokens", "512", "--no-check", "--no-rotation", "--no-finetune")
     with_feedback = convert(folder, tmp_path / "a.gguf", *options)
     without = convert(folder, tmp_path / "b.gguf", *options, "--no-feedback")
     mean = [np.mean([t["rel_error"] for t in d["tensors"] if t["type"] == "cq4"]) for d in (with_feedback, without)]

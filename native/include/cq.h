@@ -130,4 +130,11 @@ int cq_cluster_rows(const cq_clustering *job, int32_t n_threads, uint8_t *scratc
 int64_t cq_descent_scratch_bytes(int32_t n_cols); /* per thread */
 int cq_feedback_rows(const cq_clustering *job, const float *u, int32_t n_threads, uint8_t *scratch);
 int cq_descend_rows(const cq_clustering *job, const float *h, int32_t n_threads, uint8_t *scratch);
+
+/* out [n_rows][n_cols]: the weights the job's arrays stand for (tuning.c). */
+int cq_clustered_weights(const cq_clustering *job, float *out, int32_t n_threads);
+/* Adds a loss's gradient by those weights, [n_rows][n_cols], to its gradients by the centroids, by the group scales (NULL
+ * without any) and by the scales [n_rows]. */
+int cq_clustered_gradient(const cq_clustering *job, const float *gradient, float *centroids, float *groups,
+                          float *scales, int32_t n_threads);
 #endif

@@ -1,0 +1,86 @@
+"""Decoder layers quantized one after another, each on what the quantized layers below it compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .architecture import Layer, Linear
+from .basis import FileBasis
+from .calibration import Statistics, capture
+from .plan import Plan, PlannedTensor
+from .quantize import Quantized, quantize
+from .report import progress
+from .settings import Settings
+from .stream import LayerStream
+from .transform import TransformedModel
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A layer's tensors by GGUF stem, in file order and in the file's basis; tokens: per expert, [] if dense."""
+
+    tensors: dict[str, Quantized]
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class LayerQuantizer:
+    """The stage that clusters. Holds one layer at a time."""
+
+    settings: Settings
+    plan: Plan
+    model: TransformedModel
+    stream: LayerStream
+
+    def basis(self, linear: Linear) -> FileBasis:
+        """How the file holds this linear."""
+        heads = getattr(self.model.checkpoint.config, linear.rope_heads) if linear.rope_heads else 0
+        return FileBasis(heads, self.plan.hadamard if linear.hadamard else 0)
+
+    def layers(self, hidden: Tensor | None) -> Iterator[QuantizedLayer]:
+        """Every layer in order. hidden [sequences, n, hidden]: the calibration's embeddings, overwritten, or None."""
+        with progress("clustering", len(self.plan.layers)) as advance:
+            for index, planned in enumerate(self.plan.layers):
+                yield self._layer(index, planned, hidden)
+                advance(f"layer {index}")
+
+    def _layer(self, index: int, planned: tuple[PlannedTensor, ...], hidden: Tensor | None) -> QuantizedLayer:
+        arch, config = self.model.checkpoint.arch, self.model.checkpoint.config
+        layer = self.model.layer(index)
+        statistics: Statistics = {}
+        module: Any = None
+        if hidden is not None:
+            module = self.stream.module(index, layer)
+            with capture(arch, module, arch.n_experts(config)) as statistics:
+                self.stream.forward(module, hidden.clone())
+        tensors, n_norms = {}, len(arch.norms)
+        for norm, tensor in zip(arch.norms, planned, strict=False):
+            tensors[norm.name] = quantize(tensor, layer[norm.name], None, self.settings.refinement, 1)
+        for linear, tensor in zip(arch.linears, planned[n_norms:], strict=True):
+            tensors[linear.name] = self._linear(tensor, linear, layer[linear.name], statistics)
+        if hidden is not None:
+            arch.install(module, self.effective(tensors))
+            self.stream.forward(module, hidden)
+        return QuantizedLayer(tensors, self._expert_tokens(statistics))
+
+    def _linear(self, planned: PlannedTensor, linear: Linear, weight: Tensor, statistics: Statistics) -> Quantized:
+        basis = self.basis(linear)
+        moments = [entry.in_basis(basis) for entry in statistics.get(linear.site, ())]
+        stored = basis.to_file(weight).contiguous()
+        return quantize(planned, stored, moments, self.settings.refinement, self.settings.threads)
+
+    def effective(self, tensors: dict[str, Quantized]) -> Layer:
+        """The weights that the file stands for, in transformers' basis."""
+        arch, n_threads = self.model.checkpoint.arch, self.settings.threads
+        layer = {norm.name: tensors[norm.name].weight(n_threads) for norm in arch.norms}
+        for linear in arch.linears:
+            layer[linear.name] = self.basis(linear).from_file(tensors[linear.name].weight(n_threads))
+        return layer
+
+    def _expert_tokens(self, statistics: Statistics) -> list[int]:
+        site = next((linear.site for linear in self.model.checkpoint.arch.linears if linear.experts), None)
+        return [entry.tokens for entry in statistics[site]] if site and statistics else []
