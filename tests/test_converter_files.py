@@ -165,7 +165,8 @@ def test_report_and_file_agree(checkpoints, text, tmp_path, bits):
 
 def test_calibration_lowers_the_error_on_its_inputs(checkpoints, text, tmp_path):
     folder, _ = checkpoints("llama-mha-linear")
-    options = ("--calibration", str(text), "--calibration-tokens", "512", "--no-check", "--no-rotation", "--no-finetune")
+    options = ("--calibration", str(text), "--calibration-tokens", "512", "--no-check", "--no-rotation")
+    options += ("--no-finetune",)  # which trades errors of single layers for the whole
     with_feedback = convert(folder, tmp_path / "a.gguf", *options)
     without = convert(folder, tmp_path / "b.gguf", *options, "--no-feedback")
     mean = [np.mean([t["rel_error"] for t in d["tensors"] if t["type"] == "cq4"]) for d in (with_feedback, without)]
