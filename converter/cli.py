@@ -64,7 +64,12 @@ def parser() -> ArgumentParser:
     p.add_argument("--no-hadamard", action="store_true", help="no transform at run time before the FFN's last linear")
     p.add_argument("--no-permutation", action="store_true", help="keep the order of channels (with --group-size)")
     p.add_argument("--no-feedback", action="store_true", help="nearest centroids: no error feedback, no descent")
-    p.add_argument("--no-finetune", action="store_true", help="no tuning of codebooks and scales on the whole model")
+    p.add_argument(
+        "--finetune",
+        action=argparse.BooleanOptionalAction,
+        default=False,  # gains little for its minutes so far: docs/decisions.md
+        help="tune codebooks and scales on the whole model",
+    )
     p.add_argument(
         "--descent-rounds", type=int, default=DESCENT_ROUNDS, metavar="N", help=f"codebook refits ({DESCENT_ROUNDS})"
     )
@@ -106,7 +111,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         hadamard=not a.no_hadamard,
         permutation=not a.no_permutation,
         refinement=Refinement(not a.no_feedback, a.descent_rounds),
-        finetune=not a.no_finetune,
+        finetune=a.finetune,
         overrides=tuple(Override.parse(text) for text in a.tensor_type),
         seed=a.seed,
         threads=a.threads or default_threads(),

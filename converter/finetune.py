@@ -26,10 +26,11 @@ from .plan import Plan
 from .quantize import Quantized
 from .report import Tuned, progress
 
-CENTROID_STEP = 0.15  # Adam's, in steps of int8; group scales likewise
-SCALE_STEP = 3e-4  # of the logarithm of a row's scale
+CENTROID_STEP = 0.04  # Adam's, in steps of int8; group scales likewise
+SCALE_STEP = 1e-4  # of the logarithm of a row's scale
 WARM_UP = 5
 SEQUENCES_PER_STEP = 2
+HELD_OUT = 2  # sequences that only measure
 MAX_STEPS = 48
 MIN_STEPS = 8
 BYTES_PER_PARAMETER = 24  # original, quantized and gradient in float32, moments, indices, temporaries
@@ -41,6 +42,7 @@ class _Master:
 
     def __init__(self, fit: Fit) -> None:
         self.fit, self.start = fit, fit.scales.copy()
+        self.saved = [None if array is None else array.copy() for array in (fit.centroids, fit.group_scales)]
         self.centroids = torch.from_numpy(fit.centroids.astype(np.float32))
         self.groups = None if fit.group_scales is None else torch.from_numpy(fit.group_scales.astype(np.float32))
         self.log_scales = torch.zeros(len(fit.scales))
@@ -54,6 +56,13 @@ class _Master:
         if self.groups is not None:
             self.groups.grad = torch.from_numpy(found.group_scales)
         self.log_scales.grad = torch.from_numpy(found.scales * self.fit.scales)
+
+    def restore(self) -> None:
+        """Put back what the fit held at first."""
+        self.fit.scales[:] = self.start
+        for array, saved in zip((self.fit.centroids, self.fit.group_scales), self.saved, strict=True):
+            if array is not None and saved is not None:
+                array[:] = saved
 
     def round(self) -> None:
         """Write the file's integers and scales."""
@@ -107,24 +116,36 @@ class FineTuner:
                 yield _Target(linear, quantized, parameter, [_Master(fit) for fit in quantized.fits])
 
     def tune(self, tokens: Tensor, steps: int, seed: int) -> Tuned:
-        """Descend on tokens [sequences, n], a few sequences a step; the fits change in place."""
+        """Descend on tokens [sequences, n], a few a step; the fits change in place.
+
+        The last sequences are held out; if the loss on them does not fall, everything stays as it was.
+        """
+        held, tokens = tokens[-HELD_OUT:], tokens[:-HELD_OUT]
+        with torch.no_grad():
+            start = float(self._loss(held))
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
         optimizer = self._optimizer()
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
         )
-        losses = []
         with progress("fine-tuning", steps) as advance:
             for step in range(steps):
                 chosen = torch.arange(step * SEQUENCES_PER_STEP, (step + 1) * SEQUENCES_PER_STEP) % len(tokens)
-                losses.append(self._backward(tokens[order[chosen]]))
+                loss = self._loss(tokens[order[chosen]])
+                loss.backward()
                 self._gather_gradients()
                 optimizer.step()
                 schedule.step()
                 self._install()
-                advance(f"KL {losses[-1]:.4f}")
-        ends = max(1, steps // 4)
-        return Tuned(steps, float(np.mean(losses[:ends])), float(np.mean(losses[-ends:])))
+                advance(f"KL {float(loss.detach()):.4f}")
+        with torch.no_grad():
+            end = float(self._loss(held))
+        if end < start:
+            return Tuned(steps, start, end)
+        for target in self.targets:
+            for master in target.masters:
+                master.restore()
+        return Tuned(steps, start, start)
 
     def _optimizer(self) -> torch.optim.Adam:
         masters = [master for target in self.targets for master in target.masters]
@@ -135,13 +156,11 @@ class FineTuner:
         ]
         return torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
 
-    def _backward(self, tokens: Tensor) -> float:
+    def _loss(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = self.teacher(input_ids=tokens, use_cache=False).logits.log_softmax(dim=-1)
         found = self.student(input_ids=tokens, use_cache=False).logits.log_softmax(dim=-1)
-        loss = nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / tokens.numel()
-        loss.backward()
-        return float(loss.detach())
+        return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / tokens.numel()
 
     def _gather_gradients(self) -> None:
         for target in self.targets:
@@ -164,12 +183,14 @@ class FineTuner:
 
 
 def step_count(plan: Plan, checkpoint: Checkpoint, tokens: Tensor) -> int:
-    """Steps that the time allows; 0 where they would be too few to be worth anything, or the memory too small."""
+    """Steps that the time allows; 0 where they would be too few to be worth anything, or text or memory too small."""
     experts = sum(t.n_weights for t in plan.tensors if len(t.shape) == 3)
     total = sum(t.n_weights for t in plan.tensors)
     config = checkpoint.config
     share = config.num_experts_per_tok / checkpoint.arch.n_experts(config) if experts else 1.0
     active = total - experts * (1 - share)
+    if len(tokens) < HELD_OUT + SEQUENCES_PER_STEP:
+        return 0
     if BYTES_PER_PARAMETER * total > available_memory():
         return 0
     per_step = 8 * active * SEQUENCES_PER_STEP * tokens.shape[1]  # two forward passes and a backward one

@@ -161,5 +161,5 @@ class _Job:
             return 0
         steps = step_count(self.plan, self.checkpoint, tokens)
         if not steps:
-            warn("no fine-tuning: the model is too large for it in this memory or in a few minutes")
+            warn("no fine-tuning: too little text, or too large a model for this memory or for a few minutes")
         return steps

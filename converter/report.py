@@ -40,7 +40,7 @@ def progress(what: str, total: int) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What fine-tuning did: its steps, the mean loss of the first quarter of them and of the last."""
+    """What fine-tuning did: its steps, the loss on held-out sequences before and after; equal if it was undone."""
 
     steps: int
     loss_start: float

@@ -87,7 +87,6 @@ def convert(case: Case) -> dict[str, Any]:
     """Convert; the converter's report."""
     report = case.out.with_suffix(".json")
     options = ("--calibration", CALIBRATION, "--calibration-tokens", str(CALIBRATION_TOKENS), "--overwrite")
-    options += ("--no-finetune",)  # it alone takes minutes
     run(BIN / "cq-convert", case.original, "--out", case.out, *options, *case.options, "--report", report)
     return json.loads(report.read_text(encoding="utf-8"))
 

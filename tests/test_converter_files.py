@@ -143,8 +143,8 @@ def test_same_seed_same_bytes_other_seed_other_bytes(checkpoints, text, tmp_path
 def test_report_and_file_agree(checkpoints, text, tmp_path, bits):
     folder, _ = checkpoints("mixtral-top-1")
     out = tmp_path / "m.gguf"
-    tuning = () if bits == 3 else ("--no-finetune",)
-    options = ("--bits", str(bits), "--calibration", str(text), "--calibration-tokens", "512", *tuning)
+    tuning = ("--finetune",) if bits == 3 else ()
+    options = ("--bits", str(bits), "--calibration", str(text), "--calibration-tokens", "2560", *tuning)
     document = convert(folder, out, *options)
     assert ("finetune" in document) == (bits == 3)
     reader = gguf.GGUFReader(out)
@@ -156,7 +156,7 @@ def test_report_and_file_agree(checkpoints, text, tmp_path, bits):
     weights = sum(t.n_elements for t in body if not t.name.endswith(sidecars))
     assert document["bpw"] == pytest.approx(8 * sum(int(t.n_bytes) for t in body) / int(weights))
     assert document["bytes"] == out.stat().st_size
-    assert [sum(entry["tokens"]) for entry in document["experts"]] == [512] * 3  # top-1: each token goes to one expert
+    assert [sum(entry["tokens"]) for entry in document["experts"]] == [2560] * 3  # top-1: each token goes to one expert
     errors = [t["rel_error"] for t in document["tensors"] if t["type"] == f"cq{bits}"]
     assert len(errors) == 3 * 7
     assert 0 < max(errors) < {4: 0.15, 3: 0.3, 2: 0.55}[bits]
@@ -166,7 +166,6 @@ def test_report_and_file_agree(checkpoints, text, tmp_path, bits):
 def test_calibration_lowers_the_error_on_its_inputs(checkpoints, text, tmp_path):
     folder, _ = checkpoints("llama-mha-linear")
     options = ("--calibration", str(text), "--calibration-tokens", "512", "--no-check", "--no-rotation")
-    options += ("--no-finetune",)  # which trades errors of single layers for the whole
     with_feedback = convert(folder, tmp_path / "a.gguf", *options)
     without = convert(folder, tmp_path / "b.gguf", *options, "--no-feedback")
     mean = [np.mean([t["rel_error"] for t in d["tensors"] if t["type"] == "cq4"]) for d in (with_feedback, without)]
