@@ -7,20 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyggml_bridge.format import hadamard
+
 from .architecture import interleave_rope, split_rope
 
 
 def hadamard_blocks(x: Tensor, block: int) -> Tensor:
-    """Each block of columns of x [..., n] times the orthonormal Hadamard matrix in Sylvester's order: its own inverse.
-
-    block: a power of two that divides n; 0: x itself.
-    """
-    if not block:
-        return x
-    matrix = torch.ones(1, 1)
-    while len(matrix) < block:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-    return (x.unflatten(-1, (-1, block)) @ (matrix / block**0.5)).flatten(-2)
+    """format.hadamard of x [..., n]; block 0: x itself."""
+    return torch.from_numpy(hadamard(x.numpy(), block)) if block else x
 
 
 @dataclass(frozen=True)

@@ -124,14 +124,14 @@ class _Job:
         self._write_tensor(file, embedding)
         table = embedding.weight(self.settings.threads)
         norm, planned_head = self.plan.last
-        head = self._quantize(planned_head, self.model.head())
         quantizer = LayerQuantizer(self.settings, self.plan, self.model, self.stream)
         layers: Iterable[QuantizedLayer] = quantizer.layers(None if tokens is None else table[tokens])
         steps = self._finetune_steps(tokens)
         if tokens is not None and steps:
             further = self._tuning_tokens(len(tokens), steps * SEQUENCES_PER_STEP)
             layers = list(layers)
-            tuner = FineTuner(quantizer, layers, table, head.weight(self.settings.threads))
+            head = self._quantize(planned_head, self.model.head()).weight(self.settings.threads)
+            tuner = FineTuner(quantizer, layers, table, head)
             self.report.tuned = tuner.tune(tokens if further is None else further, steps, self.settings.seed)
         for index, layer in enumerate(layers):
             for quantized in layer.tensors.values():
@@ -139,7 +139,7 @@ class _Job:
             if layer.tokens:
                 self.report.experts.append({"layer": index, "tokens": layer.tokens})
         self._write_tensor(file, self._quantize(norm, torch.ones(norm.shape)))
-        self._write_tensor(file, head)
+        self._write_tensor(file, self._quantize(planned_head, self.model.head()))
 
     def _quantize(self, planned: PlannedTensor, weight: Tensor) -> Quantized:
         return quantize(planned, weight, None, self.settings.refinement, self.settings.threads)

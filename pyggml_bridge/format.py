@@ -162,14 +162,14 @@ class Clustered:
 
 
 def hadamard(x: NDArray[np.float32], block: int) -> NDArray[np.float32]:
-    """Each block of columns of x [..., n] times the orthonormal Hadamard matrix of Sylvester, its own inverse."""
-    y = x.reshape(-1, block).astype(np.float64)
-    half = block // 2
-    while half:
-        a, b = np.moveaxis(y.reshape(len(y), -1, 2, half), 2, 0)
-        y = np.stack([a + b, a - b], axis=2).reshape(len(y), block)
-        half //= 2
-    return (y / block**0.5).astype(np.float32).reshape(x.shape)
+    """Each block of columns of x [..., n] times the orthonormal Hadamard matrix of Sylvester, its own inverse.
+
+    block: a power of two that divides n.
+    """
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < block:
+        matrix = np.kron(np.array([[1, 1], [1, -1]], np.float32), matrix)
+    return (x.reshape(-1, block) @ (matrix / np.float32(block**0.5))).reshape(x.shape)
 
 
 def quantize_activations(x: NDArray[np.float32], bits: int = 8) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -78,7 +78,7 @@ def test_tuning_lowers_the_divergence_and_keeps_the_assignments(name, tmp_path, 
         layers, tuner = quantized(tmp_path)
         before = state(layers)
         tuned = tuner.tune(tokens, 24, seed=3)
-        assert tuned.steps == 24 and tuned.loss_end < 0.97 * tuned.loss_start
+        assert tuned.steps == 24 and tuned.loss_end < 0.95 * tuned.loss_start
         runs.append(state(layers))
         assert all(np.array_equal(a, b) for a, b in zip(before[::4], runs[-1][::4], strict=True))
         assert not all(np.array_equal(a, b) for a, b in zip(before, runs[-1], strict=True))

@@ -115,9 +115,31 @@ static void swiglu(const float *gate, const float *up, float *out, int32_t n) {
     memcpy(out + i, rest[0], sizeof(float) * (size_t)(n - i));
 }
 
-/* The fast Walsh-Hadamard transform, in Sylvester's order, divided by sqrt(block). */
+/* Each lane beside the one whose index differs in the bit `half`, a power of two known to the compiler. */
+CQ_INLINE vec swap_lanes(vec v, int32_t half) {
+#ifdef __clang__
+    vec swapped;
+    for (int32_t lane = 0; lane < CQ_LANES; lane++) swapped[lane] = v[lane ^ half];
+    return swapped;
+#else
+    int_vec from;
+    for (int32_t lane = 0; lane < CQ_LANES; lane++) from[lane] = lane ^ half;
+    return __builtin_shuffle(v, from);
+#endif
+}
+
+/* Sums into the lanes without the bit `half`, differences into those with it. */
+CQ_INLINE vec butterfly(vec v, int32_t half) {
+    vec sign;
+    for (int32_t lane = 0; lane < CQ_LANES; lane++) sign[lane] = lane & half ? -1.0f : 1.0f;
+    return swap_lanes(v, half) + v * sign;
+}
+
+/* The fast Walsh-Hadamard transform, in Sylvester's order, divided by sqrt(block). Its steps commute: the wide ones go
+ * between vectors, the others inside them. */
 static void hadamard(float *x, int32_t n, int32_t block) {
-    for (int32_t half = block / 2; half > 0; half /= 2)
+    const int32_t narrowest = block < CQ_LANES ? 1 : CQ_LANES;
+    for (int32_t half = block / 2; half >= narrowest; half /= 2)
         for (int32_t begin = 0; begin < n; begin += 2 * half)
 #pragma omp simd
             for (int32_t i = begin; i < begin + half; i++) {
@@ -125,8 +147,15 @@ static void hadamard(float *x, int32_t n, int32_t block) {
                 x[i] = a + b, x[i + half] = a - b;
             }
     const float scale = 1.0f / sqrtf((float)block);
-#pragma omp simd
-    for (int32_t i = 0; i < n; i++) x[i] *= scale;
+    int32_t i = 0;
+    for (; narrowest > 1 && i < n; i += CQ_LANES) {
+        vec v = load_vec(x + i);
+        if (CQ_LANES > 8) v = butterfly(v, 8);
+        if (CQ_LANES > 4) v = butterfly(v, 4);
+        v = butterfly(butterfly(v, 2), 1);
+        store_vec(x + i, v * scale);
+    }
+    for (; i < n; i++) x[i] *= scale;
 }
 
 static void axpy(float a, const float *x, float *y, int32_t n) {
