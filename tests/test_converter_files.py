@@ -91,7 +91,8 @@ def test_float32_file_gives_the_original_logits_in_the_runner(checkpoints, tmp_p
     runner = load_model(str(tmp_path / "m.gguf"), n_ctx=512, n_threads=2)
     assert relative_difference(runner.forward(TOKENS, 0, len(TOKENS)), original) <= 1e-3
     assert np.mean(divergence_where_routed_alike(folder, runner)) < 1e-4
-    assert document["check"]["kld"] < (np.inf if name == "mixtral-top-1" else 1e-4)  # a near tie moves a whole FFN
+    if name != "mixtral-top-1":  # where a near tie moves a whole FFN's output, which the converter's own check counts
+        assert document["check"]["kld"] < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-mha-linear"])

@@ -133,7 +133,7 @@ def test_what_is_not_a_readable_file(path):
 
 
 def test_seeded_mutations():
-    outcomes = main(300, seed=0)
+    outcomes = main(1000, seed=0)
     assert outcomes["ran"] > 20 and outcomes["refused"] > 150
 
 

@@ -3,8 +3,6 @@
 #define CQ_DESCENT_H
 #include "kernels.h"
 
-enum { CQ_ROWS = 8 }; /* rows that go together, so that each row of the matrix is read once for all of them */
-
 /* A block of columns of CQ_ROWS rows. matrix: its square of the second moments or of the feedback factor. */
 typedef struct cq_column_block {
     int32_t n_cols, n_values;
@@ -12,8 +10,7 @@ typedef struct cq_column_block {
     int64_t stride;
     _Alignas(4 * CQ_ROWS) float values[16][CQ_ROWS]; /* what the columns can take */
     _Alignas(4 * CQ_ROWS) float state[CQ_BLOCK][CQ_ROWS], value[CQ_BLOCK][CQ_ROWS];
-    _Alignas(4 *
-             CQ_ROWS) float change[CQ_BLOCK][CQ_ROWS]; /* out: what moved the other columns, per step of the matrix */
+    _Alignas(4 * CQ_ROWS) float change[CQ_BLOCK][CQ_ROWS]; /* out: what moved the other columns */
     _Alignas(4 * CQ_ROWS) int32_t index[CQ_BLOCK][CQ_ROWS];
 } cq_column_block;
 #endif

@@ -13,6 +13,8 @@
 #define CQ_BLOCK 64 /* weights per packed block: 8 * bits bytes */
 #define CQ_MAX_HEAD_DIM 512
 
+enum { CQ_ROWS = 8 }; /* rows of weights that clustering takes side by side (descent.c) */
+
 struct cq_kmeans;
 struct cq_kmeans_layer;
 struct cq_column_block;
@@ -62,7 +64,7 @@ typedef struct cq_kernels {
     void (*kmeans_layer)(const struct cq_kmeans *s, const struct cq_kmeans_layer *layer);
     void (*feedback_block)(struct cq_column_block *b);
     void (*descend_block)(struct cq_column_block *b);
-    void (*rank_update)(const float (*change)[8], int32_t n_cols, const float *matrix, int64_t stride,
+    void (*rank_update)(const float (*change)[CQ_ROWS], int32_t n_cols, const float *matrix, int64_t stride,
                         float *const *rows, int32_t n);
 } cq_kernels;
 
