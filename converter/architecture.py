@@ -84,6 +84,11 @@ class Architecture:
         """All tensors of a layer, in file order."""
         return [*self.norms, *self.linears]
 
+    @property
+    def experts_site(self) -> str | None:
+        """The module that holds all experts, None in a dense model."""
+        return next((linear.site for linear in self.linears if linear.experts), None)
+
     def install(self, module: torch.nn.Module, layer: Layer) -> None:
         """Copy a layer's tensors into transformers' decoder layer module."""
         with torch.no_grad():

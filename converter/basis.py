@@ -37,6 +37,16 @@ class FileBasis:
         rows = split_rope(weight, self.rope_heads) if self.rope_heads else weight
         return hadamard_blocks(rows, self.hadamard)
 
+    def columns(self, x: Tensor) -> Tensor:
+        """Inputs [..., in] as the file's weight reads them."""
+        return hadamard_blocks(x, self.hadamard)
+
+    def outputs(self, matrix: Tensor) -> Tensor:
+        """Second moments [out, out] of the outputs, in the order of the file's rows."""
+        if not self.rope_heads:
+            return matrix
+        return interleave_rope(interleave_rope(matrix, self.rope_heads).T, self.rope_heads).T.contiguous()
+
     def moments(self, matrix: Tensor) -> Tensor:
         """Second moments [in, in] of the inputs that the file's weight multiplies."""
         return hadamard_blocks(hadamard_blocks(matrix, self.hadamard).T, self.hadamard).T.contiguous()

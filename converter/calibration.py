@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 from pyggml_bridge.errors import CQError
 
 from .architecture import Architecture
-from .basis import FileBasis
 from .checkpoint import Checkpoint
+from .moments import Moments
 
 SEQUENCE = 512
-DAMPING = 0.1  # added to the second moments' diagonal, relative to its mean: lowest held-out error (docs/decisions.md)
 
 
 def read_tokens(checkpoint: Checkpoint, file: Path, n_tokens: int) -> Tensor:
@@ -50,59 +48,17 @@ def tokenize(checkpoint: Checkpoint, text: str, special: bool = False) -> list[i
     return ids
 
 
-class Moments:
-    """Second moments X^T X / tokens of one linear's input: float32 [cols, cols], with the number of tokens seen."""
-
-    def __init__(self, cols: int) -> None:
-        """Nothing seen yet."""
-        self._sum = torch.zeros(cols, cols)
-        self.tokens = 0
-
-    def add(self, x: Tensor) -> None:
-        """Add rows x [tokens, cols]."""
-        self._sum.addmm_(x.T, x)
-        self.tokens += len(x)
-
-    @cached_property
-    def matrix(self) -> Tensor:
-        """X^T X / tokens [cols, cols]; only once all rows have been added."""
-        return self._sum / max(1, self.tokens)
-
-    @cached_property
-    def damped(self) -> Tensor:
-        """The matrix with more on its diagonal, so that directions that the calibration did not show count too."""
-        matrix = self.matrix.clone()
-        damping = max(DAMPING * float(matrix.diagonal().mean()), torch.finfo(torch.float32).tiny)
-        matrix.diagonal().add_(damping)
-        return matrix
-
-    @cached_property
-    def feedback_factor(self) -> Tensor:
-        """Upper Cholesky factor [cols, cols] of the inverse of damped."""
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped.double()))
-        return torch.linalg.cholesky(inverse, upper=True).float().contiguous()
-
-    def in_basis(self, basis: FileBasis) -> Moments:
-        """The moments of the inputs that the file's weight multiplies."""
-        if not basis.hadamard:
-            return self
-        moments = Moments(len(self._sum))
-        moments._sum, moments.tokens = basis.moments(self._sum), self.tokens
-        return moments
-
-    def relative_error(self, weight: Tensor, quantized: Tensor) -> tuple[float, float]:
-        """Squared output error and squared output norm over these inputs, for weights [rows, cols]."""
-        delta = weight - quantized
-        error, total = ((m @ self.matrix).mul_(m).sum(dtype=torch.float64) for m in (delta, weight))
-        return float(error), float(total)
-
-
 Statistics = dict[str, list[Moments]]  # site -> one entry, or one per expert
 
 
 @contextmanager
-def capture(arch: Architecture, module: nn.Module, n_experts: int) -> Iterator[Statistics]:
-    """While active, running the decoder layer module fills the statistics of every site of its linears."""
+def capture(
+    arch: Architecture, module: nn.Module, n_experts: int, token_weights: dict[str, Tensor] | None = None
+) -> Iterator[Statistics]:
+    """While active, running the decoder layer module fills the statistics of every site of its linears.
+
+    token_weights: site -> [tokens], how much each token of the run counts; all the same without.
+    """
     found: Statistics = {}
     handles = []
     for linear in arch.linears:
@@ -111,12 +67,14 @@ def capture(arch: Architecture, module: nn.Module, n_experts: int) -> Iterator[S
         cols = linear.rows_of(module.get_parameter(linear.parameter)).shape[-1]
         found[linear.site] = [Moments(cols) for _ in range(n_experts if linear.experts else 1)]
         if not linear.experts:
-            hook = _linear_hook(found[linear.site][0])
+            weights = token_weights[linear.site] if token_weights else None
+            hook = _linear_hook(found[linear.site][0], weights)
             handles.append(module.get_submodule(linear.site).register_forward_pre_hook(hook))
-    experts_site = next((linear.site for linear in arch.linears if linear.experts), None)
-    if experts_site:
-        hook = _experts_hook(found[experts_site], found[f"{experts_site}.hidden"])
-        handles.append(module.get_submodule(experts_site).register_forward_pre_hook(hook))
+    site = arch.experts_site
+    if site:
+        weights = token_weights[site] if token_weights else None
+        hook = _experts_hook(found[site], found[f"{site}.hidden"], weights)
+        handles.append(module.get_submodule(site).register_forward_pre_hook(hook))
     try:
         yield found
     finally:
@@ -124,24 +82,34 @@ def capture(arch: Architecture, module: nn.Module, n_experts: int) -> Iterator[S
             handle.remove()
 
 
-def _linear_hook(moments: Moments) -> Any:
+def _linear_hook(moments: Moments, weights: Tensor | None) -> Any:
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        moments.add(arguments[0].flatten(0, -2))
+        x = arguments[0].flatten(0, -2)
+        moments.add(x, None if weights is None else weights[moments.tokens : moments.tokens + len(x)])
 
     return hook
 
 
-def _experts_hook(inputs: list[Moments], hidden: list[Moments]) -> Any:
-    """transformers keeps experts fused, so no hook sees one expert's input: gather it, and recompute gate and up."""
+def _experts_hook(inputs: list[Moments], hidden: list[Moments], weights: Tensor | None) -> Any:
+    """transformers keeps experts fused, so no hook sees one expert's input: gather it, and recompute gate and up.
+
+    An expert's error reaches the output times its routing weight, so that goes into the weights.
+    """
+    seen = 0
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        states, top_k_index = arguments[0].flatten(0, -2), arguments[1]
+        nonlocal seen
+        states, index, routing = arguments[0].flatten(0, -2), arguments[1], arguments[2]
+        batch = None if weights is None else weights[seen : seen + len(states), None] * routing
+        seen += len(states)
         for expert, (x_moments, h_moments) in enumerate(zip(inputs, hidden, strict=True)):
-            x = states[(top_k_index == expert).any(dim=-1)]
-            if len(x):
+            token, slot = torch.where(index == expert)
+            if len(token):
+                x = states[token]
                 gate, up = (x @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
-                x_moments.add(x)
-                h_moments.add(module.act_fn(gate) * up)
+                weight = None if batch is None else batch[token, slot]
+                x_moments.add(x, weight)
+                h_moments.add(module.act_fn(gate) * up, weight)
 
     return hook
 

@@ -64,6 +64,7 @@ def parser() -> ArgumentParser:
     p.add_argument("--no-hadamard", action="store_true", help="no transform at run time before the FFN's last linear")
     p.add_argument("--no-permutation", action="store_true", help="keep the order of channels (with --group-size)")
     p.add_argument("--no-feedback", action="store_true", help="nearest centroids: no error feedback, no descent")
+    p.add_argument("--no-sensitivity", action="store_true", help="no gradients: every output error counts the same")
     p.add_argument(
         "--finetune",
         action=argparse.BooleanOptionalAction,
@@ -110,7 +111,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         rotation=not a.no_rotation,
         hadamard=not a.no_hadamard,
         permutation=not a.no_permutation,
-        refinement=Refinement(not a.no_feedback, a.descent_rounds),
+        refinement=Refinement(not a.no_feedback, not a.no_sensitivity, a.descent_rounds),
         finetune=a.finetune,
         overrides=tuple(Override.parse(text) for text in a.tensor_type),
         seed=a.seed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,13 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Refinement:
-    """What follows the k-means where the inputs' second moments are known. Descent needs feedback before it."""
+    """What follows the k-means where the inputs' second moments are known. Descent needs feedback before it.
+
+    sensitivity: moments weighted by gradients, and feedback from row to row (sensitivity.py).
+    """
 
     feedback: bool = True
+    sensitivity: bool = True
     descent_rounds: int = DESCENT_ROUNDS
 
 
@@ -49,6 +53,20 @@ class Fit:
     scales: NDArray[np.float32]
     loss: NDArray[np.float64]
 
+    def rows(self, begin: int, end: int) -> Fit:
+        """A view of some rows."""
+        rows = slice(begin, end)
+        groups = None if self.group_scales is None else self.group_scales[rows]
+        return replace(
+            self,
+            w=self.w[rows],
+            indices=self.indices[rows],
+            centroids=self.centroids[rows],
+            group_scales=groups,
+            scales=self.scales[rows],
+            loss=self.loss[rows],
+        )
+
     def clustered(self) -> Clustered:
         """Packed as the file holds it."""
         packed = pack(self.indices, self.cq)
@@ -57,15 +75,8 @@ class Fit:
         )
 
 
-def fit_codebooks(
-    w: NDArray[np.float32],
-    weight: NDArray[np.float32],
-    cq: CQType,
-    grouping: Grouping,
-    n_threads: int,
-    iterations: int = ITERATIONS,
-) -> Fit:
-    """Exact weighted 1-D k-means of every row of w [rows, cols], fitted to int8 centroids and scales.
+def new_fit(w: NDArray[np.float32], weight: NDArray[np.float32], cq: CQType, grouping: Grouping) -> Fit:
+    """Room for the codebooks of w [rows, cols], which it copies: rows may become targets of their own.
 
     weight float32 [cols] >= 0: importance of each column (mean square of its input).
     """
@@ -73,9 +84,9 @@ def fit_codebooks(
     whole_row = -(-cols // BLOCK) * BLOCK
     codebook_cols = whole_row if grouping.group_size == -1 else min(grouping.group_size, whole_row)
     scale_cols = 0 if grouping.scale_group == -1 else grouping.scale_group
-    fit = Fit(
+    return Fit(
         cq,
-        np.ascontiguousarray(w, np.float32),
+        np.array(w, np.float32, order="C"),
         np.ascontiguousarray(weight, np.float32),
         codebook_cols,
         scale_cols,
@@ -85,9 +96,12 @@ def fit_codebooks(
         np.zeros(rows, np.float32),
         np.zeros(rows, np.float64),
     )
-    scratch = aligned_empty(n_threads * lib.cq_cluster_scratch_bytes(cols))
+
+
+def fit_codebooks(fit: Fit, n_threads: int, iterations: int = ITERATIONS) -> None:
+    """Exact weighted 1-D k-means of every row, fitted to int8 centroids and scales."""
+    scratch = aligned_empty(n_threads * lib.cq_cluster_scratch_bytes(fit.w.shape[1]))
     _check(lib.cq_cluster_rows(_job(fit, iterations), n_threads, pointer(scratch, "uint8_t *")))
-    return fit
 
 
 def error_feedback(fit: Fit, factor: NDArray[np.float32], n_threads: int) -> None:

@@ -11,9 +11,11 @@ from torch import Tensor
 from .architecture import Layer, Linear
 from .basis import FileBasis
 from .calibration import Statistics, capture
+from .moments import Moments
 from .plan import Plan, PlannedTensor
 from .quantize import Quantized, quantize
 from .report import progress
+from .sensitivity import Sensitivity
 from .settings import Settings
 from .stream import LayerStream
 from .transform import TransformedModel
@@ -35,6 +37,7 @@ class LayerQuantizer:
     plan: Plan
     model: TransformedModel
     stream: LayerStream
+    sensitivity: Sensitivity | None = None
 
     def basis(self, linear: Linear) -> FileBasis:
         """How the file holds this linear."""
@@ -53,25 +56,36 @@ class LayerQuantizer:
         layer = self.model.layer(index)
         statistics: Statistics = {}
         module: Any = None
+        sensitivity = self.sensitivity.layer(index) if self.sensitivity else None
+        outputs = sensitivity.outputs if sensitivity else {}
         if hidden is not None:
             module = self.stream.module(index, layer)
-            with capture(arch, module, arch.n_experts(config)) as statistics:
+            weights = sensitivity.token_weights if sensitivity else None
+            with capture(arch, module, arch.n_experts(config), weights) as statistics:
                 self.stream.forward(module, hidden.clone())
         tensors, n_norms = {}, len(arch.norms)
         for norm, tensor in zip(arch.norms, planned, strict=False):
-            tensors[norm.name] = quantize(tensor, layer[norm.name], None, self.settings.refinement, 1)
+            tensors[norm.name] = quantize(tensor, layer[norm.name], None, None, self.settings.refinement, 1)
         for linear, tensor in zip(arch.linears, planned[n_norms:], strict=True):
-            tensors[linear.name] = self._linear(tensor, linear, layer[linear.name], statistics)
+            tensors[linear.name] = self._linear(tensor, linear, layer[linear.name], statistics, outputs)
         if hidden is not None:
             arch.install(module, self.effective(tensors))
             self.stream.forward(module, hidden)
         return QuantizedLayer(tensors, self._expert_tokens(statistics))
 
-    def _linear(self, planned: PlannedTensor, linear: Linear, weight: Tensor, statistics: Statistics) -> Quantized:
+    def _linear(
+        self,
+        planned: PlannedTensor,
+        linear: Linear,
+        weight: Tensor,
+        statistics: Statistics,
+        outputs: dict[str, list[Moments]],
+    ) -> Quantized:
         basis = self.basis(linear)
+        by_output = [entry.of_outputs(basis) for entry in outputs.get(linear.name, ())]
         moments = [entry.in_basis(basis) for entry in statistics.get(linear.site, ())]
         stored = basis.to_file(weight).contiguous()
-        return quantize(planned, stored, moments, self.settings.refinement, self.settings.threads)
+        return quantize(planned, stored, moments, by_output, self.settings.refinement, self.settings.threads)
 
     def effective(self, tensors: dict[str, Quantized]) -> Layer:
         """The weights that the file stands for, in transformers' basis."""
@@ -82,5 +96,5 @@ class LayerQuantizer:
         return layer
 
     def _expert_tokens(self, statistics: Statistics) -> list[int]:
-        site = next((linear.site for linear in self.model.checkpoint.arch.linears if linear.experts), None)
+        site = self.model.checkpoint.arch.experts_site
         return [entry.tokens for entry in statistics[site]] if site and statistics else []

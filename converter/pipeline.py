@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -24,10 +27,11 @@ from .quantize import Quantized, quantize
 from .report import Report, warn
 from .rope import rope_freqs
 from .rotation import learn_rotation, random_rotation
+from .sensitivity import Sensitivity, folder_bytes, measure
 from .settings import Settings
 from .stream import LayerStream
 from .transform import TransformedModel
-from .write import OutputFile, check_output
+from .write import OutputFile, check_output, require_free
 
 OBSERVED_SEQUENCES = 8
 CHECK_TEXT = (
@@ -76,10 +80,10 @@ class _Job:
         if self.settings.rotation:
             heads = random_rotation(head_dim_of(self.checkpoint.config), self.settings.seed)
             self.model = self.model.rotated(self._rotation(None if tokens is None else observed), heads)
-        with complete_file(self.settings.out) as part:
+        with complete_file(self.settings.out) as part, self._sensitivity(tokens) as sensitivity:
             file = OutputFile(part, self.checkpoint.arch.gguf_name, keys, self.plan.tensors)
             try:
-                self._write(file, tokens)
+                self._write(file, tokens, sensitivity)
                 file.close()
             except BaseException:
                 file.abandon()
@@ -114,7 +118,18 @@ class _Job:
         )
         return self.report.rotation.rotation
 
-    def _write(self, file: OutputFile, tokens: Tensor | None) -> None:
+    @contextmanager
+    def _sensitivity(self, tokens: Tensor | None) -> Iterator[Sensitivity | None]:
+        """Measured into a folder beside the output, which goes when the work is done or interrupted."""
+        refinement, out = self.settings.refinement, self.settings.out
+        if tokens is None or not (refinement.feedback and refinement.sensitivity):
+            yield None
+            return
+        with TemporaryDirectory(prefix=f"{out.name}.", suffix=".part", dir=out.parent) as folder:
+            require_free(out.parent, self.plan.nbytes + folder_bytes(self.model, tokens.numel()))
+            yield measure(self.model, self.stream, tokens, Path(folder), self.settings.seed)
+
+    def _write(self, file: OutputFile, tokens: Tensor | None, sensitivity: Sensitivity | None) -> None:
         """Every tensor in the plan's order; hidden states follow through the already quantized layers."""
         *_, planned_embedding = self.plan.first
         freqs = rope_freqs(self.checkpoint.config)
@@ -124,7 +139,7 @@ class _Job:
         self._write_tensor(file, embedding)
         table = embedding.weight(self.settings.threads)
         norm, planned_head = self.plan.last
-        quantizer = LayerQuantizer(self.settings, self.plan, self.model, self.stream)
+        quantizer = LayerQuantizer(self.settings, self.plan, self.model, self.stream, sensitivity)
         layers: Iterable[QuantizedLayer] = quantizer.layers(None if tokens is None else table[tokens])
         steps = self._finetune_steps(tokens)
         if tokens is not None and steps:
@@ -142,7 +157,7 @@ class _Job:
         self._write_tensor(file, self._quantize(planned_head, self.model.head()))
 
     def _quantize(self, planned: PlannedTensor, weight: Tensor) -> Quantized:
-        return quantize(planned, weight, None, self.settings.refinement, self.settings.threads)
+        return quantize(planned, weight, None, None, self.settings.refinement, self.settings.threads)
 
     def _write_tensor(self, file: OutputFile, quantized: Quantized) -> None:
         file.write(quantized.planned, quantized.arrays())

@@ -13,21 +13,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import CQType
 
-from .calibration import Moments
 from .clustering import (
-    ITERATIONS,
     ITERATIONS_BEFORE_FEEDBACK,
     Fit,
-    Grouping,
     Refinement,
     descend,
     error_feedback,
     fit_codebooks,
+    new_fit,
     weights_of,
 )
+from .moments import Moments
 from .plan import PlannedTensor
+from .row_feedback import cluster_in_turn
 
 F16_MAX = 65504.0
 
@@ -74,20 +73,32 @@ class Quantized:
 
 
 def quantize(
-    planned: PlannedTensor, weight: Tensor, moments: list[Moments] | None, refinement: Refinement, n_threads: int
+    planned: PlannedTensor,
+    weight: Tensor,
+    moments: list[Moments] | None,
+    outputs: list[Moments] | None,
+    refinement: Refinement,
+    n_threads: int,
 ) -> Quantized:
     """Quantize weight [out, in] or [n_experts, out, in] to its planned type.
 
-    moments: statistics of its inputs, one entry or one per expert; an entry that has seen no token counts as none.
+    moments, outputs: statistics of its inputs and of its outputs' gradients, one entry or one per expert; an entry
+    that has seen no token counts as none. One entry of outputs may serve all experts.
     """
     if planned.cq is None:
         return Quantized(planned, weight, moments, [], _plain(planned, weight))
     matrices = weight if weight.dim() == 3 else weight[None]
     entries: Sequence[Moments | None] = moments or [None] * len(matrices)
-    fits = [
-        _cluster(matrix, planned.cq, planned.grouping, entry, refinement, n_threads)
-        for matrix, entry in zip(matrices, entries, strict=True)
-    ]
+    by_output: Sequence[Moments | None] = outputs or [None]
+    if len(by_output) == 1:
+        by_output = [*by_output] * len(matrices)
+    fits = []
+    for matrix, entry, output in zip(matrices, entries, by_output, strict=True):
+        seen = entry if entry is not None and entry.tokens else None
+        importance = seen.damped.diagonal().numpy() if seen else np.ones(matrix.shape[1], np.float32)
+        fit = new_fit(matrix.numpy(), importance, planned.cq, planned.grouping)
+        _cluster(fit, seen, output if output is not None and output.tokens else None, refinement, n_threads)
+        fits.append(fit)
     return Quantized(planned, weight, moments, fits, None)
 
 
@@ -103,19 +114,21 @@ def _plain(planned: PlannedTensor, weight: Tensor) -> NDArray[Any]:
     return packed
 
 
-def _cluster(
-    weight: Tensor, cq: CQType, grouping: Grouping, moments: Moments | None, refinement: Refinement, n_threads: int
-) -> Fit:
-    seen = moments is not None and moments.tokens > 0
-    importance = moments.damped.diagonal().numpy() if moments and seen else np.ones(weight.shape[1], np.float32)
-    feedback = moments if seen and refinement.feedback else None
-    iterations = ITERATIONS if feedback is None else ITERATIONS_BEFORE_FEEDBACK
-    fit = fit_codebooks(weight.numpy(), importance, cq, grouping, n_threads, iterations)
-    if feedback:
-        error_feedback(fit, feedback.feedback_factor.numpy(), n_threads)
-        if refinement.descent_rounds:
-            descend(fit, feedback.damped.numpy(), n_threads, refinement.descent_rounds)
-    return fit
+def _cluster(fit: Fit, moments: Moments | None, output: Moments | None, refine: Refinement, n_threads: int) -> None:
+    if moments is None or not refine.feedback:
+        fit_codebooks(fit, n_threads)
+        return
+
+    def cluster_rows(rows: Fit) -> None:
+        fit_codebooks(rows, n_threads, ITERATIONS_BEFORE_FEEDBACK)
+        error_feedback(rows, moments.feedback_factor.numpy(), n_threads)
+        if refine.descent_rounds:
+            descend(rows, moments.damped.numpy(), n_threads, refine.descent_rounds)
+
+    if output is None:
+        cluster_rows(fit)
+    else:
+        cluster_in_turn(fit, output.feedback_factor, cluster_rows, n_threads)
 
 
 def relative_error(weight: Tensor, effective: Tensor, moments: list[Moments] | None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,11 @@ from .architecture import Layer
 from .checkpoint import Checkpoint
 
 BATCH_TOKENS = 4096
+
+
+def batch_size(hidden: Tensor) -> int:
+    """Sequences that go through a layer at once."""
+    return max(1, BATCH_TOKENS // hidden.shape[1])
 
 
 class LayerStream:
@@ -31,13 +37,26 @@ class LayerStream:
 
     def forward(self, module: nn.Module, hidden: Tensor) -> None:
         """Replace hidden [sequences, tokens, hidden_size] by the layer's output, a few sequences at a time."""
-        n_tokens = hidden.shape[1]
-        positions = torch.arange(n_tokens)[None]
-        rope = self.rotary(hidden, position_ids=positions)
+        arguments = self._arguments(hidden)
         with torch.no_grad():
-            for batch in hidden.split(max(1, BATCH_TOKENS // n_tokens)):
-                # Without a mask, attention is causal.
-                batch.copy_(module(batch, position_embeddings=rope, position_ids=positions, attention_mask=None))
+            for batch in hidden.split(batch_size(hidden)):
+                batch.copy_(module(batch, **arguments))
+
+    def backward(self, module: nn.Module, hidden: Tensor, gradient: Tensor) -> None:
+        """Replace a loss's gradient [sequences, tokens, hidden_size] by the layer's output by that by its input."""
+        arguments = self._arguments(hidden)
+        module.requires_grad_(False)
+        size = batch_size(hidden)
+        for batch, by_output in zip(hidden.split(size), gradient.split(size), strict=True):
+            x = batch.clone().requires_grad_()
+            module(x, **arguments).backward(by_output)
+            by_output.copy_(x.grad)
+
+    def _arguments(self, hidden: Tensor) -> dict[str, Any]:
+        positions = torch.arange(hidden.shape[1])[None]
+        rope = self.rotary(hidden, position_ids=positions)
+        # Without a mask, attention is causal.
+        return {"position_embeddings": rope, "position_ids": positions, "attention_mask": None}
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The final norm without its scale, which the head has taken."""

@@ -22,7 +22,11 @@ METADATA_SLACK = 64 << 20  # room for tokenizer and alignment when free disk is 
 def check_output(out: Path, overwrite: bool, nbytes: int) -> None:
     """CQError unless a file of nbytes can be written to `out`; called before the long work."""
     check_writable(out, overwrite=overwrite)
-    folder = out.parent
+    require_free(out.parent, nbytes)
+
+
+def require_free(folder: Path, nbytes: int) -> None:
+    """CQError unless the folder's disk has room for so many bytes of tensors."""
     free = shutil.disk_usage(folder).free
     if free < nbytes + METADATA_SLACK:
         raise CQError(f"{folder}: {free / 1e9:.2f} GB free, {(nbytes + METADATA_SLACK) / 1e9:.2f} GB needed")

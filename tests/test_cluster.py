@@ -6,11 +6,19 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from codequant_converter.clustering import Grouping, descend, error_feedback, fit_codebooks
+from codequant_converter.clustering import ITERATIONS, Fit, Grouping, descend, error_feedback, fit_codebooks, new_fit
 
 from pyggml_bridge.format import CQType
 
 ALL_TYPES = list(CQType)
+
+
+def fitted(
+    w: np.ndarray, weight: np.ndarray, cq: CQType, grouping: Grouping, n_threads: int, iterations: int = ITERATIONS
+) -> Fit:
+    fit = new_fit(w, weight, cq, grouping)
+    fit_codebooks(fit, n_threads, iterations)
+    return fit
 
 
 def clustering_error(v: np.ndarray, q: np.ndarray, bounds: tuple[int, ...]) -> float:
@@ -64,7 +72,7 @@ def test_exact_k_means_up_to_int8_rounding(cq, cols):
     rng = np.random.default_rng(cols)
     w = rng.standard_t(3, (4, cols)).astype(np.float32)
     weight = rng.random(cols).astype(np.float32) + 0.01
-    fit = fit_codebooks(w, weight, cq, Grouping(-1, -1), 1)
+    fit = fitted(w, weight, cq, Grouping(-1, -1), 1)
     for row in range(len(w)):
         exact = exact_error(w[row], weight, cq.n_centroids)
         step = np.abs(w[row]).max() / 127 / 2
@@ -81,7 +89,7 @@ def test_loss_is_that_of_the_file_and_never_increases(cq, grouping):
     weight = rng.uniform(0.1, 5, 320).astype(np.float32)
     losses = []
     for iterations in range(6):
-        fit = fit_codebooks(w, weight, cq, grouping, 2, iterations)
+        fit = fitted(w, weight, cq, grouping, 2, iterations)
         in_file = ((w - fit.clustered().dequantize().astype(np.float64)) ** 2 * weight).sum(axis=1)
         np.testing.assert_allclose(fit.loss, in_file, rtol=1e-4)
         losses.append(fit.loss.copy())
@@ -93,7 +101,7 @@ def test_loss_is_that_of_the_file_and_never_increases(cq, grouping):
 def test_scale_groups_win_where_scales_differ():
     rng = np.random.default_rng(6)
     w = (rng.standard_normal((16, 512)) * np.repeat(10 ** rng.uniform(-1, 0, (16, 8)), 64, axis=1)).astype(np.float32)
-    plain, grouped = (fit_codebooks(w, np.ones(512, np.float32), CQType.CQ3, Grouping(-1, g), 2) for g in (-1, 64))
+    plain, grouped = (fitted(w, np.ones(512, np.float32), CQType.CQ3, Grouping(-1, g), 2) for g in (-1, 64))
     assert grouped.loss.sum() < 0.8 * plain.loss.sum()
 
 
@@ -105,7 +113,7 @@ def test_degenerate_rows(grouping):
     w[3, ::2], w[3, 1::2] = 1.0, -1.0
     w[4, 5] = 3e38
     w[5, :64] = 1.0  # a group of zeros beside a group of ones
-    fit = fit_codebooks(w, np.ones(128, np.float32), CQType.CQ4, grouping, 2)
+    fit = fitted(w, np.ones(128, np.float32), CQType.CQ4, grouping, 2)
     assert np.isfinite(fit.scales).all() and (fit.scales >= 0).all()
     np.testing.assert_allclose(fit.clustered().dequantize(), w, rtol=1e-5, atol=0)
 
@@ -115,15 +123,15 @@ def test_columns_without_weight_do_not_disturb():
     w = rng.standard_normal((4, 128)).astype(np.float32)
     w[:, :64] *= 100
     weight = np.repeat(np.float32([0, 1]), 64)
-    fit = fit_codebooks(w, weight, CQType.CQ4, Grouping(-1, -1), 1)
-    alone = fit_codebooks(np.ascontiguousarray(w[:, 64:]), weight[64:], CQType.CQ4, Grouping(-1, -1), 1)
+    fit = fitted(w, weight, CQType.CQ4, Grouping(-1, -1), 1)
+    alone = fitted(np.ascontiguousarray(w[:, 64:]), weight[64:], CQType.CQ4, Grouping(-1, -1), 1)
     np.testing.assert_allclose(fit.loss, alone.loss, rtol=1e-6)
 
 
 def test_any_number_of_threads_gives_the_same_bytes():
     rng = np.random.default_rng(8)
     w = rng.standard_normal((50, 192)).astype(np.float32)
-    fits = [fit_codebooks(w, np.ones(192, np.float32), CQType.CQ4, Grouping(), n) for n in (1, 2, 5)]
+    fits = [fitted(w, np.ones(192, np.float32), CQType.CQ4, Grouping(), n) for n in (1, 2, 5)]
     for fit in fits[1:]:
         for name in ("indices", "centroids", "group_scales", "scales"):
             np.testing.assert_array_equal(getattr(fit, name), getattr(fits[0], name))
@@ -138,7 +146,7 @@ def test_error_feedback_lowers_the_output_error(cq):
     moments += 0.01 * np.diag(moments).mean() * np.eye(128)
     factor = np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(moments)).T, np.float32)
     w = rng.standard_normal((32, 128)).astype(np.float32)
-    fit = fit_codebooks(w, np.diag(moments).astype(np.float32), cq, Grouping(), 2)
+    fit = fitted(w, np.diag(moments).astype(np.float32), cq, Grouping(), 2)
 
     def output_error() -> float:
         return float(((x @ (w - fit.clustered().dequantize()).T) ** 2).sum())
@@ -151,7 +159,7 @@ def test_error_feedback_lowers_the_output_error(cq):
 def test_error_feedback_without_correlation_is_the_nearest_centroid():
     rng = np.random.default_rng(10)
     w = rng.standard_normal((8, 128)).astype(np.float32)
-    fit = fit_codebooks(w, np.ones(128, np.float32), CQType.CQ3, Grouping(), 1)
+    fit = fitted(w, np.ones(128, np.float32), CQType.CQ3, Grouping(), 1)
     nearest = fit.indices.copy()
     error_feedback(fit, np.eye(128, dtype=np.float32), 1)
     effective = fit.clustered().dequantize()
@@ -174,7 +182,7 @@ def test_descent_lowers_the_output_error_round_by_round(cq, grouping):
     w = np.random.default_rng(12).standard_normal((21, 192)).astype(np.float32)  # not a multiple of a batch of rows
     losses = []
     for rounds in (0, 1, 2, 4, 8):
-        fit = fit_codebooks(w, np.diag(moments).copy(), cq, grouping, 2)
+        fit = fitted(w, np.diag(moments).copy(), cq, grouping, 2)
         descend(fit, moments, 2, rounds)
         residual = (fit.clustered().dequantize() - w).astype(np.float64)
         exact = ((residual @ moments) * residual).sum(axis=1)
@@ -189,7 +197,7 @@ def test_descent_does_not_depend_on_threads_and_keeps_zero_rows():
     moments = correlated(128, seed=13)
     w = np.random.default_rng(14).standard_normal((30, 128)).astype(np.float32)
     w[7] = 0
-    fits = [fit_codebooks(w, np.diag(moments).copy(), CQType.CQ4, Grouping(), 1) for _ in range(3)]
+    fits = [fitted(w, np.diag(moments).copy(), CQType.CQ4, Grouping(), 1) for _ in range(3)]
     for n_threads, fit in zip((1, 2, 5), fits, strict=True):
         descend(fit, moments, n_threads)
         assert not fit.clustered().dequantize()[7].any() and np.isfinite(fit.scales).all()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from codequant_converter import cli
-from codequant_converter.clustering import Grouping, fit_codebooks, gradient_of, weights_of
+from codequant_converter.clustering import Grouping, fit_codebooks, gradient_of, new_fit, weights_of
 from codequant_converter.finetune import MAX_STEPS, FineTuner, step_count
 from codequant_converter.layers import LayerQuantizer
 from codequant_converter.pipeline import plan_conversion
@@ -26,7 +26,8 @@ from tests.models import MODELS, VOCAB
 def test_weights_and_gradients_of_a_fit(cq, grouping):
     rng = np.random.default_rng(1)
     w, d = rng.standard_normal((2, 5, 320)).astype(np.float32)
-    fit = fit_codebooks(w, np.ones(320, np.float32), cq, grouping, 2)
+    fit = new_fit(w, np.ones(320, np.float32), cq, grouping)
+    fit_codebooks(fit, 2)
     np.testing.assert_array_equal(weights_of(fit, 2), fit.clustered().dequantize())
     found = gradient_of(fit, d, 2)
 

@@ -1,0 +1,81 @@
+"""Weighted second moments of rows: inputs of a linear, or gradients of its outputs."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .basis import FileBasis
+
+DAMPING = 0.1  # added to the second moments' diagonal, relative to its mean: lowest held-out error (docs/decisions.md)
+SAMPLE_ROWS = 256  # kept of every batch of rows
+
+
+class Moments:
+    """sum w x x^T / sum w over rows x [cols] with weights w: float32 [cols, cols].
+
+    tokens: rows seen; sample: some of them as they were, [rows, cols].
+    """
+
+    def __init__(self, cols: int, damping: float = DAMPING) -> None:
+        """Nothing seen yet."""
+        self._sum = torch.zeros(cols, cols)
+        self._sample: list[Tensor] = []
+        self._total = 0.0
+        self._damping = damping
+        self.tokens = 0
+
+    @classmethod
+    def of(cls, matrix: Tensor, tokens: int, damping: float = DAMPING) -> Moments:
+        """Known second moments [cols, cols] of so many rows."""
+        moments = cls(len(matrix), damping)
+        moments._sum, moments._total, moments.tokens = matrix, 1.0, tokens
+        return moments
+
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Add rows x [tokens, cols]; weight [tokens] >= 0, all 1 where there is none."""
+        self._sum.addmm_(x.T if weight is None else (x * weight[:, None]).T, x)
+        self._total += len(x) if weight is None else float(weight.sum(dtype=torch.float64))
+        self._sample.append(x[:: max(1, len(x) // SAMPLE_ROWS)].clone())
+        self.tokens += len(x)
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """The second moments [cols, cols]; only once all rows have been added."""
+        return self._sum / max(self._total, torch.finfo(torch.float32).tiny)
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """The matrix with more on its diagonal, so that directions that the calibration did not show count too."""
+        matrix = self.matrix.clone()
+        damping = max(self._damping * float(matrix.diagonal().mean()), torch.finfo(torch.float32).tiny)
+        matrix.diagonal().add_(damping)
+        return matrix
+
+    @cached_property
+    def feedback_factor(self) -> Tensor:
+        """Upper Cholesky factor [cols, cols] of the inverse of damped."""
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped.double()))
+        return torch.linalg.cholesky(inverse, upper=True).float().contiguous()
+
+    def in_basis(self, basis: FileBasis) -> Moments:
+        """The moments of the inputs that the file's weight multiplies."""
+        if not basis.hadamard:
+            return self
+        moments = Moments.of(basis.moments(self.matrix), self.tokens, self._damping)
+        moments._sample = [basis.columns(rows) for rows in self._sample]
+        return moments
+
+    def of_outputs(self, basis: FileBasis) -> Moments:
+        """The moments of outputs in the order of the file's rows."""
+        return Moments.of(basis.outputs(self.matrix), self.tokens, self._damping)
+
+    def relative_error(self, weight: Tensor, quantized: Tensor) -> tuple[float, float]:
+        """Mean squared output error and output norm over the sample, for weights [rows, cols]."""
+        sample = torch.cat(self._sample)
+        error, total = (
+            (sample @ m.T).square().sum(dtype=torch.float64) / len(sample) for m in (weight - quantized, weight)
+        )
+        return float(error), float(total)

@@ -1,0 +1,217 @@
+"""Stage 2: what an error in a linear's output does to the model's next-token distribution.
+
+For a small error e of one output, the mean KL divergence of the distributions is e^T F e / 2, where F is the second
+moment of g, the gradient of -log p(y) by that output, y drawn from the model's own distribution (Fisher information).
+With many outputs and tokens F is taken as a product (K-FAC, arXiv 1503.05671; for quantization YAQA,
+arXiv 2505.22988): tokens count with |g| where the inputs' second moments are summed, and g g^T / |g|, summed over
+tokens, is the second moment of the outputs. Half the gradient's square on either side: it has heavy tails.
+
+One forward pass keeps every layer's input on disk; then layers go backwards, one in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .architecture import Architecture, Linear
+from .moments import DAMPING, Moments
+from .report import progress
+from .stream import LayerStream
+from .transform import TransformedModel
+
+HEAD_ROWS = 512  # tokens whose logits are in memory at a time
+HALF_BYTES, FLOAT_BYTES = 2, 4
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """token_weights: site -> [tokens], mean 1; outputs: linear -> its moments [out, out], one or one per expert."""
+
+    token_weights: dict[str, Tensor]
+    outputs: dict[str, list[Moments]]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Every layer's, in files of a folder."""
+
+    folder: Path
+
+    def layer(self, index: int) -> LayerSensitivity:
+        """Read one layer's."""
+        saved = torch.load(self._file(index), weights_only=True)
+        outputs = {name: [_unpacked(*packed) for packed in entries] for name, entries in saved["outputs"].items()}
+        return LayerSensitivity(saved["token_weights"], outputs)
+
+    def save(self, index: int, layer: LayerSensitivity) -> None:
+        """Write one layer's."""
+        outputs = {name: [_packed(entry) for entry in entries] for name, entries in layer.outputs.items()}
+        torch.save({"token_weights": layer.token_weights, "outputs": outputs}, self._file(index))
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"layer-{index}.pt"
+
+
+def _packed(moments: Moments) -> tuple[Tensor, int]:
+    matrix = moments.matrix
+    mean = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (matrix / mean).half(), moments.tokens
+
+
+def _unpacked(matrix: Tensor, tokens: int) -> Moments:
+    """A covariance of few rows is noise to the share of cols / tokens: damped by as much."""
+    return Moments.of(matrix.float(), tokens, DAMPING + len(matrix) / max(1, tokens))
+
+
+def folder_bytes(model: TransformedModel, n_tokens: int) -> int:
+    """What measure leaves on disk at most, beside a few kilobytes."""
+    checkpoint = model.checkpoint
+    arch, config = checkpoint.arch, checkpoint.config
+    outputs = 0
+    for linear in arch.linears:
+        if not linear.router:
+            *n_experts, out, _ = checkpoint.expected_shape(linear)
+            outputs += out * out * (n_experts[0] if n_experts and not linear.writes_residual else 1)
+    return config.num_hidden_layers * (HALF_BYTES * outputs + FLOAT_BYTES * n_tokens * config.hidden_size)
+
+
+def measure(model: TransformedModel, stream: LayerStream, tokens: Tensor, folder: Path, seed: int) -> Sensitivity:
+    """Run tokens [sequences, n] forwards and backwards through the float model; files go to the folder."""
+    n_layers = model.checkpoint.config.num_hidden_layers
+    found = Sensitivity(folder)
+    hidden = model.embedding()[tokens]
+    with progress("sensitivity", 2 * n_layers) as advance:
+        for i in range(n_layers):
+            np.save(folder / f"hidden-{i}.npy", hidden.numpy())
+            stream.forward(stream.module(i, model.layer(i)), hidden)
+            advance("forward")
+        gradient = _head_gradient(stream, hidden, model.head(), torch.Generator().manual_seed(seed))
+        for i in reversed(range(n_layers)):
+            saved = folder / f"hidden-{i}.npy"
+            module = stream.module(i, model.layer(i))
+            with _capture_gradients(model.checkpoint.arch, module) as capture:
+                stream.backward(module, torch.from_numpy(np.load(saved)), gradient)
+            found.save(i, capture.result())
+            saved.unlink()
+            advance("backward")
+    return found
+
+
+def _head_gradient(stream: LayerStream, hidden: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of the sum of -log p(y) by hidden [sequences, n, hidden], y drawn from p."""
+    gradient = torch.empty_like(hidden)
+    for rows, out in zip(hidden.flatten(0, 1).split(HEAD_ROWS), gradient.flatten(0, 1).split(HEAD_ROWS), strict=True):
+        x = rows.clone().requires_grad_()
+        normed = stream.final_norm(x)
+        p = (normed.detach() @ head.T).softmax(dim=-1)
+        cumulative = p.cumsum(dim=-1)
+        drawn = torch.rand(len(p), 1, generator=generator) * cumulative[:, -1:]
+        y = torch.searchsorted(cumulative, drawn).clamp_max(p.shape[-1] - 1)
+        p.scatter_add_(1, y, torch.full(y.shape, -1.0))
+        normed.backward(p @ head)
+        out.copy_(x.grad)
+    return gradient
+
+
+class _GradientCapture:
+    """Gathers the gradients of one decoder layer's outputs."""
+
+    def __init__(self, arch: Architecture, module: nn.Module) -> None:
+        self.norms: dict[tuple[str, str], list[Tensor]] = {}  # site and linear -> gradient norms of each batch
+        self.outputs: dict[str, list[Moments]] = {}
+        for linear in arch.linears:
+            if not linear.router:
+                *n_experts, out, _ = linear.rows_of(module.get_parameter(linear.parameter)).shape
+                entries = n_experts[0] if n_experts and not linear.writes_residual else 1
+                self.outputs[linear.name] = [Moments(out) for _ in range(entries)]
+
+    def add(self, linear: Linear, gradient: Tensor, expert: int = 0) -> Tensor:
+        """Gradients [tokens, out] of the linear's output; returns their norms. What writes the residual is shared."""
+        norms = gradient.norm(dim=-1)
+        entries = self.outputs[linear.name]
+        entries[expert if len(entries) > 1 else 0].add(gradient, 1 / norms.clamp_min(torch.finfo(torch.float32).tiny))
+        return norms
+
+    def result(self) -> LayerSensitivity:
+        """Token weights: the mean over a site's linears of the gradients' norms, each linear's of mean 1."""
+        weights: dict[str, list[Tensor]] = {}
+        for (site, _), batches in self.norms.items():
+            norms = torch.cat(batches)
+            mean = norms.mean().clamp_min(torch.finfo(torch.float32).tiny)
+            weights.setdefault(site, []).append(norms / mean)
+        return LayerSensitivity({site: torch.stack(w).mean(dim=0) for site, w in weights.items()}, self.outputs)
+
+
+@contextmanager
+def _capture_gradients(arch: Architecture, module: nn.Module) -> Iterator[_GradientCapture]:
+    capture = _GradientCapture(arch, module)
+    handles = []
+    for linear in arch.linears:
+        if not linear.router and not linear.experts:
+            layer = module.get_submodule(linear.parameter.removesuffix(".weight"))
+            handles.append(layer.register_forward_hook(_linear_hook(capture, linear)))
+    if arch.experts_site:
+        experts = module.get_submodule(arch.experts_site)
+        handles.append(experts.register_forward_hook(_experts_hook(capture, arch)))
+    try:
+        yield capture
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _linear_hook(capture: _GradientCapture, linear: Linear) -> Any:
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        def receive(gradient: Tensor) -> None:
+            index, count = linear.part
+            norms = capture.add(linear, gradient.flatten(0, -2).chunk(count, dim=-1)[index])
+            capture.norms.setdefault((linear.site, linear.name), []).append(norms)
+
+        output.register_hook(receive)
+
+    return hook
+
+
+def _experts_hook(capture: _GradientCapture, arch: Architecture) -> Any:
+    """From the gradient of the experts' weighted sum back to each expert's own outputs, recomputed."""
+    linears = [linear for linear in arch.linears if linear.experts]
+
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        states, index, routing = (argument.detach() for argument in arguments)
+
+        def receive(gradient: Tensor) -> None:
+            gradient = gradient.flatten(0, -2)
+            capture.norms.setdefault((linears[0].site, linears[0].name), []).append(gradient.norm(dim=-1))
+            for expert in range(len(module.gate_up_proj)):
+                token, slot = torch.where(index == expert)
+                if not len(token):
+                    continue
+                by_down = gradient[token] * routing[token, slot, None]
+                by_gate_up = _swiglu_gradient(module, expert, states.flatten(0, -2)[token], by_down)
+                for linear in linears:
+                    part, count = linear.part
+                    by_output = by_down if linear.writes_residual else by_gate_up.chunk(count, dim=-1)[part]
+                    capture.add(linear, by_output, expert)
+
+        output.register_hook(receive)
+
+    return hook
+
+
+def _swiglu_gradient(module: nn.Module, expert: int, x: Tensor, by_down: Tensor) -> Tensor:
+    """Gradient by gate and up [tokens, 2 * intermediate] of one expert, from that by its output [tokens, hidden]."""
+    experts: Any = module
+    gate_up = (x @ experts.gate_up_proj[expert].T).requires_grad_()
+    with torch.enable_grad():
+        gate, up = gate_up.chunk(2, dim=-1)
+        hidden = experts.act_fn(gate) * up
+    (gradient,) = torch.autograd.grad(hidden, gate_up, by_down @ experts.down_proj[expert])
+    return gradient
