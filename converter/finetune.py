@@ -2,7 +2,7 @@
 
 Assignments stay as they are. The loss is the mean KL divergence of the next-token distributions, original after
 quantized, as in a distillation; a gradient by a weight goes to its centroid, its group scale and its row scale.
-Masters are real numbers; what the model computes with is always rounded as the file is.
+Centroids and group scales are real numbers meanwhile, rounded once at the end.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .architecture import Linear
 from .checkpoint import Checkpoint
-from .clustering import Fit, gradient_of
+from .clustering import Fit, RealFit, gradient_of, real_weights_of, weights_of
 from .layers import LayerQuantizer, QuantizedLayer
 from .plan import Plan
 from .quantize import Quantized
 from .report import Tuned, progress
 
-CENTROID_STEP = 0.04  # Adam's, in steps of int8; group scales likewise
-SCALE_STEP = 1e-4  # of the logarithm of a row's scale
+STEP = 0.04  # Adam's, in steps of int8
+BETAS = (0.9, 0.95)
 WARM_UP = 5
 SEQUENCES_PER_STEP = 2
 HELD_OUT = 2  # sequences that only measure
@@ -38,38 +39,34 @@ MAX_FLOPS = 4e13  # bounds the time on large models; not a clock, so that a seed
 
 
 class _Master:
-    """Real-valued centroids, group scales and logarithm of the row scales of one fit."""
+    """Real-valued centroids and group scales of one fit, in steps of int8."""
 
     def __init__(self, fit: Fit) -> None:
-        self.fit, self.start = fit, fit.scales.copy()
-        self.saved = [None if array is None else array.copy() for array in (fit.centroids, fit.group_scales)]
-        self.centroids = torch.from_numpy(fit.centroids.astype(np.float32))
-        self.groups = None if fit.group_scales is None else torch.from_numpy(fit.group_scales.astype(np.float32))
-        self.log_scales = torch.zeros(len(fit.scales))
-
-    def integers(self) -> list[Tensor]:
-        return [self.centroids] if self.groups is None else [self.centroids, self.groups]
+        self.fit, self.real = fit, RealFit.of(fit)
+        arrays = (self.real.centroids, self.real.group_scales)
+        self.parameters = [torch.from_numpy(array) for array in arrays if array is not None]
 
     def take_gradient(self, gradient: Tensor, n_threads: int) -> None:
         found = gradient_of(self.fit, gradient.numpy(), n_threads)
-        self.centroids.grad = torch.from_numpy(found.centroids)
-        if self.groups is not None:
-            self.groups.grad = torch.from_numpy(found.group_scales)
-        self.log_scales.grad = torch.from_numpy(found.scales * self.fit.scales)
+        arrays = (found.centroids, found.group_scales)
+        for parameter, array in zip(self.parameters, (a for a in arrays if a is not None), strict=True):
+            parameter.grad = torch.from_numpy(array)
 
-    def restore(self) -> None:
+    def restore(self, before: RealFit) -> None:
         """Put back what the fit held at first."""
-        self.fit.scales[:] = self.start
-        for array, saved in zip((self.fit.centroids, self.fit.group_scales), self.saved, strict=True):
-            if array is not None and saved is not None:
-                array[:] = saved
+        self.fit.centroids[:] = before.centroids
+        if before.group_scales is not None and self.fit.group_scales is not None:
+            self.fit.group_scales[:] = before.group_scales
 
-    def round(self) -> None:
-        """Write the file's integers and scales."""
-        self.fit.centroids[:] = self.centroids.clamp_(-127, 127).round().numpy()
-        if self.groups is not None and self.fit.group_scales is not None:
-            self.fit.group_scales[:] = self.groups.clamp_(0, 127).round().numpy()
-        self.fit.scales[:] = self.start * self.log_scales.exp().numpy()
+    def round(self, generator: np.random.Generator) -> None:
+        """Write the file's integers. Rounded at random, so that steps below one half are kept on average."""
+        self.fit.centroids[:] = _rounded(self.real.centroids, -127, generator)
+        if self.real.group_scales is not None and self.fit.group_scales is not None:
+            self.fit.group_scales[:] = _rounded(self.real.group_scales, 0, generator)
+
+
+def _rounded(values: NDArray[np.float32], lowest: int, generator: np.random.Generator) -> NDArray[np.float32]:
+    return np.floor(values + generator.random(values.shape, np.float32)).clip(lowest, 127)
 
 
 @dataclass
@@ -116,7 +113,7 @@ class FineTuner:
                 yield _Target(linear, quantized, parameter, [_Master(fit) for fit in quantized.fits])
 
     def tune(self, tokens: Tensor, steps: int, seed: int) -> Tuned:
-        """Descend on tokens [sequences, n], a few a step; the fits change in place.
+        """Descend on tokens [sequences, n], a few a step; the fits change in place, once, at the end.
 
         The last sequences are held out; if the loss on them does not fall, everything stays as it was.
         """
@@ -136,25 +133,27 @@ class FineTuner:
                 self._gather_gradients()
                 optimizer.step()
                 schedule.step()
-                self._install()
+                self._install(lambda master: real_weights_of(master.fit, master.real, self.n_threads))
                 advance(f"KL {float(loss.detach()):.4f}")
+        return self._finish(held, Tuned(steps, start, start), np.random.default_rng(seed))
+
+    def _finish(self, held: Tensor, undone: Tuned, generator: np.random.Generator) -> Tuned:
+        masters = [master for target in self.targets for master in target.masters]
+        integers = [RealFit.of(master.fit) for master in masters]
+        for master in masters:
+            master.round(generator)
+        self._install(lambda master: weights_of(master.fit, self.n_threads))
         with torch.no_grad():
             end = float(self._loss(held))
-        if end < start:
-            return Tuned(steps, start, end)
-        for target in self.targets:
-            for master in target.masters:
-                master.restore()
-        return Tuned(steps, start, start)
+        if end < undone.loss_start:
+            return Tuned(undone.steps, undone.loss_start, end)
+        for master, before in zip(masters, integers, strict=True):
+            master.restore(before)
+        return undone
 
     def _optimizer(self) -> torch.optim.Adam:
-        masters = [master for target in self.targets for master in target.masters]
-        integers = [tensor for master in masters for tensor in master.integers()]
-        groups = [
-            {"params": integers, "lr": CENTROID_STEP},
-            {"params": [master.log_scales for master in masters], "lr": SCALE_STEP},
-        ]
-        return torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
+        parameters = [p for target in self.targets for master in target.masters for p in master.parameters]
+        return torch.optim.Adam(parameters, lr=STEP, betas=BETAS, eps=1e-12)
 
     def _loss(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
@@ -173,12 +172,11 @@ class FineTuner:
         for target in self.targets:
             target.parameter.grad = None
 
-    def _install(self) -> None:
+    def _install(self, weights: Callable[[_Master], NDArray[np.float32]]) -> None:
         with torch.no_grad():
             for target in self.targets:
-                for master in target.masters:
-                    master.round()
-                weight = self.quantizer.basis(target.linear).from_file(target.quantized.weight(self.n_threads))
+                stored = torch.stack([torch.from_numpy(weights(master)) for master in target.masters])
+                weight = self.quantizer.basis(target.linear).from_file(stored.reshape(target.quantized.original.shape))
                 target.linear.rows_of(target.parameter).copy_(weight)
 
 

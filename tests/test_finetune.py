@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 from codequant_converter import cli
-from codequant_converter.clustering import Grouping, fit_codebooks, gradient_of, new_fit, weights_of
+from codequant_converter.clustering import (
+    Grouping,
+    RealFit,
+    fit_codebooks,
+    gradient_of,
+    new_fit,
+    real_weights_of,
+    weights_of,
+)
 from codequant_converter.finetune import MAX_STEPS, FineTuner, step_count
 from codequant_converter.layers import LayerQuantizer
 from codequant_converter.pipeline import plan_conversion
@@ -38,8 +46,8 @@ def test_weights_and_gradients_of_a_fit(cq, grouping):
     centroids, rows = np.zeros(fit.centroids.shape), np.arange(5)[:, None]
     np.add.at(centroids, (rows, book), d * fit.scales[:, None] * group / 128)
     np.testing.assert_allclose(found.centroids, centroids, rtol=1e-4, atol=1e-6)
-    w8 = weights_of(fit, 1) / fit.scales[:, None]
-    np.testing.assert_allclose(found.scales, (d * w8).sum(1), rtol=1e-3, atol=1e-3)
+    real = real_weights_of(fit, RealFit.of(fit), 2)
+    np.testing.assert_allclose(real, centroid * group / 128 * fit.scales[:, None], rtol=1e-5)
     if fit.group_scales is None:
         assert found.group_scales is None
     else:
@@ -70,7 +78,7 @@ def state(layers) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
 def test_tuning_lowers_the_divergence_and_keeps_the_assignments(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("codequant_converter.finetune.CENTROID_STEP", 0.3)  # two bits and tiny widths bear more
+    monkeypatch.setattr("codequant_converter.finetune.STEP", 0.3)  # two bits and tiny widths bear more
     MODELS[name].save(tmp_path)
     tokens = torch.randint(0, VOCAB, (8, 64), generator=torch.Generator().manual_seed(2))
     tokens = torch.cat([tokens, tokens[:2]])  # what is held out is also learned from: so much the loss must fall
@@ -88,7 +96,7 @@ def test_tuning_lowers_the_divergence_and_keeps_the_assignments(name, tmp_path, 
 
 def test_tuning_that_does_not_help_is_undone(tmp_path, monkeypatch):
     MODELS["llama-tied"].save(tmp_path)
-    monkeypatch.setattr("codequant_converter.finetune.CENTROID_STEP", 40.0)
+    monkeypatch.setattr("codequant_converter.finetune.STEP", 40.0)
     layers, tuner = quantized(tmp_path)
     before = state(layers)
     tuned = tuner.tune(torch.arange(384).reshape(6, 64) * 37 % VOCAB, 8, seed=1)
