@@ -15,7 +15,7 @@ from pyggml_bridge.native import default_threads
 from .clustering import DESCENT_ROUNDS, Grouping, Refinement
 from .pipeline import convert, plan_conversion
 from .plan import Plan
-from .report import console, tensor_table
+from .report import console, tensor_table, warn
 from .settings import Override, Settings
 from .write import check_output
 
@@ -50,7 +50,10 @@ def parser() -> ArgumentParser:
     p = ArgumentParser(prog="cq-convert", description="Hugging Face checkpoint -> clustered-codebook GGUF")
     p.add_argument("model", metavar="MODEL", help="directory with config.json and safetensors, hub id, or GGUF file")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the GGUF file to write")
-    p.add_argument("--bits", type=int, choices=(4, 3, 2), default=4, help="bits per index")
+    p.add_argument("--bits", type=int, choices=(4, 3, 2), default=None, help="bits per index (4)")
+    p.add_argument(
+        "--target-bpw", type=float, metavar="X", help="mix types by sensitivity to X bits per weight (not with --bits)"
+    )
     p.add_argument("--group-size", type=int, default=-1, metavar="N", help="columns that share a codebook; -1: the row")
     p.add_argument(
         "--scale-group", type=int, choices=(-1, 64, 128), default=64, help="columns that share a scale; -1: the row"
@@ -100,10 +103,15 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         raise CQError(f"--seed {a.seed}: expected 0 .. 4294967295")
     if a.calibration and not a.calibration.is_file():
         raise CQError(f"--calibration {a.calibration}: no such file")
+    if a.target_bpw is not None and (a.bits or not a.calibration or a.no_sensitivity or a.no_feedback):
+        raise CQError("--target-bpw: needs --calibration, and neither --bits nor --no-sensitivity nor --no-feedback")
+    if a.target_bpw is not None and not 0 < a.target_bpw <= 16:
+        raise CQError(f"--target-bpw {a.target_bpw:g}: expected more than 0, at most 16")
     return Settings(
         model=a.model,
         out=a.out,
-        bits=a.bits,
+        bits=a.bits or 4,
+        target_bpw=a.target_bpw,
         grouping=Grouping(a.group_size, a.scale_group),
         activation_bits=a.activation_bits,
         calibration=a.calibration,
@@ -124,6 +132,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 def show_plan(settings: Settings, plan: Plan, as_json: bool) -> None:
     """The dry run's output; CQError if the output could not be written."""
     check_output(settings.out, settings.overwrite, plan.nbytes)
+    if settings.target_bpw is not None:
+        warn("--target-bpw: types are chosen when sensitivity is measured; these are the ones without it")
     tensors: list[dict[str, Any]] = [
         {"name": t.name, "type": t.type, "shape": list(t.shape), "bpw": t.bpw, "bytes": t.nbytes} for t in plan.tensors
     ]

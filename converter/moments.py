@@ -11,6 +11,7 @@ from .basis import FileBasis
 
 DAMPING = 0.1  # added to the second moments' diagonal, relative to its mean: lowest held-out error (docs/decisions.md)
 SAMPLE_ROWS = 256  # kept of every batch of rows
+PANEL = 256  # columns summed at a time
 
 
 class Moments:
@@ -36,7 +37,10 @@ class Moments:
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Add rows x [tokens, cols]; weight [tokens] >= 0, all 1 where there is none."""
-        self._sum.addmm_(x.T if weight is None else (x * weight[:, None]).T, x)
+        weighted = x if weight is None else x * weight[:, None]
+        for begin in range(0, x.shape[1], PANEL):  # the upper half would only repeat the lower one
+            end = min(begin + PANEL, x.shape[1])
+            self._sum[begin:end, :end].addmm_(weighted[:, begin:end].T, x[:, :end])
         self._total += len(x) if weight is None else float(weight.sum(dtype=torch.float64))
         self._sample.append(x[:: max(1, len(x) // SAMPLE_ROWS)].clone())
         self.tokens += len(x)
@@ -44,7 +48,8 @@ class Moments:
     @cached_property
     def matrix(self) -> Tensor:
         """The second moments [cols, cols]; only once all rows have been added."""
-        return self._sum / max(self._total, torch.finfo(torch.float32).tiny)
+        lower = self._sum.tril() / max(self._total, torch.finfo(torch.float32).tiny)
+        return lower + lower.tril(-1).T
 
     @cached_property
     def damped(self) -> Tensor:
@@ -56,9 +61,19 @@ class Moments:
 
     @cached_property
     def feedback_factor(self) -> Tensor:
-        """Upper Cholesky factor [cols, cols] of the inverse of damped."""
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped.double()))
-        return torch.linalg.cholesky(inverse, upper=True).float().contiguous()
+        """Upper Cholesky factor [cols, cols] of the inverse of damped: U^T U = damped^-1.
+
+        With rows and columns backwards, damped is L L^T; forwards again that is U^-1 U^-T.
+        """
+        backwards = torch.linalg.cholesky(self.damped.double().flip(0, 1)).flip(0, 1)
+        eye = torch.eye(len(backwards), dtype=torch.float64)
+        return torch.linalg.solve_triangular(backwards, eye, upper=True).float().contiguous()
+
+    @cached_property
+    def feedback_gain(self) -> float:
+        """What is left of a quantization error's energy when feedback moves it to later columns: at most 1."""
+        conditional = self.feedback_factor.diagonal().square().reciprocal()
+        return float(conditional.sum() / self.damped.diagonal().sum())
 
     def in_basis(self, basis: FileBasis) -> Moments:
         """The moments of the inputs that the file's weight multiplies."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyggml_bridge.output import complete_file
 
 from .architecture import head_dim_of
+from .budget import allocate
 from .calibration import SEQUENCE, read_tokens, tokenize
 from .check import check_file
 from .checkpoint import Checkpoint, open_checkpoint
@@ -81,6 +82,8 @@ class _Job:
             heads = random_rotation(head_dim_of(self.checkpoint.config), self.settings.seed)
             self.model = self.model.rotated(self._rotation(None if tokens is None else observed), heads)
         with complete_file(self.settings.out) as part, self._sensitivity(tokens) as sensitivity:
+            if sensitivity and self.settings.target_bpw is not None:
+                self.plan = self.report.plan = allocate(self.plan, sensitivity.damage(), self.settings)
             file = OutputFile(part, self.checkpoint.arch.gguf_name, keys, self.plan.tensors)
             try:
                 self._write(file, tokens, sensitivity)

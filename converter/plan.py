@@ -111,8 +111,16 @@ class Plan:
     @property
     def bpw(self) -> float:
         """Bits per weight of every tensor except embeddings and head, sidecars counted."""
-        body = [t for t in self.tensors if t.name not in (GGUF_NAMES[EMBEDDING], GGUF_NAMES[HEAD])]
-        return 8 * sum(t.nbytes for t in body) / sum(t.n_weights for t in body)
+        return 8 * self.body_bytes / sum(t.n_weights for t in self._body)
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of every tensor except embeddings and head."""
+        return sum(t.nbytes for t in self._body)
+
+    @property
+    def _body(self) -> list[PlannedTensor]:
+        return [t for t in self.tensors if t.name not in (GGUF_NAMES[EMBEDDING], GGUF_NAMES[HEAD])]
 
 
 def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:

@@ -27,16 +27,22 @@ from .report import progress
 from .stream import LayerStream
 from .transform import TransformedModel
 
+INPUT_STRIDE = 4  # every fourth token's inputs are enough to predict what feedback gains
 HEAD_ROWS = 512  # tokens whose logits are in memory at a time
 HALF_BYTES, FLOAT_BYTES = 2, 4
 
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """token_weights: site -> [tokens], mean 1; outputs: linear -> its moments [out, out], one or one per expert."""
+    """token_weights: site -> [tokens], mean 1; outputs: linear -> its moments [out, out], one or one per expert.
+
+    damage: linear -> predicted divergence, in nats per token, if its rows are quantized with a squared error of 1
+    relative to their own energy and error feedback does what it can.
+    """
 
     token_weights: dict[str, Tensor]
     outputs: dict[str, list[Moments]]
+    damage: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,17 @@ class Sensitivity:
         """Read one layer's."""
         saved = torch.load(self._file(index), weights_only=True)
         outputs = {name: [_unpacked(*packed) for packed in entries] for name, entries in saved["outputs"].items()}
-        return LayerSensitivity(saved["token_weights"], outputs)
+        return LayerSensitivity(saved["token_weights"], outputs, saved["damage"])
+
+    def damage(self) -> list[dict[str, float]]:
+        """Every layer's."""
+        return [self.layer(i).damage for i in range(len(list(self.folder.glob("layer-*.pt"))))]
 
     def save(self, index: int, layer: LayerSensitivity) -> None:
         """Write one layer's."""
         outputs = {name: [_packed(entry) for entry in entries] for name, entries in layer.outputs.items()}
-        torch.save({"token_weights": layer.token_weights, "outputs": outputs}, self._file(index))
+        saved = {"token_weights": layer.token_weights, "outputs": outputs, "damage": layer.damage}
+        torch.save(saved, self._file(index))
 
     def _file(self, index: int) -> Path:
         return self.folder / f"layer-{index}.pt"
@@ -126,16 +137,26 @@ class _GradientCapture:
 
     def __init__(self, arch: Architecture, module: nn.Module) -> None:
         self.norms: dict[tuple[str, str], list[Tensor]] = {}  # site and linear -> gradient norms of each batch
+        self.inputs: dict[str, Moments] = {}  # site -> of some of its inputs, of all experts alike
         self.outputs: dict[str, list[Moments]] = {}
-        for linear in arch.linears:
-            if not linear.router:
-                *n_experts, out, _ = linear.rows_of(module.get_parameter(linear.parameter)).shape
-                entries = n_experts[0] if n_experts and not linear.writes_residual else 1
-                self.outputs[linear.name] = [Moments(out) for _ in range(entries)]
+        self.energy: dict[str, float] = {}
+        self.linears = [linear for linear in arch.linears if not linear.router]
+        for linear in self.linears:
+            *n_experts, out, cols = linear.rows_of(module.get_parameter(linear.parameter)).shape
+            entries = n_experts[0] if n_experts and not linear.writes_residual else 1
+            self.outputs[linear.name] = [Moments(out) for _ in range(entries)]
+            self.inputs.setdefault(linear.site, Moments(cols))
+            self.energy[linear.name] = 0.0
 
-    def add(self, linear: Linear, gradient: Tensor, expert: int = 0) -> Tensor:
+    def add_inputs(self, site: str, x: Tensor) -> None:
+        """Inputs [tokens, in] of a site's linears."""
+        self.inputs[site].add(x[::INPUT_STRIDE])
+
+    def add(self, linear: Linear, gradient: Tensor, output: Tensor, expert: int = 0) -> Tensor:
         """Gradients [tokens, out] of the linear's output; returns their norms. What writes the residual is shared."""
         norms = gradient.norm(dim=-1)
+        by_row = gradient.square().sum(dim=0) @ output.square().mean(dim=0)
+        self.energy[linear.name] += float(by_row)
         entries = self.outputs[linear.name]
         entries[expert if len(entries) > 1 else 0].add(gradient, 1 / norms.clamp_min(torch.finfo(torch.float32).tiny))
         return norms
@@ -147,7 +168,16 @@ class _GradientCapture:
             norms = torch.cat(batches)
             mean = norms.mean().clamp_min(torch.finfo(torch.float32).tiny)
             weights.setdefault(site, []).append(norms / mean)
-        return LayerSensitivity({site: torch.stack(w).mean(dim=0) for site, w in weights.items()}, self.outputs)
+        token_weights = {site: torch.stack(w).mean(dim=0) for site, w in weights.items()}
+        n_tokens = len(token_weights[self.linears[0].site])
+        damage = {linear.name: self._damage(linear, n_tokens) for linear in self.linears}
+        return LayerSensitivity(token_weights, self.outputs, damage)
+
+    def _damage(self, linear: Linear, n_tokens: int) -> float:
+        """Half the expected square of g e, e a row's error: independent of the row's other errors and of the token."""
+        entries = [entry for entry in self.outputs[linear.name] if entry.tokens]
+        gain = sum(entry.feedback_gain for entry in entries) / max(1, len(entries))
+        return 0.5 * self.energy[linear.name] / n_tokens * gain * self.inputs[linear.site].feedback_gain
 
 
 @contextmanager
@@ -169,10 +199,16 @@ def _capture_gradients(arch: Architecture, module: nn.Module) -> Iterator[_Gradi
 
 
 def _linear_hook(capture: _GradientCapture, linear: Linear) -> Any:
+    first_of_site = next(other for other in capture.linears if other.site == linear.site)
+
     def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        index, count = linear.part
+        mine = output.detach().flatten(0, -2).chunk(count, dim=-1)[index]
+        if linear is first_of_site:
+            capture.add_inputs(linear.site, arguments[0].detach().flatten(0, -2))
+
         def receive(gradient: Tensor) -> None:
-            index, count = linear.part
-            norms = capture.add(linear, gradient.flatten(0, -2).chunk(count, dim=-1)[index])
+            norms = capture.add(linear, gradient.flatten(0, -2).chunk(count, dim=-1)[index], mine)
             capture.norms.setdefault((linear.site, linear.name), []).append(norms)
 
         output.register_hook(receive)
@@ -186,6 +222,8 @@ def _experts_hook(capture: _GradientCapture, arch: Architecture) -> Any:
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         states, index, routing = (argument.detach() for argument in arguments)
+        states = states.flatten(0, -2)
+        capture.add_inputs(linears[0].site, states)
 
         def receive(gradient: Tensor) -> None:
             gradient = gradient.flatten(0, -2)
@@ -195,23 +233,30 @@ def _experts_hook(capture: _GradientCapture, arch: Architecture) -> Any:
                 if not len(token):
                     continue
                 by_down = gradient[token] * routing[token, slot, None]
-                by_gate_up = _swiglu_gradient(module, expert, states.flatten(0, -2)[token], by_down)
+                gate_up, by_gate_up, hidden = _swiglu_gradient(module, expert, states[token], by_down)
+                capture.add_inputs(f"{linears[0].site}.hidden", hidden)
                 for linear in linears:
                     part, count = linear.part
-                    by_output = by_down if linear.writes_residual else by_gate_up.chunk(count, dim=-1)[part]
-                    capture.add(linear, by_output, expert)
+                    if linear.writes_residual:
+                        capture.add(linear, by_down, hidden @ module.down_proj[expert].T, expert)
+                    else:
+                        by_output, output_part = (x.chunk(count, dim=-1)[part] for x in (by_gate_up, gate_up))
+                        capture.add(linear, by_output, output_part, expert)
 
         output.register_hook(receive)
 
     return hook
 
 
-def _swiglu_gradient(module: nn.Module, expert: int, x: Tensor, by_down: Tensor) -> Tensor:
-    """Gradient by gate and up [tokens, 2 * intermediate] of one expert, from that by its output [tokens, hidden]."""
+def _swiglu_gradient(module: nn.Module, expert: int, x: Tensor, by_down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One expert's gate and up, the gradient by them [tokens, 2 * intermediate], and what its down projection reads.
+
+    by_down: the gradient by the expert's output [tokens, hidden].
+    """
     experts: Any = module
     gate_up = (x @ experts.gate_up_proj[expert].T).requires_grad_()
     with torch.enable_grad():
         gate, up = gate_up.chunk(2, dim=-1)
         hidden = experts.act_fn(gate) * up
     (gradient,) = torch.autograd.grad(hidden, gate_up, by_down @ experts.down_proj[expert])
-    return gradient
+    return gate_up.detach(), gradient, hidden.detach()

@@ -35,11 +35,15 @@ class Override:
 
 @dataclass(frozen=True)
 class Settings:
-    """One conversion. calibration None: weight-only clustering and a random rotation."""
+    """One conversion. calibration None: weight-only clustering and a random rotation.
+
+    target_bpw: choose types by sensitivity for so many bits per weight; None: the type of `bits` everywhere.
+    """
 
     model: str
     out: Path
     bits: int
+    target_bpw: float | None
     grouping: Grouping
     activation_bits: int
     calibration: Path | None

@@ -136,6 +136,10 @@ def test_bad_options_and_outputs(pristine, tmp_path, monkeypatch, capsys):
         (["--no-such-option"], "--no-such-option"),
         (["--bits", "5"], "--bits"),
         (["--group-size", "100"], "--group-size"),
+        (["--target-bpw", "4"], "--calibration"),
+        (["--target-bpw", "4", "--calibration", __file__, "--bits", "3"], "--bits"),
+        (["--target-bpw", "nan", "--calibration", __file__], "--target-bpw"),
+        (["--target-bpw", "0.5", "--calibration", __file__], "the smallest types take"),
         (["--tensor-type", "attn_q"], "--tensor-type"),
         (["--tensor-type", "(=cq4"], "--tensor-type"),
         (["--tensor-type", "no_such_tensor=f16"], "no_such_tensor"),
@@ -192,20 +196,21 @@ def test_as_a_process(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_interrupt_leaves_nothing(tmp_path):
-    """Ctrl-C while layers are being written."""
+@pytest.mark.parametrize(("options", "part"), [([], "out.gguf.*.part"), (["--no-sensitivity"], "out.gguf.part")])
+def test_interrupt_leaves_nothing(tmp_path, options, part):
+    """Ctrl-C while sensitivity is measured, and while layers are being written."""
     tiny = MODELS["llama-mha-linear"]
     model = tmp_path / "model"
     type(tiny)("llama", tiny.fields | {"num_hidden_layers": 400}).save(model)
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     arguments = command(model, "--out", tmp_path / "out.gguf", "--calibration", text, "--no-rotation", "--no-check")
+    arguments += options
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    part = tmp_path / "out.gguf.part"
     deadline = time.monotonic() + 60
-    while not part.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not list(tmp_path.glob(part)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert part.exists()
+    assert list(tmp_path.glob(part))
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr

@@ -1,0 +1,77 @@
+"""Types by sensitivity: the budget is kept and nearly used up, and what matters most gets most bits."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+from codequant_converter import cli
+from codequant_converter.budget import DISTORTION, allocate
+from codequant_converter.pipeline import convert, plan_conversion
+
+from pyggml_bridge.models import load_model
+from tests.models import MODELS, TEXT
+
+STEMS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "attn_q", "attn_output")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    MODELS["mixtral-top-1"].save(folder)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def settings(model: Path, target: float, *options: str):
+    arguments = [str(model), "--out", str(model / "m.gguf"), "--calibration", str(model / "text.txt"), "--overwrite"]
+    return cli.settings_of(cli.parser().parse_args([*arguments, "--target-bpw", str(target), *options]))
+
+
+def predicted(plan, damage) -> float:
+    stems = {f"blk.{i}.{stem}.weight": value for i, layer in enumerate(damage) for stem, value in layer.items()}
+    return sum(stems[t.name] * DISTORTION[t.type] for t in plan.tensors if t.name in stems)
+
+
+def test_budget_is_kept_and_more_of_it_is_never_worse(model):
+    damage = [{stem: 10.0 ** ((i * 3 + j * 7) % 5 - 4) for j, stem in enumerate(STEMS)} for i in range(3)]
+    losses = []
+    for target in (3.0, 3.4, 3.9, 4.4, 5.0, 6.0, 8.0):
+        chosen = settings(model, target)
+        plan = allocate(plan_conversion(chosen)[1], damage, chosen)
+        assert plan.bpw <= target
+        losses.append(predicted(plan, damage))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.01 * losses[0]
+
+
+@pytest.mark.parametrize("target", [3.5, 3.8, 4.5, 5.5])
+def test_close_to_the_best_of_all_choices(model, target):
+    """Against every combination of types of one layer's linears, all others being held by --tensor-type."""
+    held = ("--tensor-type", r"blk\.[12]\.(attn|ffn_[dgu].*exps)=cq3", "--tensor-type", r"blk.0.attn_[vk]=cq4")
+    chosen = settings(model, target, *held)
+    damage = [dict(zip(STEMS, (0.5, 0.02, 2.0, 0.1, 0.01), strict=True))] * 3
+    plan = plan_conversion(chosen)[1]
+    found = allocate(plan, damage, chosen)
+    assert [t.type for t in found.layers[1]] == [t.type for t in plan.layers[1]]
+    best = float("inf")
+    for types in product(DISTORTION, repeat=len(STEMS)):
+        patterns = [f"blk.0.{stem}.weight={kind}" for stem, kind in zip(STEMS, types, strict=True)]
+        options = [option for pattern in patterns for option in ("--tensor-type", pattern)]
+        candidate = plan_conversion(settings(model, target, *held, *options))[1]
+        if candidate.bpw <= target:
+            best = min(best, predicted(candidate, damage))
+    assert predicted(found, damage) <= 1.35 * best
+
+
+def test_a_mixed_file_runs(model, tmp_path):
+    chosen = settings(model, 4.0)
+    report = convert(chosen)
+    assert report.plan.bpw <= 4.0 and report.document()["bpw"] == report.plan.bpw
+    kinds = {tensor.type for layer in report.plan.layers for tensor in layer}
+    assert len(kinds & set(DISTORTION)) >= 2
+    assert report.check["finite"]
+    load_model(str(model / "m.gguf"), n_ctx=64, n_threads=1)
+    first = (model / "m.gguf").read_bytes()
+    convert(chosen)
+    assert (model / "m.gguf").read_bytes() == first
