@@ -67,6 +67,18 @@ class Fit:
             loss=self.loss[rows],
         )
 
+    def copy(self) -> Fit:
+        """The same with arrays of its own."""
+        groups = None if self.group_scales is None else self.group_scales.copy()
+        arrays = {name: getattr(self, name).copy() for name in ("w", "indices", "centroids", "scales", "loss")}
+        return replace(self, group_scales=groups, **arrays)
+
+    def take(self, other: Fit) -> None:
+        """Overwrite the arrays by another fit's of the same shape."""
+        for name in ("w", "indices", "centroids", "group_scales", "scales", "loss"):
+            if getattr(self, name) is not None:
+                getattr(self, name)[:] = getattr(other, name)
+
     def clustered(self) -> Clustered:
         """Packed as the file holds it."""
         packed = pack(self.indices, self.cq)

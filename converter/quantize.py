@@ -26,7 +26,7 @@ from .clustering import (
 )
 from .moments import Moments
 from .plan import PlannedTensor
-from .row_feedback import cluster_in_turn
+from .row_feedback import cluster_in_turn, sweep
 
 F16_MAX = 65504.0
 
@@ -119,16 +119,22 @@ def _cluster(fit: Fit, moments: Moments | None, output: Moments | None, refine: 
         fit_codebooks(fit, n_threads)
         return
 
-    def cluster_rows(rows: Fit) -> None:
+    def from_scratch(rows: Fit) -> None:
         fit_codebooks(rows, n_threads, ITERATIONS_BEFORE_FEEDBACK)
         error_feedback(rows, moments.feedback_factor.numpy(), n_threads)
-        if refine.descent_rounds:
-            descend(rows, moments.damped.numpy(), n_threads, refine.descent_rounds)
+
+    def descent(rows: Fit, rounds: int = 1) -> None:
+        descend(rows, moments.damped.numpy(), n_threads, rounds)
 
     if output is None:
-        cluster_rows(fit)
-    else:
-        cluster_in_turn(fit, output.feedback_factor, cluster_rows, n_threads)
+        from_scratch(fit)
+        if refine.descent_rounds:
+            descent(fit, refine.descent_rounds)
+        return
+    weight = torch.from_numpy(fit.w.copy())
+    cluster_in_turn(fit, output.feedback_factor, from_scratch, n_threads)
+    for _ in range(refine.descent_rounds):
+        sweep(fit, weight, output.damped, moments.damped, descent, n_threads)
 
 
 def relative_error(weight: Tensor, effective: Tensor, moments: list[Moments] | None) -> float:

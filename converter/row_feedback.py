@@ -1,8 +1,9 @@
-"""Error feedback from row to row: what earlier rows did wrong, later ones make up for in what follows the linear.
+"""Feedback from row to row: what some rows do wrong, others make up for in what follows the linear.
 
-Under a loss sum_ij O_ij e_i H e_j^T over the errors e of the rows (O: second moments of the outputs' gradients, H: of
-the inputs), once some rows are quantized the others do best at targets that do not depend on H: GPTQ's update with
-rows in place of columns. Whatever quantizes a row then goes on under H alone (YAQA, arXiv 2505.22988).
+The loss is sum_ij O_ij e_i H e_j^T over the errors e of the rows (O: second moments of the gradients by the outputs, H:
+of the inputs). With some rows fixed, the best for the others are targets that do not depend on H; whatever quantizes a row
+then goes on under H alone. So the first pass is GPTQ's with rows in place of columns (YAQA, arXiv 2505.22988), and
+further sweeps are coordinate descent over blocks of rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .clustering import Fit, weights_of
 
-ROWS = 32  # clustered side by side, without feedback among them; a multiple of what one thread takes
+ROWS = 16  # quantized side by side, without feedback among them: two tasks for threads (docs/decisions.md)
 
 
 def cluster_in_turn(fit: Fit, factor: Tensor, cluster_rows: Callable[[Fit], None], n_threads: int) -> None:
@@ -32,3 +33,30 @@ def cluster_in_turn(fit: Fit, factor: Tensor, cluster_rows: Callable[[Fit], None
             error = targets[begin:end] - torch.from_numpy(weights_of(block, n_threads))
             gain = torch.linalg.solve_triangular(factor[begin:end, begin:end], factor[begin:end, end:], upper=True)
             targets[end:] -= gain.T @ error
+
+
+def sweep(
+    fit: Fit, weight: Tensor, outputs: Tensor, inputs: Tensor, descend_rows: Callable[[Fit], None], n_threads: int
+) -> None:
+    """Apply descend_rows to a few rows of the fit after another, at the best targets for the errors of all others.
+
+    weight [rows, cols]: what the fit stands for at best; outputs [rows, rows] and inputs [cols, cols]: second moments,
+    positive definite. The loss never increases: a block of rows that would raise it stays as it was.
+    """
+    error = torch.from_numpy(weights_of(fit, n_threads)) - weight
+    for begin in range(0, len(weight), ROWS):
+        rows = slice(begin, min(begin + ROWS, len(weight)))
+        own = outputs[rows, rows]
+        pull = outputs[rows] @ error - own @ error[rows]
+        target = weight[rows] - torch.cholesky_solve(pull, torch.linalg.cholesky(own))
+        block = fit.rows(rows.start, rows.stop)
+        before = block.copy()
+        block.w[:] = target.numpy()
+        descend_rows(block)
+        found = torch.from_numpy(weights_of(block, n_threads))
+        deltas = (found - target, error[rows] + weight[rows] - target)
+        losses = [float(((own @ delta) * (delta @ inputs)).sum(dtype=torch.float64)) for delta in deltas]
+        if losses[0] < losses[1]:
+            error[rows] = found - weight[rows]
+        else:
+            block.take(before)
