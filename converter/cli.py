@@ -19,7 +19,7 @@ from .report import console, tensor_table, warn
 from .settings import Override, Settings
 from .write import check_output
 
-DEFAULT_CALIBRATION_TOKENS = 24576  # SmolLM2 in under ten minutes on two cores (docs/decisions.md)
+DEFAULT_CALIBRATION_TOKENS = 16384  # more are better, and slower: docs/decisions.md
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Feedback from row to row: what some rows do wrong, others make up for in what follows the linear.
 
-The loss is sum_ij O_ij e_i H e_j^T over the errors e of the rows (O: second moments of the gradients by the outputs, H:
-of the inputs). With some rows fixed, the best for the others are targets that do not depend on H; whatever quantizes a row
-then goes on under H alone. So the first pass is GPTQ's with rows in place of columns (YAQA, arXiv 2505.22988), and
-further sweeps are coordinate descent over blocks of rows.
+The loss is sum_ij O_ij e_i H e_j^T over the errors e of the rows (O: second moments of the gradients by the outputs,
+H: of the inputs). With some rows fixed, the best for the others are targets that do not depend on H; whatever quantizes
+a row then goes on under H alone. So the first pass is GPTQ's with rows in place of columns (YAQA, arXiv 2505.22988),
+and further sweeps are coordinate descent over blocks of rows.
 """
 
 from __future__ import annotations
