@@ -61,19 +61,20 @@ class Moments:
 
     @cached_property
     def feedback_factor(self) -> Tensor:
-        """Upper Cholesky factor [cols, cols] of the inverse of damped: U^T U = damped^-1.
-
-        With rows and columns backwards, damped is L L^T; forwards again that is U^-1 U^-T.
-        """
-        backwards = torch.linalg.cholesky(self.damped.double().flip(0, 1)).flip(0, 1)
-        eye = torch.eye(len(backwards), dtype=torch.float64)
-        return torch.linalg.solve_triangular(backwards, eye, upper=True).float().contiguous()
+        """Upper Cholesky factor [cols, cols] of the inverse of damped: U^T U = damped^-1."""
+        factor = self._backward_factor()
+        eye = torch.eye(len(factor), dtype=factor.dtype)
+        return torch.linalg.solve_triangular(factor, eye, upper=True).float().contiguous()
 
     @cached_property
     def feedback_gain(self) -> float:
         """What is left of a quantization error's energy when feedback moves it to later columns: at most 1."""
-        conditional = self.feedback_factor.diagonal().square().reciprocal()
+        conditional = self._backward_factor().diagonal().square()  # a column's variance, the columns after it known
         return float(conditional.sum() / self.damped.diagonal().sum())
+
+    def _backward_factor(self) -> Tensor:
+        """Upper V, float64, with V V^T = damped: its Cholesky factor, rows and columns taken backwards."""
+        return torch.linalg.cholesky(self.damped.double().flip(0, 1)).flip(0, 1)
 
     def in_basis(self, basis: FileBasis) -> Moments:
         """The moments of the inputs that the file's weight multiplies."""
