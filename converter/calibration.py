@@ -65,7 +65,7 @@ def capture(
         if linear.router or linear.site in found:
             continue
         cols = linear.rows_of(module.get_parameter(linear.parameter)).shape[-1]
-        found[linear.site] = [Moments(cols) for _ in range(n_experts if linear.experts else 1)]
+        found[linear.site] = [Moments(cols, sampled=True) for _ in range(n_experts if linear.experts else 1)]
         if not linear.experts:
             weights = token_weights[linear.site] if token_weights else None
             hook = _linear_hook(found[linear.site][0], weights)

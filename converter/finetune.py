@@ -52,12 +52,6 @@ class _Master:
         for parameter, array in zip(self.parameters, (a for a in arrays if a is not None), strict=True):
             parameter.grad = torch.from_numpy(array)
 
-    def restore(self, before: RealFit) -> None:
-        """Put back what the fit held at first."""
-        self.fit.centroids[:] = before.centroids
-        if before.group_scales is not None and self.fit.group_scales is not None:
-            self.fit.group_scales[:] = before.group_scales
-
     def round(self, generator: np.random.Generator) -> None:
         """Write the file's integers. Rounded at random, so that steps below one half are kept on average."""
         self.fit.centroids[:] = _rounded(self.real.centroids, -127, generator)
@@ -139,7 +133,7 @@ class FineTuner:
 
     def _finish(self, held: Tensor, undone: Tuned, generator: np.random.Generator) -> Tuned:
         masters = [master for target in self.targets for master in target.masters]
-        integers = [RealFit.of(master.fit) for master in masters]
+        fits = [master.fit.copy() for master in masters]
         for master in masters:
             master.round(generator)
         self._install(lambda master: weights_of(master.fit, self.n_threads))
@@ -147,8 +141,8 @@ class FineTuner:
             end = float(self._loss(held))
         if end < undone.loss_start:
             return Tuned(undone.steps, undone.loss_start, end)
-        for master, before in zip(masters, integers, strict=True):
-            master.restore(before)
+        for master, before in zip(masters, fits, strict=True):
+            master.fit.take(before)
         return undone
 
     def _optimizer(self) -> torch.optim.Adam:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .basis import FileBasis
 
 DAMPING = 0.1  # added to the second moments' diagonal, relative to its mean: lowest held-out error (docs/decisions.md)
-SAMPLE_ROWS = 256  # kept of every batch of rows
+SAMPLE_ROWS = 64  # kept of every batch of rows
 PANEL = 256  # columns summed at a time
 
 
@@ -20,12 +20,12 @@ class Moments:
     tokens: rows seen; sample: some of them as they were, [rows, cols].
     """
 
-    def __init__(self, cols: int, damping: float = DAMPING) -> None:
-        """Nothing seen yet."""
+    def __init__(self, cols: int, damping: float = DAMPING, sampled: bool = False) -> None:
+        """Nothing seen yet. sampled: keep some rows, for relative_error."""
         self._sum = torch.zeros(cols, cols)
         self._sample: list[Tensor] = []
         self._total = 0.0
-        self._damping = damping
+        self._damping, self._sampled = damping, sampled
         self.tokens = 0
 
     @classmethod
@@ -42,7 +42,8 @@ class Moments:
             end = min(begin + PANEL, x.shape[1])
             self._sum[begin:end, :end].addmm_(weighted[:, begin:end].T, x[:, :end])
         self._total += len(x) if weight is None else float(weight.sum(dtype=torch.float64))
-        self._sample.append(x[:: max(1, len(x) // SAMPLE_ROWS)].clone())
+        if self._sampled:
+            self._sample.append(x[:: max(1, len(x) // SAMPLE_ROWS)].clone())
         self.tokens += len(x)
 
     @cached_property

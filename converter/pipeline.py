@@ -83,7 +83,8 @@ class _Job:
             self.model = self.model.rotated(self._rotation(None if tokens is None else observed), heads)
         with complete_file(self.settings.out) as part, self._sensitivity(tokens) as sensitivity:
             if sensitivity and self.settings.target_bpw is not None:
-                self.plan = self.report.plan = allocate(self.plan, sensitivity.damage(), self.settings)
+                self.plan = self.report.plan = allocate(self.plan, sensitivity.damage, self.settings)
+                require_free(self.settings.out.parent, self.plan.nbytes)
             file = OutputFile(part, self.checkpoint.arch.gguf_name, keys, self.plan.tensors)
             try:
                 self._write(file, tokens, sensitivity)

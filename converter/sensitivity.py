@@ -34,38 +34,33 @@ HALF_BYTES, FLOAT_BYTES = 2, 4
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """token_weights: site -> [tokens], mean 1; outputs: linear -> its moments [out, out], one or one per expert.
-
-    damage: linear -> predicted divergence, in nats per token, if its rows are quantized with a squared error of 1
-    relative to their own energy and error feedback does what it can.
-    """
+    """token_weights: site -> [tokens], mean 1; outputs: linear -> its moments [out, out], one or one per expert."""
 
     token_weights: dict[str, Tensor]
     outputs: dict[str, list[Moments]]
-    damage: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Every layer's, in files of a folder."""
+    """Every layer's, in files of a folder.
+
+    damage: per layer, linear -> predicted divergence, in nats per token, if its rows are quantized with a squared error
+    of 1 relative to their own energy and error feedback does what it can.
+    """
 
     folder: Path
+    damage: list[dict[str, float]]
 
     def layer(self, index: int) -> LayerSensitivity:
         """Read one layer's."""
         saved = torch.load(self._file(index), weights_only=True)
         outputs = {name: [_unpacked(*packed) for packed in entries] for name, entries in saved["outputs"].items()}
-        return LayerSensitivity(saved["token_weights"], outputs, saved["damage"])
-
-    def damage(self) -> list[dict[str, float]]:
-        """Every layer's."""
-        return [self.layer(i).damage for i in range(len(list(self.folder.glob("layer-*.pt"))))]
+        return LayerSensitivity(saved["token_weights"], outputs)
 
     def save(self, index: int, layer: LayerSensitivity) -> None:
         """Write one layer's."""
         outputs = {name: [_packed(entry) for entry in entries] for name, entries in layer.outputs.items()}
-        saved = {"token_weights": layer.token_weights, "outputs": outputs, "damage": layer.damage}
-        torch.save(saved, self._file(index))
+        torch.save({"token_weights": layer.token_weights, "outputs": outputs}, self._file(index))
 
     def _file(self, index: int) -> Path:
         return self.folder / f"layer-{index}.pt"
@@ -97,7 +92,7 @@ def folder_bytes(model: TransformedModel, n_tokens: int) -> int:
 def measure(model: TransformedModel, stream: LayerStream, tokens: Tensor, folder: Path, seed: int) -> Sensitivity:
     """Run tokens [sequences, n] forwards and backwards through the float model; files go to the folder."""
     n_layers = model.checkpoint.config.num_hidden_layers
-    found = Sensitivity(folder)
+    found = Sensitivity(folder, [{} for _ in range(n_layers)])
     hidden = model.embedding()[tokens]
     with progress("sensitivity", 2 * n_layers) as advance:
         for i in range(n_layers):
@@ -111,6 +106,7 @@ def measure(model: TransformedModel, stream: LayerStream, tokens: Tensor, folder
             with _capture_gradients(model.checkpoint.arch, module) as capture:
                 stream.backward(module, torch.from_numpy(np.load(saved)), gradient)
             found.save(i, capture.result())
+            found.damage[i].update(capture.damage(tokens.numel()))
             saved.unlink()
             advance("backward")
     return found
@@ -168,16 +164,16 @@ class _GradientCapture:
             norms = torch.cat(batches)
             mean = norms.mean().clamp_min(torch.finfo(torch.float32).tiny)
             weights.setdefault(site, []).append(norms / mean)
-        token_weights = {site: torch.stack(w).mean(dim=0) for site, w in weights.items()}
-        n_tokens = len(token_weights[self.linears[0].site])
-        damage = {linear.name: self._damage(linear, n_tokens) for linear in self.linears}
-        return LayerSensitivity(token_weights, self.outputs, damage)
+        return LayerSensitivity({site: torch.stack(w).mean(dim=0) for site, w in weights.items()}, self.outputs)
 
-    def _damage(self, linear: Linear, n_tokens: int) -> float:
-        """Half the expected square of g e, e a row's error: independent of the row's other errors and of the token."""
+    def damage(self, n_tokens: int) -> dict[str, float]:
+        """Per linear half the mean square of g e, the errors e of rows and tokens taken as independent."""
+        return {linear.name: self._damage(linear) / n_tokens for linear in self.linears}
+
+    def _damage(self, linear: Linear) -> float:
         entries = [entry for entry in self.outputs[linear.name] if entry.tokens]
         gain = sum(entry.feedback_gain for entry in entries) / max(1, len(entries))
-        return 0.5 * self.energy[linear.name] / n_tokens * gain * self.inputs[linear.site].feedback_gain
+        return 0.5 * self.energy[linear.name] * gain * self.inputs[linear.site].feedback_gain
 
 
 @contextmanager
