@@ -1,4 +1,4 @@
-"""Types by measured sensitivity: the least predicted divergence from the original at a given size (--target-bpw)."""
+"""Types by measured sensitivity: the least predicted divergence from the original at a given size."""
 
 from __future__ import annotations
 
@@ -10,26 +10,34 @@ from pyggml_bridge.errors import CQError
 from .plan import Plan, PlannedTensor
 from .settings import Settings
 
-# Squared error relative to a unit Gaussian's: Lloyd and Max's quantizers of 4, 8 and 16 levels; Q8_0 with steps of
-# 2.2 / 127, the mean largest of 32 being 2.2.
-DISTORTION = {"cq2": 0.1175, "cq3": 0.03454, "cq4": 0.009497, "q8_0": (2.2 / 127) ** 2 / 12}
+# Squared error relative to a unit Gaussian's: Lloyd and Max's quantizers of 4 to 32 levels; Q8_0 with steps of 2.2 / 127,
+# the mean largest of 32 being 2.2.
+DISTORTION = {"cq2": 0.1175, "cq3": 0.03454, "cq4": 0.009497, "cq5": 0.002499, "q8_0": (2.2 / 127) ** 2 / 12}
 
 
-def allocate(plan: Plan, damage: list[dict[str, float]], settings: Settings) -> Plan:
+# Defaults of --target-bpw: the size of llama.cpp's Q4_0, and a little less where experts fill the memory.
+DEFAULT_BPW, DEFAULT_EXPERTS_BPW = 4.5, 4.4
+
+
+def default_bpw(plan: Plan, has_experts: bool) -> float:
+    """What a conversion without --bits and --target-bpw aims at: not below the plan's own, for very narrow models."""
+    return max(plan.bpw, DEFAULT_EXPERTS_BPW if has_experts else DEFAULT_BPW)
+
+
+def allocate(plan: Plan, damage: list[dict[str, float]], settings: Settings, target_bpw: float) -> Plan:
     """The plan with new types for all linears that --tensor-type leaves free and that can be clustered.
 
     damage: per layer, linear -> divergence in nats per token at a distortion of 1 (sensitivity.py). From the smallest
     types up, the step that saves most per byte comes first, as long as one fits. CQError if not even those fit.
     """
-    assert settings.target_bpw is not None
     first = _with_types(plan, {t.name: "cq2" for t in _free(plan, damage, settings)})
-    if first.bpw > settings.target_bpw:
-        raise CQError(f"--target-bpw {settings.target_bpw:g}: the smallest types take {first.bpw:.3f}")
+    if first.bpw > target_bpw:
+        raise CQError(f"--target-bpw {target_bpw:g}: the smallest types take {first.bpw:.3f}")
     tensors = {t.name: t for t in first.tensors}
     chosen = {t.name: t for t in _free(first, damage, settings)}
     weights = {f"blk.{i}.{stem}.weight": value for i, layer in enumerate(damage) for stem, value in layer.items()}
     n_weights = first.body_bytes * 8 / first.bpw
-    room = int(settings.target_bpw * n_weights / 8) - first.body_bytes
+    room = int(target_bpw * n_weights / 8) - first.body_bytes
     while True:
         steps = [
             ((_loss(t, weights) - _loss(u, weights)) / (u.nbytes - t.nbytes), name, u)

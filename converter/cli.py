@@ -10,9 +10,11 @@ from typing import Any
 from pyggml_bridge.cli.common import ArgumentParser, print_json, run_main
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import BLOCK, MAX_COLS
+from pyggml_bridge.format import CODEBOOK_ROWS as ROW_COUNTS
 from pyggml_bridge.native import default_threads
 
-from .clustering import DESCENT_ROUNDS, Grouping, Refinement
+from .budget import DEFAULT_BPW, DEFAULT_EXPERTS_BPW
+from .clustering import CODEBOOK_ROWS, DESCENT_ROUNDS, Grouping, Refinement
 from .pipeline import convert, plan_conversion
 from .plan import Plan
 from .report import console, tensor_table, warn
@@ -50,11 +52,21 @@ def parser() -> ArgumentParser:
     p = ArgumentParser(prog="cq-convert", description="Hugging Face checkpoint -> clustered-codebook GGUF")
     p.add_argument("model", metavar="MODEL", help="directory with config.json and safetensors, hub id, or GGUF file")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the GGUF file to write")
-    p.add_argument("--bits", type=int, choices=(4, 3, 2), default=None, help="bits per index (4)")
+    p.add_argument("--bits", type=int, choices=(5, 4, 3, 2), default=None, help="one type for all linears")
     p.add_argument(
-        "--target-bpw", type=float, metavar="X", help="mix types by sensitivity to X bits per weight (not with --bits)"
+        "--target-bpw",
+        type=float,
+        metavar="X",
+        help=f"mix types by sensitivity to X bits per weight ({DEFAULT_BPW}; {DEFAULT_EXPERTS_BPW} with experts)",
     )
     p.add_argument("--group-size", type=int, default=-1, metavar="N", help="columns that share a codebook; -1: the row")
+    p.add_argument(
+        "--codebook-rows",
+        type=int,
+        choices=ROW_COUNTS,
+        default=CODEBOOK_ROWS,
+        help=f"rows that share their codebooks ({CODEBOOK_ROWS})",
+    )
     p.add_argument(
         "--scale-group", type=int, choices=(-1, 64, 128), default=64, help="columns that share a scale; -1: the row"
     )
@@ -110,9 +122,9 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     return Settings(
         model=a.model,
         out=a.out,
-        bits=a.bits or 4,
+        bits=a.bits,
         target_bpw=a.target_bpw,
-        grouping=Grouping(a.group_size, a.scale_group),
+        grouping=Grouping(a.group_size, a.scale_group, a.codebook_rows),
         activation_bits=a.activation_bits,
         calibration=a.calibration,
         calibration_tokens=a.calibration_tokens,
@@ -132,8 +144,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 def show_plan(settings: Settings, plan: Plan, as_json: bool) -> None:
     """The dry run's output; CQError if the output could not be written."""
     check_output(settings.out, settings.overwrite, plan.nbytes)
-    if settings.target_bpw is not None:
-        warn("--target-bpw: types are chosen when sensitivity is measured; these are the ones without it")
+    if settings.measures_sensitivity and settings.bits is None:
+        warn("types are chosen when sensitivity is measured; these are the ones without it")
     tensors: list[dict[str, Any]] = [
         {"name": t.name, "type": t.type, "shape": list(t.shape), "bpw": t.bpw, "bytes": t.nbytes} for t in plan.tensors
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,16 +12,21 @@ from pyggml_bridge.format import BLOCK, Clustered, CQType, pack
 from pyggml_bridge.native import aligned_empty, ffi, lib, pointer
 
 ITERATIONS = 8
-ITERATIONS_BEFORE_FEEDBACK = 2  # which chooses the indices anew
+ITERATIONS_BEFORE_FEEDBACK = 4  # which chooses the indices anew
 DESCENT_ROUNDS = 1
+CODEBOOK_ROWS = 8  # the command line's default
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """Columns that share a codebook and a scale: multiples of 64, or -1 for the whole row (and no group scales)."""
+    """Columns that share a codebook and a scale: multiples of 64, or -1 for the whole row (and no group scales).
+
+    codebook_rows: rows that share their codebooks, 1, 2, 4 or 8.
+    """
 
     group_size: int = -1
     scale_group: int = 64
+    codebook_rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Fit:
     cq: CQType
     w: NDArray[np.float32]
     weight: NDArray[np.float32]
+    codebook_rows: int
     codebook_cols: int
     scale_cols: int
     indices: NDArray[np.uint8]
@@ -54,14 +61,15 @@ class Fit:
     loss: NDArray[np.float64]
 
     def rows(self, begin: int, end: int) -> Fit:
-        """A view of some rows."""
-        rows = slice(begin, end)
+        """A view of some rows; begin is a multiple of codebook_rows."""
+        assert begin % self.codebook_rows == 0
+        rows, books = slice(begin, end), slice(begin // self.codebook_rows, -(-end // self.codebook_rows))
         groups = None if self.group_scales is None else self.group_scales[rows]
         return replace(
             self,
             w=self.w[rows],
             indices=self.indices[rows],
-            centroids=self.centroids[rows],
+            centroids=self.centroids[books],
             group_scales=groups,
             scales=self.scales[rows],
             loss=self.loss[rows],
@@ -82,9 +90,8 @@ class Fit:
     def clustered(self) -> Clustered:
         """Packed as the file holds it."""
         packed = pack(self.indices, self.cq)
-        return Clustered(
-            self.cq, packed, self.centroids, self.scales, self.group_scales, self.codebook_cols, self.scale_cols
-        )
+        sizes = self.codebook_cols, self.scale_cols, self.codebook_rows
+        return Clustered(self.cq, packed, self.centroids, self.scales, self.group_scales, *sizes)
 
 
 def new_fit(w: NDArray[np.float32], weight: NDArray[np.float32], cq: CQType, grouping: Grouping) -> Fit:
@@ -100,10 +107,11 @@ def new_fit(w: NDArray[np.float32], weight: NDArray[np.float32], cq: CQType, gro
         cq,
         np.array(w, np.float32, order="C"),
         np.ascontiguousarray(weight, np.float32),
+        grouping.codebook_rows,
         codebook_cols,
         scale_cols,
         np.empty((rows, cols), np.uint8),
-        np.empty((rows, -(-cols // codebook_cols) * cq.n_centroids), np.int8),
+        np.empty((-(-rows // grouping.codebook_rows), -(-cols // codebook_cols) * cq.n_centroids), np.int8),
         np.empty((rows, -(-cols // scale_cols)), np.int8) if scale_cols else None,
         np.zeros(rows, np.float32),
         np.zeros(rows, np.float64),
@@ -111,9 +119,10 @@ def new_fit(w: NDArray[np.float32], weight: NDArray[np.float32], cq: CQType, gro
 
 
 def fit_codebooks(fit: Fit, n_threads: int, iterations: int = ITERATIONS) -> None:
-    """Exact weighted 1-D k-means of every row, fitted to int8 centroids and scales."""
-    scratch = aligned_empty(n_threads * lib.cq_cluster_scratch_bytes(fit.w.shape[1]))
-    _check(lib.cq_cluster_rows(_job(fit, iterations), n_threads, pointer(scratch, "uint8_t *")))
+    """Weighted 1-D k-means of every row, or of the rows that share codebooks, fitted to int8 centroids and scales."""
+    job = _job(fit, iterations)
+    scratch = aligned_empty(n_threads * lib.cq_cluster_scratch_bytes(job))
+    _check(lib.cq_cluster_rows(job, n_threads, pointer(scratch, "uint8_t *")))
 
 
 def error_feedback(fit: Fit, factor: NDArray[np.float32], n_threads: int) -> None:
@@ -121,9 +130,9 @@ def error_feedback(fit: Fit, factor: NDArray[np.float32], n_threads: int) -> Non
 
     factor float32 [cols, cols]: upper Cholesky factor of the inverse second moments of the inputs.
     """
-    scratch = aligned_empty(n_threads * lib.cq_descent_scratch_bytes(fit.w.shape[1]))
-    u = pointer(factor, "const float *")
-    _check(lib.cq_feedback_rows(_job(fit, 0), u, n_threads, pointer(scratch, "uint8_t *")))
+    job, u = _job(fit, 0), pointer(factor, "const float *")
+    scratch = aligned_empty(n_threads * lib.cq_descent_scratch_bytes(job))
+    _check(lib.cq_feedback_rows(job, u, n_threads, pointer(scratch, "uint8_t *")))
 
 
 def descend(fit: Fit, moments: NDArray[np.float32], n_threads: int, rounds: int = DESCENT_ROUNDS) -> None:
@@ -131,9 +140,9 @@ def descend(fit: Fit, moments: NDArray[np.float32], n_threads: int, rounds: int 
 
     fit.loss becomes each row's r^T moments r, r = effective weights - w; it never increases.
     """
-    scratch = aligned_empty(n_threads * lib.cq_descent_scratch_bytes(fit.w.shape[1]))
-    h = pointer(moments, "const float *")
-    _check(lib.cq_descend_rows(_job(fit, rounds), h, n_threads, pointer(scratch, "uint8_t *")))
+    job, h = _job(fit, rounds), pointer(moments, "const float *")
+    scratch = aligned_empty(n_threads * lib.cq_descent_scratch_bytes(job))
+    _check(lib.cq_descend_rows(job, h, n_threads, pointer(scratch, "uint8_t *")))
 
 
 def weights_of(fit: Fit, n_threads: int) -> NDArray[np.float32]:
@@ -147,7 +156,7 @@ def weights_of(fit: Fit, n_threads: int) -> NDArray[np.float32]:
 class RealFit:
     """What a fit's integers are before rounding, or a loss's gradient by them.
 
-    centroids float32 [rows, n_codebooks * K]; group_scales float32 [rows, n_groups] or None.
+    centroids float32 [rows / codebook_rows, n_codebooks * K]; group_scales float32 [rows, n_groups] or None.
     """
 
     centroids: NDArray[np.float32]
@@ -177,7 +186,7 @@ def gradient_of(fit: Fit, gradient: NDArray[np.float32], n_threads: int) -> Real
     return found
 
 
-def _job(fit: Fit, iterations: int) -> object:
+def _job(fit: Fit, iterations: int) -> Any:
     rows, cols = fit.w.shape
     return ffi.new(
         "cq_clustering *",
@@ -185,6 +194,7 @@ def _job(fit: Fit, iterations: int) -> object:
             "n_rows": rows,
             "n_cols": cols,
             "n_centroids": fit.cq.n_centroids,
+            "codebook_rows": fit.codebook_rows,
             "codebook_cols": fit.codebook_cols,
             "scale_cols": fit.scale_cols,
             "n_iterations": iterations,

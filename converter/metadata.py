@@ -27,8 +27,9 @@ def metadata(checkpoint: Checkpoint, settings: Settings, plan: Plan, calibration
 def _cq_keys(settings: Settings, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "cq.version": VERSION,
-        "cq.bits": settings.bits,
+        "cq.bits": plan.bits,
         "cq.group_size": settings.grouping.group_size,
+        "cq.codebook_rows": settings.grouping.codebook_rows,
         "cq.scale_group": settings.grouping.scale_group,
         "cq.activation_bits": settings.activation_bits,
         "cq.hadamard.ffn_down": plan.hadamard,

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyggml_bridge.output import complete_file
 
 from .architecture import head_dim_of
-from .budget import allocate
+from .budget import allocate, default_bpw
 from .calibration import SEQUENCE, read_tokens, tokenize
 from .check import check_file
 from .checkpoint import Checkpoint, open_checkpoint
@@ -71,7 +71,6 @@ class _Job:
 
     def run(self) -> None:
         tokens = self._calibration_tokens()
-        keys = metadata(self.checkpoint, self.settings, self.plan, 0 if tokens is None else tokens.numel())
         self.stream = LayerStream(self.checkpoint)
         grouped = self.settings.grouping.group_size != -1 and self.settings.permutation
         permute_block = self.settings.grouping.group_size if grouped else 0
@@ -82,9 +81,9 @@ class _Job:
             heads = random_rotation(head_dim_of(self.checkpoint.config), self.settings.seed)
             self.model = self.model.rotated(self._rotation(None if tokens is None else observed), heads)
         with complete_file(self.settings.out) as part, self._sensitivity(tokens) as sensitivity:
-            if sensitivity and self.settings.target_bpw is not None:
-                self.plan = self.report.plan = allocate(self.plan, sensitivity.damage, self.settings)
-                require_free(self.settings.out.parent, self.plan.nbytes)
+            if sensitivity and self.settings.bits is None:
+                self._mix_types(sensitivity)
+            keys = metadata(self.checkpoint, self.settings, self.plan, 0 if tokens is None else tokens.numel())
             file = OutputFile(part, self.checkpoint.arch.gguf_name, keys, self.plan.tensors)
             try:
                 self._write(file, tokens, sensitivity)
@@ -125,13 +124,19 @@ class _Job:
     @contextmanager
     def _sensitivity(self, tokens: Tensor | None) -> Iterator[Sensitivity | None]:
         """Measured into a folder beside the output, which goes when the work is done or interrupted."""
-        refinement, out = self.settings.refinement, self.settings.out
-        if tokens is None or not (refinement.feedback and refinement.sensitivity):
+        out = self.settings.out
+        if tokens is None or not self.settings.measures_sensitivity:
             yield None
             return
         with TemporaryDirectory(prefix=f"{out.name}.", suffix=".part", dir=out.parent) as folder:
             require_free(out.parent, self.plan.nbytes + folder_bytes(self.model, tokens.numel()))
             yield measure(self.model, self.stream, tokens, Path(folder), self.settings.seed)
+
+    def _mix_types(self, sensitivity: Sensitivity) -> None:
+        has_experts = any(linear.experts for linear in self.checkpoint.arch.linears)
+        target = self.settings.target_bpw or default_bpw(self.plan, has_experts)
+        self.plan = self.report.plan = allocate(self.plan, sensitivity.damage, self.settings, target)
+        require_free(self.settings.out.parent, self.plan.nbytes)
 
     def _write(self, file: OutputFile, tokens: Tensor | None, sensitivity: Sensitivity | None) -> None:
         """Every tensor in the plan's order; hidden states follow through the already quantized layers."""

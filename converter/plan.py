@@ -76,12 +76,13 @@ class PlannedTensor:
 
     def _clustered_parts(self, cq: CQType) -> list[Part]:
         *rows, cols = self.shape
+        books = (*rows[:-1], -(-rows[-1] // self.grouping.codebook_rows))
         names, i8 = Sidecars.of(self.name), GGMLQuantizationType.I8
         codebook_cols = cols if self.grouping.group_size == -1 else self.grouping.group_size
         n_centroids = -(-cols // codebook_cols) * cq.n_centroids
         parts = [
             Part(self.name, packed_shape(self.shape, cq), np.uint8, GGMLQuantizationType(cq)),
-            Part(names.centroids, (*rows, n_centroids), np.int8, i8),
+            Part(names.centroids, (*books, n_centroids), np.int8, i8),
             Part(names.scales, tuple(rows), np.float32, GGMLQuantizationType.F32),
         ]
         if self.grouping.scale_group > 0:
@@ -114,6 +115,15 @@ class Plan:
         return 8 * self.body_bytes / sum(t.n_weights for t in self._body)
 
     @property
+    def bits(self) -> int:
+        """Bits per index of most clustered weights; 0 without any."""
+        weights: dict[int, int] = {}
+        for tensor in self.tensors:
+            if tensor.cq:
+                weights[tensor.cq.bits] = weights.get(tensor.cq.bits, 0) + tensor.n_weights
+        return max(weights, key=lambda bits: weights[bits], default=0)
+
+    @property
     def body_bytes(self) -> int:
         """Bytes of every tensor except embeddings and head."""
         return sum(t.nbytes for t in self._body)
@@ -129,7 +139,7 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     Sensitive linears become Q8_0 where that leaves the whole below half a bit more than --bits.
     """
     plan = _plan_with(checkpoint, settings, "q8_0")
-    return plan if plan.bpw <= settings.bits + 0.5 else _plan_with(checkpoint, settings, settings.cq.name.lower())
+    return plan if plan.bpw <= settings.cq.bits + 0.5 else _plan_with(checkpoint, settings, settings.cq.name.lower())
 
 
 def _hadamard_block(checkpoint: Checkpoint, settings: Settings) -> int:

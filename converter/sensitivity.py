@@ -44,8 +44,8 @@ class LayerSensitivity:
 class Sensitivity:
     """Every layer's, in files of a folder.
 
-    damage: per layer, linear -> predicted divergence, in nats per token, if its rows are quantized with a squared error
-    of 1 relative to their own energy and error feedback does what it can.
+    damage: per layer, linear -> predicted divergence, in nats per token, if its weights are quantized with a squared
+    error of 1 relative to their row's energy and error feedback does what it can.
     """
 
     folder: Path
@@ -133,7 +133,7 @@ class _GradientCapture:
 
     def __init__(self, arch: Architecture, module: nn.Module) -> None:
         self.norms: dict[tuple[str, str], list[Tensor]] = {}  # site and linear -> gradient norms of each batch
-        self.inputs: dict[str, Moments] = {}  # site -> of some of its inputs, of all experts alike
+        self.inputs: dict[str, Moments] = {}  # linear -> of some of its inputs, weighted by |g|^2, of all experts alike
         self.outputs: dict[str, list[Moments]] = {}
         self.energy: dict[str, float] = {}
         self.linears = [linear for linear in arch.linears if not linear.router]
@@ -141,18 +141,18 @@ class _GradientCapture:
             *n_experts, out, cols = linear.rows_of(module.get_parameter(linear.parameter)).shape
             entries = n_experts[0] if n_experts and not linear.writes_residual else 1
             self.outputs[linear.name] = [Moments(out) for _ in range(entries)]
-            self.inputs.setdefault(linear.site, Moments(cols))
+            self.inputs[linear.name] = Moments(cols)
             self.energy[linear.name] = 0.0
 
-    def add_inputs(self, site: str, x: Tensor) -> None:
-        """Inputs [tokens, in] of a site's linears."""
-        self.inputs[site].add(x[::INPUT_STRIDE])
+    def add(self, linear: Linear, gradient: Tensor, x: Tensor, weight: Tensor, expert: int = 0) -> Tensor:
+        """Gradients [tokens, out] of the outputs of weight [out, in] for inputs x; returns the gradients' norms.
 
-    def add(self, linear: Linear, gradient: Tensor, output: Tensor, expert: int = 0) -> Tensor:
-        """Gradients [tokens, out] of the linear's output; returns their norms. What writes the residual is shared."""
+        What writes the residual is shared by all experts.
+        """
         norms = gradient.norm(dim=-1)
-        by_row = gradient.square().sum(dim=0) @ output.square().mean(dim=0)
-        self.energy[linear.name] += float(by_row)
+        row_energy = weight.square().mean(dim=1)  # errors of the weights relative to their row, independent
+        self.energy[linear.name] += float((gradient.square() @ row_energy) @ x.square().sum(dim=-1))
+        self.inputs[linear.name].add(x[::INPUT_STRIDE], norms[::INPUT_STRIDE].square())
         entries = self.outputs[linear.name]
         entries[expert if len(entries) > 1 else 0].add(gradient, 1 / norms.clamp_min(torch.finfo(torch.float32).tiny))
         return norms
@@ -167,13 +167,13 @@ class _GradientCapture:
         return LayerSensitivity({site: torch.stack(w).mean(dim=0) for site, w in weights.items()}, self.outputs)
 
     def damage(self, n_tokens: int) -> dict[str, float]:
-        """Per linear half the mean square of g e, the errors e of rows and tokens taken as independent."""
+        """Per linear half the mean square of g e for independent errors of the weights, less what feedback gains."""
         return {linear.name: self._damage(linear) / n_tokens for linear in self.linears}
 
     def _damage(self, linear: Linear) -> float:
         entries = [entry for entry in self.outputs[linear.name] if entry.tokens]
         gain = sum(entry.feedback_gain for entry in entries) / max(1, len(entries))
-        return 0.5 * self.energy[linear.name] * gain * self.inputs[linear.site].feedback_gain
+        return 0.5 * self.energy[linear.name] * gain * self.inputs[linear.name].feedback_gain
 
 
 @contextmanager
@@ -195,16 +195,13 @@ def _capture_gradients(arch: Architecture, module: nn.Module) -> Iterator[_Gradi
 
 
 def _linear_hook(capture: _GradientCapture, linear: Linear) -> Any:
-    first_of_site = next(other for other in capture.linears if other.site == linear.site)
-
     def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         index, count = linear.part
-        mine = output.detach().flatten(0, -2).chunk(count, dim=-1)[index]
-        if linear is first_of_site:
-            capture.add_inputs(linear.site, arguments[0].detach().flatten(0, -2))
+        x = arguments[0].detach().flatten(0, -2)
 
         def receive(gradient: Tensor) -> None:
-            norms = capture.add(linear, gradient.flatten(0, -2).chunk(count, dim=-1)[index], mine)
+            mine = gradient.flatten(0, -2).chunk(count, dim=-1)[index]
+            norms = capture.add(linear, mine, x, linear.rows_of(module.get_parameter("weight")))
             capture.norms.setdefault((linear.site, linear.name), []).append(norms)
 
         output.register_hook(receive)
@@ -219,7 +216,6 @@ def _experts_hook(capture: _GradientCapture, arch: Architecture) -> Any:
     def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         states, index, routing = (argument.detach() for argument in arguments)
         states = states.flatten(0, -2)
-        capture.add_inputs(linears[0].site, states)
 
         def receive(gradient: Tensor) -> None:
             gradient = gradient.flatten(0, -2)
@@ -229,23 +225,23 @@ def _experts_hook(capture: _GradientCapture, arch: Architecture) -> Any:
                 if not len(token):
                     continue
                 by_down = gradient[token] * routing[token, slot, None]
-                gate_up, by_gate_up, hidden = _swiglu_gradient(module, expert, states[token], by_down)
-                capture.add_inputs(f"{linears[0].site}.hidden", hidden)
+                x = states[token]
+                by_gate_up, hidden = _swiglu_gradient(module, expert, x, by_down)
                 for linear in linears:
                     part, count = linear.part
                     if linear.writes_residual:
-                        capture.add(linear, by_down, hidden @ module.down_proj[expert].T, expert)
+                        capture.add(linear, by_down, hidden, module.down_proj[expert], expert)
                     else:
-                        by_output, output_part = (x.chunk(count, dim=-1)[part] for x in (by_gate_up, gate_up))
-                        capture.add(linear, by_output, output_part, expert)
+                        weight = module.gate_up_proj[expert].chunk(count)[part]
+                        capture.add(linear, by_gate_up.chunk(count, dim=-1)[part], x, weight, expert)
 
         output.register_hook(receive)
 
     return hook
 
 
-def _swiglu_gradient(module: nn.Module, expert: int, x: Tensor, by_down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One expert's gate and up, the gradient by them [tokens, 2 * intermediate], and what its down projection reads.
+def _swiglu_gradient(module: nn.Module, expert: int, x: Tensor, by_down: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient by one expert's gate and up [tokens, 2 * intermediate], and what its down projection reads.
 
     by_down: the gradient by the expert's output [tokens, hidden].
     """
@@ -255,4 +251,4 @@ def _swiglu_gradient(module: nn.Module, expert: int, x: Tensor, by_down: Tensor)
         gate, up = gate_up.chunk(2, dim=-1)
         hidden = experts.act_fn(gate) * up
     (gradient,) = torch.autograd.grad(hidden, gate_up, by_down @ experts.down_proj[expert])
-    return gate_up.detach(), gradient, hidden.detach()
+    return gradient, hidden.detach()

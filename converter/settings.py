@@ -11,7 +11,7 @@ from pyggml_bridge.format import CQType
 
 from .clustering import Grouping, Refinement
 
-TENSOR_TYPES = ("f32", "f16", "q8_0", "cq4", "cq3", "cq2")
+TENSOR_TYPES = ("f32", "f16", "q8_0", "cq5", "cq4", "cq3", "cq2")
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,13 @@ class Override:
 class Settings:
     """One conversion. calibration None: weight-only clustering and a random rotation.
 
-    target_bpw: choose types by sensitivity for so many bits per weight; None: the type of `bits` everywhere.
+    bits: one type for all ordinary linears. None: types by sensitivity, to target_bpw bits per weight (None: the
+    default), or four bits where sensitivity is not measured.
     """
 
     model: str
     out: Path
-    bits: int
+    bits: int | None
     target_bpw: float | None
     grouping: Grouping
     activation_bits: int
@@ -61,5 +62,10 @@ class Settings:
 
     @property
     def cq(self) -> CQType:
-        """The clustered type of ordinary linears."""
-        return CQType(17200 + self.bits)
+        """The clustered type of ordinary linears where types are not mixed."""
+        return CQType(17200 + (self.bits or 4))
+
+    @property
+    def measures_sensitivity(self) -> bool:
+        """Whether gradients are measured, so that types can be mixed."""
+        return self.calibration is not None and self.refinement.feedback and self.refinement.sensitivity

@@ -193,6 +193,7 @@ def native_matrix(matrix: Matrix) -> Any:
     struct.data = pointer(matrix.data, "const uint8_t *")
     if clustered is not None:
         struct.codebook_cols, struct.scale_cols = clustered.codebook_cols, clustered.scale_cols
+        struct.codebook_rows = clustered.codebook_rows
         struct.centroids = pointer(clustered.centroids, "const int8_t *")
         struct.group_scales = pointer(clustered.group_scales, "const int8_t *")
         struct.scales = pointer(clustered.scales, "const float *")

@@ -1,8 +1,8 @@
 """The CQ tensor types: ids, sizes, tensor names, and the NumPy oracle for their bytes (docs/format.md).
 
-A weight `blk.0.attn_q.weight` of type CQ4, CQ3 or CQ2 holds packed indices only. Beside it lie ordinary tensors:
+A weight `blk.0.attn_q.weight` of type CQ5, CQ4, CQ3 or CQ2 holds packed indices only. Beside it lie ordinary tensors:
 
-    blk.0.attn_q.centroids     I8   [..., rows, n_codebooks * 2**bits]   -127 .. 127
+    blk.0.attn_q.centroids     I8   [..., rows / codebook_rows, n_codebooks * 2**bits]   -127 .. 127
     blk.0.attn_q.scales        F32  [..., rows]                          finite, >= 0
     blk.0.attn_q.group_scales  I8   [..., rows, n_groups]                0 .. 127, only where the file uses them
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 VERSION = 1
 BLOCK = 64
+CODEBOOK_ROWS = (1, 2, 4, 8)  # how many rows may share codebooks: clustering takes eight side by side
 MAX_COLS = 65536  # the int32 accumulator's bound, see native/src/kernels.h
 
 
@@ -33,11 +34,17 @@ class CQType(IntEnum):
     CQ2 = 17202
     CQ3 = 17203
     CQ4 = 17204
+    CQ5 = 17205
 
     @property
     def bits(self) -> int:
         """Bits per index."""
         return self - 17200
+
+    @property
+    def plane_bits(self) -> int:
+        """Bits per index in the first part of a block; an odd one's highest bit is in the second."""
+        return self.bits & ~1
 
     @property
     def n_centroids(self) -> int:
@@ -89,31 +96,28 @@ def pack(indices: NDArray[np.uint8], cq: CQType) -> NDArray[np.uint8]:
     """Indices [..., cols] (0 .. 2**bits - 1) -> bytes [..., cols / 64 * block_bytes].
 
     CQ4: byte j = index j | index j+32 << 4. CQ2: byte j holds indices j, j+16, j+32, j+48, lowest bits first.
-    CQ3: the low two bits of each index as CQ2, then 8 bytes with the high bits, bit j % 8 of byte j / 8.
+    CQ3, CQ5: the lower bits of each index as CQ2 and CQ4, then 8 bytes with the high bits, bit j % 8 of byte j / 8.
     """
     shape = packed_shape(indices.shape, cq)
     if indices.size and int(indices.max()) >= cq.n_centroids:
         raise ValueError(f"index {int(indices.max())} does not fit {cq.name}")
     block = indices.reshape(-1, BLOCK)
-    if cq is CQType.CQ4:
-        return (block[:, :32] | block[:, 32:] << 4).astype(np.uint8).reshape(shape)
-    two = (block & 3).reshape(-1, 4, 16)
-    low = (two[:, 0] | two[:, 1] << 2 | two[:, 2] << 4 | two[:, 3] << 6).astype(np.uint8)
-    if cq is CQType.CQ2:
-        return low.reshape(shape)
-    high = np.packbits(block >> 2, axis=1, bitorder="little")
-    return np.concatenate([low, high], axis=1).reshape(shape)
+    per_byte = 8 // cq.plane_bits
+    lanes = (block & (1 << cq.plane_bits) - 1).reshape(-1, per_byte, BLOCK // per_byte)
+    packed = np.bitwise_or.reduce([lanes[:, i] << i * cq.plane_bits for i in range(per_byte)]).astype(np.uint8)
+    if cq.bits != cq.plane_bits:
+        high = np.packbits(block >> cq.plane_bits, axis=1, bitorder="little")
+        packed = np.concatenate([packed, high], axis=1)
+    return packed.reshape(shape)
 
 
 def unpack(packed: NDArray[np.uint8], cq: CQType) -> NDArray[np.uint8]:
     """Inverse of pack: bytes [..., n * block_bytes] -> indices [..., n * 64]."""
     block = packed.reshape(-1, cq.block_bytes)
-    if cq is CQType.CQ4:
-        out = np.concatenate([block & 15, block >> 4], axis=1)
-    else:
-        out = np.concatenate([block[:, :16] >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)
-        if cq is CQType.CQ3:
-            out |= np.unpackbits(block[:, 16:], axis=1, bitorder="little") << 2
+    low, mask = block[:, : BLOCK * cq.plane_bits // 8], (1 << cq.plane_bits) - 1
+    out = np.concatenate([low >> shift & mask for shift in range(0, 8, cq.plane_bits)], axis=1)
+    if cq.bits != cq.plane_bits:
+        out |= np.unpackbits(block[:, low.shape[1] :], axis=1, bitorder="little") << cq.plane_bits
     return out.reshape(*packed.shape[:-1], packed.shape[-1] // cq.block_bytes * BLOCK)
 
 
@@ -121,9 +125,10 @@ def unpack(packed: NDArray[np.uint8], cq: CQType) -> NDArray[np.uint8]:
 class Clustered:
     """A clustered weight [..., rows, cols], as the file holds it.
 
-    packed uint8 [..., rows, cols / 64 * block_bytes]; centroids int8 [..., rows, n_codebooks * n_centroids];
-    scales float32 [..., rows]; group_scales int8 [..., rows, n_groups] or None. codebook_cols, scale_cols: columns that
-    share a codebook or a group scale, multiples of 64; the last group of a row may be shorter.
+    packed uint8 [..., rows, cols / 64 * block_bytes]; centroids int8 [..., rows / codebook_rows, n_codebooks *
+    n_centroids]; scales float32 [..., rows]; group_scales int8 [..., rows, n_groups] or None. codebook_cols, scale_cols:
+    columns that share a codebook or a group scale, multiples of 64; codebook_rows: rows that share codebooks, a power
+    of two. The last of each may be shorter.
     """
 
     cq: CQType
@@ -133,6 +138,7 @@ class Clustered:
     group_scales: NDArray[np.int8] | None
     codebook_cols: int
     scale_cols: int
+    codebook_rows: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -150,7 +156,8 @@ class Clustered:
         indices = unpack(self.packed, self.cq)
         cols = indices.shape[-1]
         codebook = np.arange(cols) // self.codebook_cols * self.cq.n_centroids
-        w8 = np.take_along_axis(self.centroids, indices.astype(np.int64) + codebook, axis=-1)
+        rows = np.repeat(self.centroids, self.codebook_rows, axis=-2)[..., : indices.shape[-2], :]
+        w8 = np.take_along_axis(rows, indices.astype(np.int64) + codebook, axis=-1)
         if self.group_scales is None:
             return w8
         scales = self.group_scales[..., np.arange(cols) // self.scale_cols].astype(np.int32)

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import BLOCK, MAX_COLS, VERSION, Clustered, CQType, Sidecars
+from pyggml_bridge.format import BLOCK, CODEBOOK_ROWS, MAX_COLS, VERSION, Clustered, CQType, Sidecars
 from pyggml_bridge.reader import GGUFFile, Tensor
 
 PLAIN_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
@@ -46,6 +46,9 @@ class Weights:
             raise CQError(f"{file.path}: CQ format version {version} is not supported (only {VERSION})")
         self.group_size = self._columns("cq.group_size")
         self.scale_group = self._columns("cq.scale_group")
+        self.codebook_rows: int = file.get("cq.codebook_rows", int, 1)
+        if self.codebook_rows not in CODEBOOK_ROWS:
+            raise CQError(f"{file.path}: the key cq.codebook_rows is {self.codebook_rows}, expected 1, 2, 4 or 8")
         self.activation_bits: int = file.get("cq.activation_bits", int, 8)
         if self.activation_bits not in (4, 8):
             raise CQError(f"{file.path}: the key cq.activation_bits is {self.activation_bits}, expected 4 or 8")
@@ -110,6 +113,7 @@ class Weights:
         cq, names = CQType(int(tensor.type)), Sidecars.of(tensor.name)
         codebook_cols = min(n_cols, self.group_size) if self.group_size > 0 else n_cols
         n_codebooks = -(-n_cols // codebook_cols)
+        books = (*lead[:-1], -(-lead[-1] // self.codebook_rows))
         scale_cols, group_scales = 0, None
         if self.scale_group > 0:
             scale_cols = min(n_cols, self.scale_group)
@@ -117,9 +121,10 @@ class Weights:
         return Clustered(
             cq=cq,
             packed=tensor.data.reshape(*lead, n_cols // BLOCK * cq.block_bytes),
-            centroids=self._typed(names.centroids, (*lead, n_codebooks * cq.n_centroids), np.int8),
+            centroids=self._typed(names.centroids, (*books, n_codebooks * cq.n_centroids), np.int8),
             scales=self._typed(names.scales, lead, np.float32),
             group_scales=group_scales,
             codebook_cols=codebook_cols,
             scale_cols=scale_cols,
+            codebook_rows=self.codebook_rows,
         )

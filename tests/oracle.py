@@ -36,12 +36,13 @@ def random_clustered(
     codebook_cols: int | None = None,
     scale_cols: int = 0,
     fill: tuple[int, int, int] | None = None,
+    codebook_rows: int = 1,
 ) -> Clustered:
     """A random [rows, cols] matrix over the whole range of its fields, or filled with one (index, centroid, scale)."""
     codebook_cols = codebook_cols or cols
     n_codebooks, n_groups = -(-cols // codebook_cols), -(-cols // scale_cols) if scale_cols else 0
     indices = rng.integers(0, cq.n_centroids, (rows, cols), dtype=np.uint8)
-    centroids = rng.integers(-128, 128, (rows, n_codebooks * cq.n_centroids), dtype=np.int8)
+    centroids = rng.integers(-128, 128, (-(-rows // codebook_rows), n_codebooks * cq.n_centroids), dtype=np.int8)
     centroids[rng.random(centroids.shape) < 0.1] = -128
     group_scales = rng.integers(0, 128, (rows, n_groups), dtype=np.int8)
     for extreme in (0, 127):
@@ -50,7 +51,8 @@ def random_clustered(
         indices[:], centroids[:], group_scales[:] = fill
     scales = rng.uniform(1e-4, 1e-2, rows).astype(np.float32)
     packed = pack(indices, cq)
-    return Clustered(cq, packed, centroids, scales, group_scales if n_groups else None, codebook_cols, scale_cols)
+    groups = group_scales if n_groups else None
+    return Clustered(cq, packed, centroids, scales, groups, codebook_cols, scale_cols, codebook_rows)
 
 
 class NativeMatrix:
@@ -62,6 +64,7 @@ class NativeMatrix:
         self._keep = [guarded(w.packed), guarded(w.centroids), guarded(w.scales)]
         self.struct = ffi.new("cq_matrix *", {"type": int(w.cq), "n_experts": 1, "n_rows": rows, "n_cols": cols})
         self.struct.codebook_cols, self.struct.scale_cols = w.codebook_cols, w.scale_cols
+        self.struct.codebook_rows = w.codebook_rows
         self.struct.data = pointer(self._keep[0], "const uint8_t *")
         self.struct.centroids = pointer(self._keep[1], "const int8_t *")
         self.struct.scales = pointer(self._keep[2], "const float *")

@@ -39,7 +39,7 @@ def test_budget_is_kept_and_more_of_it_is_never_worse(model):
     losses = []
     for target in (3.0, 3.4, 3.9, 4.4, 5.0, 6.0, 8.0):
         chosen = settings(model, target)
-        plan = allocate(plan_conversion(chosen)[1], damage, chosen)
+        plan = allocate(plan_conversion(chosen)[1], damage, chosen, target)
         assert plan.bpw <= target
         losses.append(predicted(plan, damage))
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.01 * losses[0]
@@ -52,7 +52,7 @@ def test_close_to_the_best_of_all_choices(model, target):
     chosen = settings(model, target, *held)
     damage = [dict(zip(STEMS, (0.5, 0.02, 2.0, 0.1, 0.01), strict=True))] * 3
     plan = plan_conversion(chosen)[1]
-    found = allocate(plan, damage, chosen)
+    found = allocate(plan, damage, chosen, target)
     assert [t.type for t in found.layers[1]] == [t.type for t in plan.layers[1]]
     best = float("inf")
     for types in product(DISTORTION, repeat=len(STEMS)):

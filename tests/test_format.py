@@ -25,9 +25,10 @@ def test_every_index_lands_on_the_documented_bits():
         one[column] = 3
         packed = pack(one, CQType.CQ2)
         assert packed[column % 16] == 3 << 2 * (column // 16) and np.count_nonzero(packed) == 1
-        one[column] = 4
-        packed = pack(one, CQType.CQ3)
-        assert packed[16 + column // 8] == 1 << column % 8 and np.count_nonzero(packed) == 1
+        for index, cq, plane in ((4, CQType.CQ3, 16), (16, CQType.CQ5, 32)):
+            one[column] = index
+            packed = pack(one, cq)
+            assert packed[plane + column // 8] == 1 << column % 8 and np.count_nonzero(packed) == 1
 
 
 @pytest.mark.parametrize("cq", CQType)
@@ -41,14 +42,16 @@ def test_pack_refuses_what_does_not_fit(cq):
 def test_effective_weights_follow_the_formula():
     cq = CQType.CQ2
     indices = np.tile(np.arange(4, dtype=np.uint8), 48)[None]
-    centroids = np.array([[-127, -1, 1, 127, -128, 5, 7, 9]], np.int8)
-    groups = np.array([[127, 3]], np.int8)
-    weight = Clustered(cq, pack(indices, cq), centroids, np.array([0.5], np.float32), groups, 128, 128)
-    for column in range(192):
-        c = int(centroids[0, column // 128 * 4 + column % 4])
-        w8 = (c * int(groups[0, column // 128]) + 64) >> 7
-        assert weight.weights_i8()[0, column] == w8
-        assert weight.dequantize()[0, column] == np.float32(w8) * np.float32(0.5)
+    centroids = np.array([[-127, -1, 1, 127, -128, 5, 7, 9], [1, 2, 3, 4, 5, 6, 7, 8]], np.int8)
+    groups = np.array([[127, 3]] * 3, np.int8)
+    packed, scales = pack(np.repeat(indices, 3, axis=0), cq), np.array([0.5, 0.25, 1], np.float32)
+    weight = Clustered(cq, packed, centroids, scales, groups, 128, 128, codebook_rows=2)
+    for row in range(3):
+        for column in range(192):
+            c = int(centroids[row // 2, column // 128 * 4 + column % 4])
+            w8 = (c * int(groups[row, column // 128]) + 64) >> 7
+            assert weight.weights_i8()[row, column] == w8
+            assert weight.dequantize()[row, column] == np.float32(w8) * scales[row]
 
 
 def test_activation_quantizer_rounds_half_to_even_and_handles_zero_rows():

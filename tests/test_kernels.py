@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import MAX_COLS, Clustered, CQType, quantize_activations
+from pyggml_bridge.format import CODEBOOK_ROWS, MAX_COLS, Clustered, CQType, quantize_activations
 from pyggml_bridge.native import aligned_empty, available_isas, choose_isa, current_isa, ffi, lib, pointer
 from tests.oracle import NativeMatrix, guarded, random_clustered
 
@@ -63,7 +63,8 @@ def test_integers_of_every_grouping(cq: CQType, cols: int) -> None:
     for codebook_cols in (None, 64, 128, 1024):
         for scale_cols in (0, 64, 128, 1024):
             rows = int(rng.choice([1, 2, 3, 31, 33]))
-            w = random_clustered(rng, cq, rows, cols, codebook_cols, scale_cols)
+            codebook_rows = int(rng.choice(CODEBOOK_ROWS))
+            w = random_clustered(rng, cq, rows, cols, codebook_cols, scale_cols, codebook_rows=codebook_rows)
             check(w, activations(rng, int(rng.integers(1, 6)), cols))
 
 
@@ -102,7 +103,7 @@ def test_extremes_fit_the_accumulator(cq: CQType, centroid: int, group_scale: in
 @pytest.mark.parametrize("cq", CQType)
 def test_each_column_reads_its_own_index(cq: CQType) -> None:
     """An identity as activations returns the weights themselves, one by one."""
-    w = random_clustered(np.random.default_rng(1), cq, 5, 192, 128, 64)
+    w = random_clustered(np.random.default_rng(1), cq, 5, 192, 128, 64, codebook_rows=2)
     for got in integers(w, np.eye(192, dtype=np.int8)):
         np.testing.assert_array_equal(got, w.weights_i8().T)
 

@@ -12,15 +12,16 @@
 enum cq_status { CQ_OK = 0, CQ_ERR_ARGUMENT = 1, CQ_ERR_UNSUPPORTED = 2 };
 
 /* Element types of a matrix, by GGUF's tensor type ids. */
-enum cq_type { CQ_F32 = 0, CQ_F16 = 1, CQ_Q8_0 = 8, CQ_CQ2 = 17202, CQ_CQ3 = 17203, CQ_CQ4 = 17204 };
+enum cq_type { CQ_F32 = 0, CQ_F16 = 1, CQ_Q8_0 = 8, CQ_CQ2 = 17202, CQ_CQ3 = 17203, CQ_CQ4 = 17204, CQ_CQ5 = 17205 };
 
 /* Weights [n_experts][n_rows][n_cols] as they lie in the memory map (docs/format.md). */
 typedef struct {
     int32_t type, n_experts, n_rows, n_cols;
-    int32_t codebook_cols;      /* columns that share a codebook, a multiple of 64; n_cols: one per row */
+    int32_t codebook_rows;      /* consecutive rows of an expert that share their codebooks, a power of two */
+    int32_t codebook_cols;      /* columns that share a codebook, a multiple of 64; n_cols: all */
     int32_t scale_cols;         /* columns that share a group scale, a multiple of 64; 0: no group scales */
     const uint8_t *data;        /* packed indices, or F32, F16, Q8_0 elements */
-    const int8_t *centroids;    /* [n_experts][n_rows][n_cols / codebook_cols, rounded up][2^bits] */
+    const int8_t *centroids;    /* [n_experts][n_rows / codebook_rows][n_cols / codebook_cols][2^bits], rounded up */
     const int8_t *group_scales; /* [n_experts][n_rows][n_cols / scale_cols, rounded up], 0..127 */
     const float *scales;        /* [n_experts][n_rows] */
 } cq_matrix;
@@ -112,7 +113,7 @@ double cq_measure_peak(int32_t n_threads);
 /* Codebooks and assignments of a float matrix, fitted to the int8 weights that the kernels multiply (cluster.c). */
 typedef struct {
     int32_t n_rows, n_cols, n_centroids;
-    int32_t codebook_cols, scale_cols; /* as in cq_matrix */
+    int32_t codebook_rows, codebook_cols, scale_cols; /* as in cq_matrix; at most 8 rows */
     int32_t n_iterations;              /* at most this many rounds of refitting after the exact k-means */
     const float *w;                    /* [n_rows][n_cols] */
     const float *weight;               /* [n_cols]: the loss of a row is the sum of weight * (w - effective weight)^2 */
@@ -122,12 +123,12 @@ typedef struct {
     double *loss;                      /* [n_rows] */
 } cq_clustering;
 
-int64_t cq_cluster_scratch_bytes(int32_t n_cols); /* per thread */
+int64_t cq_cluster_scratch_bytes(const cq_clustering *job); /* per thread */
 int cq_cluster_rows(const cq_clustering *job, int32_t n_threads, uint8_t *scratch);
 /* Under the inputs' second moments h [n_cols][n_cols] (descent.c), from what the job's arrays hold. Feedback keeps the
  * codebooks and chooses the indices anew; u: upper Cholesky factor of the inverse of h. Descent then refits both, for at
  * most n_iterations rounds; loss becomes r^T h r. */
-int64_t cq_descent_scratch_bytes(int32_t n_cols); /* per thread */
+int64_t cq_descent_scratch_bytes(const cq_clustering *job); /* per thread */
 int cq_feedback_rows(const cq_clustering *job, const float *u, int32_t n_threads, uint8_t *scratch);
 int cq_descend_rows(const cq_clustering *job, const float *h, int32_t n_threads, uint8_t *scratch);
 

@@ -30,42 +30,64 @@ typedef struct {
     __m256i first, second;
 } block_i8;
 
-CQ_INLINE __m256i load_codebook(const int8_t *centroids, const int32_t bits) {
-    return _mm256_cvtepi8_epi16(load_centroids(centroids, bits));
+/* Sixteen entries: centroids as int16, or a table for vpshufb. high: entries 16 to 31 of CQ5, unused otherwise. */
+typedef struct {
+    __m256i low, high;
+} entries;
+
+CQ_INLINE entries load_codebook(const int8_t *centroids, const int32_t bits) {
+    const __m256i low = _mm256_cvtepi8_epi16(load_centroids(centroids, bits));
+    return (entries){low, bits == 5 ? _mm256_cvtepi8_epi16(load_centroids(centroids + 16, bits)) : low};
 }
 
 /* scale: NULL for none. The byte in every position, with the lower half of each int16 cleared, is the scale times 256.
  */
-CQ_INLINE __m256i table_of(__m256i codebook, const int8_t *scale) {
+CQ_INLINE __m256i scaled_table(__m256i codebook, const int8_t *scale) {
     const __m256i upper = _mm256_set1_epi16((short)0xff00);
     if (scale) codebook = _mm256_mulhrs_epi16(codebook, _mm256_and_si256(_mm256_set1_epi8(*scale), upper));
     /* packing leaves the two halves in qwords 0 and 2 */
     return _mm256_permute4x64_epi64(_mm256_packs_epi16(codebook, codebook), 0x88);
 }
 
-CQ_INLINE block_i8 decode_block(const uint8_t *block, const int32_t bits, __m256i table) {
-    if (bits == 4) {
+CQ_INLINE entries table_of(entries codebook, const int32_t bits, const int8_t *scale) {
+    const __m256i low = scaled_table(codebook.low, scale);
+    return (entries){low, bits == 5 ? scaled_table(codebook.high, scale) : low};
+}
+
+/* Every bit of the 8 bytes, as a byte of ones or zeros: byte i of a half takes byte i / 8 and keeps bit i % 8. */
+CQ_INLINE block_i8 bit_masks(const uint8_t *bytes) {
+    uint64_t plane;
+    memcpy(&plane, bytes, 8);
+    const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
+    const __m256i first = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)plane), spread);
+    const __m256i second = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)(plane >> 32)), spread);
+    return (block_i8){_mm256_cmpeq_epi8(_mm256_and_si256(first, bit), bit),
+                      _mm256_cmpeq_epi8(_mm256_and_si256(second, bit), bit)};
+}
+
+CQ_INLINE block_i8 decode_block(const uint8_t *block, const int32_t bits, entries table) {
+    if (bits >= 4) {
         const __m256i bytes = _mm256_loadu_si256((const __m256i *)block), mask = _mm256_set1_epi8(15);
-        return (block_i8){_mm256_shuffle_epi8(table, _mm256_and_si256(bytes, mask)),
-                          _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask))};
+        const __m256i first = _mm256_and_si256(bytes, mask),
+                      second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+        const block_i8 low = {_mm256_shuffle_epi8(table.low, first), _mm256_shuffle_epi8(table.low, second)};
+        if (bits == 4) return low;
+        const block_i8 upper = bit_masks(block + 32);
+        return (block_i8){_mm256_blendv_epi8(low.first, _mm256_shuffle_epi8(table.high, first), upper.first),
+                          _mm256_blendv_epi8(low.second, _mm256_shuffle_epi8(table.high, second), upper.second)};
     }
     const __m256i lanes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)block));
     const __m256i mask = _mm256_set1_epi8(3);
     __m256i first = _mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(2, 2, 0, 0)), mask);
     __m256i second = _mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(6, 6, 4, 4)), mask);
-    if (bits == 3) { /* byte i of a half takes byte i / 8 of the high bits and keeps bit i % 8 */
-        uint64_t high;
-        memcpy(&high, block + 16, 8);
-        const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
-        const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201), four = _mm256_set1_epi8(4);
-        const __m256i low_bits = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)high), spread);
-        const __m256i high_bits = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)(high >> 32)), spread);
-        const __m256i in_first = _mm256_cmpeq_epi8(_mm256_and_si256(low_bits, bit), bit);
-        const __m256i in_second = _mm256_cmpeq_epi8(_mm256_and_si256(high_bits, bit), bit);
-        first = _mm256_or_si256(first, _mm256_and_si256(in_first, four));
-        second = _mm256_or_si256(second, _mm256_and_si256(in_second, four));
+    if (bits == 3) {
+        const block_i8 upper = bit_masks(block + 16);
+        const __m256i four = _mm256_set1_epi8(4);
+        first = _mm256_or_si256(first, _mm256_and_si256(upper.first, four));
+        second = _mm256_or_si256(second, _mm256_and_si256(upper.second, four));
     }
-    return (block_i8){_mm256_shuffle_epi8(table, first), _mm256_shuffle_epi8(table, second)};
+    return (block_i8){_mm256_shuffle_epi8(table.low, first), _mm256_shuffle_epi8(table.low, second)};
 }
 
 /* scale_every 1 or 2: the blocks that share a scale, so that spans are those of the codebook alone; 0: any grouping. */
@@ -75,12 +97,12 @@ CQ_INLINE int32_t gemv_row(const int32_t bits, const int32_t scale_every, const 
     __m256i even = _mm256_setzero_si256(), odd = _mm256_setzero_si256();
     if (scale_every) row.scale_blocks = row.n_blocks;
     for (cq_span span = cq_first_span(&row);; cq_next_span(&row, bits, &span)) {
-        const __m256i codebook = load_codebook(span.centroids, bits);
-        __m256i table = table_of(codebook, span.group_scale);
+        const entries codebook = load_codebook(span.centroids, bits);
+        entries table = table_of(codebook, bits, span.group_scale);
         for (int32_t b = span.begin; b < span.end; b++) {
             const uint8_t *block = row.indices + (int64_t)b * 8 * bits;
             _mm_prefetch((const char *)block + 2048, _MM_HINT_T0);
-            if (scale_every) table = table_of(codebook, row.group_scales + b / scale_every);
+            if (scale_every) table = table_of(codebook, bits, row.group_scales + b / scale_every);
             const block_i8 weights = decode_block(block, bits, table);
             const __m256i *activations = (const __m256i *)(x + (int64_t)b * CQ_BLOCK);
             even = _mm256_add_epi32(even, multiply_i8(weights.first, _mm256_loadu_si256(activations)));
@@ -107,6 +129,9 @@ static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *
             break;
         case 4:
             acc[r] = gemv_any(4, w, row + r, x);
+            break;
+        case 5:
+            acc[r] = gemv_any(5, w, row + r, x);
             break;
         }
 }
@@ -149,7 +174,7 @@ CQ_INLINE void decode_blocks(const int32_t bits, const cq_row *row, cq_span *spa
                              uint8_t *out) {
     for (int32_t b = begin; b < end;) {
         if (b == span->end) cq_next_span(row, bits, span);
-        const __m256i table = table_of(load_codebook(span->centroids, bits), span->group_scale);
+        const entries table = table_of(load_codebook(span->centroids, bits), bits, span->group_scale);
         for (const int32_t stop = cq_min(end, span->end); b < stop; b++, out += CQ_BLOCK) {
             const block_i8 weights = decode_block(row->indices + (int64_t)b * 8 * bits, bits, table);
             _mm256_store_si256((__m256i *)out, weights.first);
@@ -187,6 +212,9 @@ static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_
             break;
         case 4:
             decode_half(4, w, row + first, n, panel + 4 * first);
+            break;
+        case 5:
+            decode_half(5, w, row + first, n, panel + 4 * first);
             break;
         }
     }

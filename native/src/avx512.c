@@ -4,9 +4,10 @@
  * 128 * sum(x) is subtracted at the end. A block of 64 weights is one register:
  *
  *   indices   CQ4: 32 bytes in both halves, the upper half shifted right by 4. CQ2: 16 bytes in all four lanes, shifted
- *             by 0, 2, 4, 6. CQ3: as CQ2, and the 8 bytes of high bits are a mask register.
- *   table     16 bytes in every lane for vpshufb: centroids, times the group's scale. vpmulhrsw of c and scale * 256 is
- *             (c * scale * 256 + 16384) >> 15 = (c * scale + 64) >> 7, the format's rounding.
+ *             by 0, 2, 4, 6. CQ3, CQ5: as CQ2 and CQ4, and the 8 bytes of high bits are a mask register.
+ *   table     16 bytes in every lane for vpshufb (CQ5: two of them, the mask takes the second): centroids, times the
+ *             group's scale. vpmulhrsw of c and scale * 256 is (c * scale * 256 + 16384) >> 15 = (c * scale + 64) >> 7,
+ *             the format's rounding.
  *
  * Only bytes of the matrix are read: blocks have exactly the widths of the loads, codebooks and scales are copied. */
 #if defined(__x86_64__)
@@ -44,24 +45,39 @@ static enum table_source table_source_of(const cq_matrix *w) {
     return w->scale_cols == CQ_BLOCK ? BLOCK_SCALES : w->scale_cols == 2 * CQ_BLOCK ? PAIR_SCALES : SPANS;
 }
 
+/* half[1]: entries 16 to 31 of CQ5, unused otherwise. */
+typedef struct {
+    __m512i half[2];
+} entries;
+
 typedef struct {
     cq_row row;
     cq_span span;
-    __m512i table;     /* ROW_TABLE and SPANS: of the span */
-    __m512i low, high; /* BLOCK_SCALES and PAIR_SCALES: centroids 0..7 and 8..15 as int16 in every lane */
+    entries table;     /* ROW_TABLE and SPANS: of the span */
+    entries low, high; /* BLOCK_SCALES and PAIR_SCALES: centroids 0..7 and 8..15 as int16 in every lane */
 } cursor;
 
-CQ_INLINE __m512i span_table(const cq_span *span, const int32_t bits) {
-    __m256i wide = _mm256_cvtepi8_epi16(load_centroids(span->centroids, bits));
-    if (span->group_scale) wide = _mm256_mulhrs_epi16(wide, _mm256_set1_epi16((short)(*span->group_scale << 8)));
-    const __m128i table = _mm256_cvtepi16_epi8(wide);
-    return _mm512_xor_si512(_mm512_broadcast_i32x4(table), _mm512_set1_epi8(-128));
+CQ_INLINE int32_t n_halves(const int32_t bits) { return bits == 5 ? 2 : 1; }
+
+CQ_INLINE entries span_table(const cq_span *span, const int32_t bits) {
+    entries table;
+#pragma GCC unroll 2
+    for (int32_t i = 0; i < n_halves(bits); i++) {
+        __m256i wide = _mm256_cvtepi8_epi16(load_centroids(span->centroids + 16 * i, bits));
+        if (span->group_scale) wide = _mm256_mulhrs_epi16(wide, _mm256_set1_epi16((short)(*span->group_scale << 8)));
+        const __m512i lanes = _mm512_broadcast_i32x4(_mm256_cvtepi16_epi8(wide));
+        table.half[i] = _mm512_xor_si512(lanes, _mm512_set1_epi8(-128));
+    }
+    return table;
 }
 
 CQ_INLINE void load_codebook(cursor *c, const int32_t bits) {
-    const __m128i centroids = load_centroids(c->span.centroids, bits);
-    c->low = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(centroids));
-    c->high = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(_mm_srli_si128(centroids, 8)));
+#pragma GCC unroll 2
+    for (int32_t i = 0; i < n_halves(bits); i++) {
+        const __m128i centroids = load_centroids(c->span.centroids + 16 * i, bits);
+        c->low.half[i] = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(centroids));
+        c->high.half[i] = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(_mm_srli_si128(centroids, 8)));
+    }
 }
 
 CQ_INLINE cursor cursor_at(const cq_matrix *w, int64_t row, const int32_t bits, const enum table_source source) {
@@ -76,7 +92,8 @@ CQ_INLINE cursor cursor_at(const cq_matrix *w, int64_t row, const int32_t bits, 
 
 /* Four tables in the four lanes. Lane i takes the high byte of its int16 from scale i, or i / 2: the scale times 256.
  */
-CQ_INLINE __m512i four_tables(const cursor *c, const enum table_source source, int32_t b, const int32_t n) {
+CQ_INLINE entries four_tables(const cursor *c, const int32_t bits, const enum table_source source, int32_t b,
+                              const int32_t n) {
     const int32_t blocks_per_scale = source == PAIR_SCALES ? 2 : 1, step = source == PAIR_SCALES ? 0 : 0x01000100;
     const int32_t lane1 = 0x00ff00ff + step, lane2 = source == PAIR_SCALES ? 0x01ff01ff : 0x02ff02ff,
                   lane3 = lane2 + step;
@@ -85,24 +102,34 @@ CQ_INLINE __m512i four_tables(const cursor *c, const enum table_source source, i
     const __m512i spread = _mm512_set_epi32(lane3, lane3, lane3, lane3, lane2, lane2, lane2, lane2, lane1, lane1, lane1,
                                             lane1, 0x00ff00ff, 0x00ff00ff, 0x00ff00ff, 0x00ff00ff);
     const __m512i scale = _mm512_shuffle_epi8(_mm512_set1_epi32(scales), spread);
-    const __m512i low = _mm512_mulhrs_epi16(c->low, scale), high = _mm512_mulhrs_epi16(c->high, scale);
-    return _mm512_xor_si512(_mm512_packs_epi16(low, high), _mm512_set1_epi8(-128));
+    entries four;
+#pragma GCC unroll 2
+    for (int32_t i = 0; i < n_halves(bits); i++) {
+        const __m512i low = _mm512_mulhrs_epi16(c->low.half[i], scale),
+                      high = _mm512_mulhrs_epi16(c->high.half[i], scale);
+        four.half[i] = _mm512_xor_si512(_mm512_packs_epi16(low, high), _mm512_set1_epi8(-128));
+    }
+    return four;
 }
 
 /* Tables of blocks b .. b + n - 1: n <= 4 from a multiple of 4, or one. */
 CQ_INLINE void tables_at(cursor *c, const int32_t bits, const enum table_source source, int32_t b, const int32_t n,
-                         __m512i tables[4]) {
+                         entries tables[4]) {
     if (source == BLOCK_SCALES || source == PAIR_SCALES) {
         if (b == c->span.codebook_end) {
             c->span.codebook_end += c->row.codebook_blocks;
             c->span.centroids += 1 << bits;
             load_codebook(c, bits);
         }
-        const __m512i four = four_tables(c, source, b, n);
-        tables[0] = _mm512_shuffle_i32x4(four, four, 0x00);
-        tables[1] = _mm512_shuffle_i32x4(four, four, 0x55);
-        tables[2] = _mm512_shuffle_i32x4(four, four, 0xaa);
-        tables[3] = _mm512_shuffle_i32x4(four, four, 0xff);
+        const entries four = four_tables(c, bits, source, b, n);
+#pragma GCC unroll 2
+        for (int32_t i = 0; i < n_halves(bits); i++) {
+            const __m512i lanes = four.half[i];
+            tables[0].half[i] = _mm512_shuffle_i32x4(lanes, lanes, 0x00);
+            tables[1].half[i] = _mm512_shuffle_i32x4(lanes, lanes, 0x55);
+            tables[2].half[i] = _mm512_shuffle_i32x4(lanes, lanes, 0xaa);
+            tables[3].half[i] = _mm512_shuffle_i32x4(lanes, lanes, 0xff);
+        }
         return;
     }
 #pragma GCC unroll 4
@@ -116,22 +143,26 @@ CQ_INLINE void tables_at(cursor *c, const int32_t bits, const enum table_source 
 }
 
 /* Block b of a row -> 64 bytes W + 128 in column order. */
-CQ_INLINE __m512i decode_block(const cq_row *row, const int32_t bits, int32_t b, __m512i table) {
+CQ_INLINE __m512i decode_block(const cq_row *row, const int32_t bits, int32_t b, entries table) {
     const uint8_t *block = row->indices + (int64_t)b * 8 * bits;
-    if (bits == 4) {
+    __mmask64 high;
+    if (bits >= 4) {
         const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)block));
         const __m512i shifted = _mm512_srlv_epi64(both, _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0));
-        return _mm512_shuffle_epi8(table, _mm512_and_si512(shifted, _mm512_set1_epi8(15)));
+        const __m512i index = _mm512_and_si512(shifted, _mm512_set1_epi8(15));
+        const __m512i low = _mm512_shuffle_epi8(table.half[0], index);
+        if (bits == 4) return low;
+        memcpy(&high, block + 32, 8);
+        return _mm512_mask_shuffle_epi8(low, high, table.half[1], index);
     }
     const __m512i lanes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)block));
     const __m512i shifted = _mm512_srlv_epi64(lanes, _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0));
     __m512i index = _mm512_and_si512(shifted, _mm512_set1_epi8(3));
     if (bits == 3) {
-        __mmask64 high;
         memcpy(&high, block + 16, 8);
         index = _mm512_mask_add_epi8(index, high, index, _mm512_set1_epi8(4));
     }
-    return _mm512_shuffle_epi8(table, index);
+    return _mm512_shuffle_epi8(table.half[0], index);
 }
 
 /* sum[r] += blocks b .. b + n - 1 of N rows. x is loaded once for all of them. */
@@ -139,7 +170,7 @@ CQ_INLINE void gemv_step(const int32_t N, const int32_t bits, const enum table_s
                          const int32_t n, const int8_t *x, __m512i *sum) {
 #pragma GCC unroll 2
     for (int32_t r = 0; r < N; r++) {
-        __m512i tables[4];
+        entries tables[4];
         tables_at(&c[r], bits, source, b, n, tables);
 #pragma GCC unroll 4
         for (int32_t i = 0; i < n; i++)
@@ -180,44 +211,21 @@ CQ_INLINE void gemv_all(const int32_t bits, const enum table_source source, cons
 }
 
 /* Calls function(bits, source, ...) with both as compile-time constants. */
-#define CQ_SPECIALIZE(w, function, ...)                                                                                \
+#define CQ_CASE(bits, source, function, ...)                                                                           \
+    case bits * 4 + source:                                                                                            \
+        function(bits, source, __VA_ARGS__);                                                                           \
+        break;
+#define CQ_CASES(bits, ...)                                                                                            \
+    CQ_CASE(bits, ROW_TABLE, __VA_ARGS__)                                                                              \
+    CQ_CASE(bits, BLOCK_SCALES, __VA_ARGS__)                                                                           \
+    CQ_CASE(bits, PAIR_SCALES, __VA_ARGS__)                                                                            \
+    CQ_CASE(bits, SPANS, __VA_ARGS__)
+#define CQ_SPECIALIZE(w, ...)                                                                                          \
     switch (cq_bits(w) * 4 + (int32_t)table_source_of(w)) {                                                            \
-    case 2 * 4 + ROW_TABLE:                                                                                            \
-        function(2, ROW_TABLE, __VA_ARGS__);                                                                           \
-        break;                                                                                                         \
-    case 2 * 4 + BLOCK_SCALES:                                                                                         \
-        function(2, BLOCK_SCALES, __VA_ARGS__);                                                                        \
-        break;                                                                                                         \
-    case 2 * 4 + PAIR_SCALES:                                                                                          \
-        function(2, PAIR_SCALES, __VA_ARGS__);                                                                         \
-        break;                                                                                                         \
-    case 2 * 4 + SPANS:                                                                                                \
-        function(2, SPANS, __VA_ARGS__);                                                                               \
-        break;                                                                                                         \
-    case 3 * 4 + ROW_TABLE:                                                                                            \
-        function(3, ROW_TABLE, __VA_ARGS__);                                                                           \
-        break;                                                                                                         \
-    case 3 * 4 + BLOCK_SCALES:                                                                                         \
-        function(3, BLOCK_SCALES, __VA_ARGS__);                                                                        \
-        break;                                                                                                         \
-    case 3 * 4 + PAIR_SCALES:                                                                                          \
-        function(3, PAIR_SCALES, __VA_ARGS__);                                                                         \
-        break;                                                                                                         \
-    case 3 * 4 + SPANS:                                                                                                \
-        function(3, SPANS, __VA_ARGS__);                                                                               \
-        break;                                                                                                         \
-    case 4 * 4 + ROW_TABLE:                                                                                            \
-        function(4, ROW_TABLE, __VA_ARGS__);                                                                           \
-        break;                                                                                                         \
-    case 4 * 4 + BLOCK_SCALES:                                                                                         \
-        function(4, BLOCK_SCALES, __VA_ARGS__);                                                                        \
-        break;                                                                                                         \
-    case 4 * 4 + PAIR_SCALES:                                                                                          \
-        function(4, PAIR_SCALES, __VA_ARGS__);                                                                         \
-        break;                                                                                                         \
-    case 4 * 4 + SPANS:                                                                                                \
-        function(4, SPANS, __VA_ARGS__);                                                                               \
-        break;                                                                                                         \
+        CQ_CASES(2, __VA_ARGS__)                                                                                       \
+        CQ_CASES(3, __VA_ARGS__)                                                                                       \
+        CQ_CASES(4, __VA_ARGS__)                                                                                       \
+        CQ_CASES(5, __VA_ARGS__)                                                                                       \
     }
 
 static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum,
@@ -234,7 +242,7 @@ CQ_INLINE void decode_half(const int32_t bits, const enum table_source source, c
     for (int32_t b = 0; b < n_blocks; b += 4) {
         const int32_t n = cq_min(4, n_blocks - b);
         for (int32_t r = 0; r < n_rows; r++) {
-            __m512i tables[4];
+            entries tables[4];
             tables_at(&c[r], bits, source, b, n, tables);
             for (int32_t i = 0; i < n; i++)
                 _mm512_store_si512(rows + r * CHUNK + i * CQ_BLOCK, decode_block(&c[r].row, bits, b + i, tables[i]));

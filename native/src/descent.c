@@ -8,8 +8,8 @@
  *    the others fixed, its gradient kept up to date. A round counts only if the loss falls.
  *
  * CQ_ROWS rows go together, in blocks of columns (column_block.h): what a block changes is added to the other columns
- * as one product of matrices. Rows do not influence each other, so the result does not depend on the number of threads.
- */
+ * as one product of matrices. Rows influence each other only through codebooks that they share, and the rows of such a
+ * set are always in one batch, so the result does not depend on the number of threads. */
 #include "descent.h"
 #include "fit.h"
 #include <math.h>
@@ -25,8 +25,8 @@ typedef struct {
     float *value;   /* [n_cols]: effective weights times the scale */
     float *state;   /* [n_cols]: the gradient, H (value - w); in error feedback what is left of w */
     float *moments; /* [n_centroids][n_cols]: H P of one codebook */
-    double *target; /* [n_codebooks * n_centroids]: centroids before rounding */
-    int active;     /* whether the last round improved it */
+    double *target; /* [n_codebooks * n_centroids]: centroids before rounding; of its set's first lane */
+    int active;     /* whether the last round improved its set */
 } lane;
 
 typedef struct {
@@ -37,12 +37,12 @@ typedef struct {
     int32_t n;
 } batch;
 
-static size_t carve(lane *lanes, uint8_t *base, int32_t n_cols) {
-    size_t n = (size_t)n_cols, blocks = n / CQ_BLOCK + 1, used = 0;
+static size_t carve(lane *lanes, uint8_t *base, const cq_clustering *job) {
+    size_t n = (size_t)job->n_cols, blocks = n / CQ_BLOCK + 1, used = 0;
     for (lane *s = lanes; s < lanes + CQ_ROWS; s++) {
         cq_take(base, &used, &s->value, 4 * n);
         cq_take(base, &used, &s->state, 4 * n);
-        cq_take(base, &used, &s->moments, 4 * n * CQ_MAX_CENTROIDS);
+        cq_take(base, &used, &s->moments, 4 * n * (size_t)job->n_centroids);
         cq_take(base, &used, &s->target, 8 * blocks * CQ_MAX_CENTROIDS);
         cq_take(base, &used, &s->fit.indices, n);
         cq_take(base, &used, &s->fit.centroids, blocks * CQ_MAX_CENTROIDS);
@@ -148,20 +148,27 @@ static void solve(double *a, double *b, int32_t n) {
     }
 }
 
-/* Real centroids of codebook `book`, into target: they minimize the loss with everything else fixed. begin, end: its
- * columns; moments are filled. */
-static void solve_codebook(const batch *b, lane *s, int32_t book, int32_t begin, int32_t end) {
+/* Where the set that starts with lane `first` ends. */
+static lane *end_of_set(const batch *b, lane *first) {
+    lane *end = first + b->job->codebook_rows;
+    return end < b->lanes + b->n ? end : b->lanes + b->n;
+}
+
+/* Real centroids of a set's codebook `book`, into target: they minimize the loss with everything else fixed. begin,
+ * end: its columns; moments are filled. */
+static void solve_codebook(const batch *b, lane *set, int32_t book, int32_t begin, int32_t end) {
     int32_t n = b->job->n_cols, k = b->job->n_centroids;
     double a[CQ_MAX_CENTROIDS * CQ_MAX_CENTROIDS] = {0}, d[CQ_MAX_CENTROIDS] = {0}, top = 0;
-    for (int32_t i = begin; i < end; i++) {
-        double step = step_of(b, s, i);
-        for (int32_t c = 0; c < k; c++) a[s->fit.indices[i] * k + c] += step * s->moments[(size_t)c * n + i];
-        d[s->fit.indices[i]] -= step * s->state[i];
-    }
+    for (const lane *s = set; s < end_of_set(b, set); s++)
+        for (int32_t i = begin; i < end; i++) {
+            double step = step_of(b, s, i);
+            for (int32_t c = 0; c < k; c++) a[s->fit.indices[i] * k + c] += step * s->moments[(size_t)c * n + i];
+            d[s->fit.indices[i]] -= step * s->state[i];
+        }
     for (int32_t c = 0; c < k; c++) top = fmax(top, a[c * k + c]);
     for (int32_t c = 0; c < k; c++) a[c * k + c] += RIDGE * top + 1e-30;
     solve(a, d, k);
-    for (int32_t c = 0; c < k; c++) s->target[book * k + c] = s->fit.centroids[book * k + c] + d[c];
+    for (int32_t c = 0; c < k; c++) set->target[book * k + c] = set->fit.centroids[book * k + c] + d[c];
 }
 
 static void refit_codebooks(const batch *b) {
@@ -174,19 +181,19 @@ static void refit_codebooks(const batch *b) {
             for (lane *s = b->lanes; s < b->lanes + b->n; s++)
                 if (s->active)
                     b->kernels->axpy(step_of(b, s, i), matrix_row(b, i), s->moments + (size_t)s->fit.indices[i] * n, n);
-        for (lane *s = b->lanes; s < b->lanes + b->n; s++)
-            if (s->active) solve_codebook(b, s, book, begin, end);
+        for (lane *set = b->lanes; set < b->lanes + b->n; set += b->job->codebook_rows)
+            if (set->active) solve_codebook(b, set, book, begin, end);
     }
 }
 
-/* Rounds the targets to int8, the largest of the row to 127. */
-static void round_centroids(const batch *b, lane *s) {
+/* Rounds a set's targets to int8, the largest to 127. */
+static void round_centroids(const batch *b, lane *set) {
     int32_t n = cq_n_codebooks(b->job) * b->job->n_centroids;
     double top = 0;
-    for (int32_t i = 0; i < n; i++) top = fmax(top, fabs(s->target[i]));
+    for (int32_t i = 0; i < n; i++) top = fmax(top, fabs(set->target[i]));
     if (top == 0) return;
-    s->fit.scale = (float)(s->fit.scale * top / 127.0);
-    for (int32_t i = 0; i < n; i++) s->fit.centroids[i] = (int8_t)lrint(s->target[i] * 127.0 / top);
+    for (lane *s = set; s < end_of_set(b, set); s++) s->fit.scale = (float)(s->fit.scale * top / 127.0);
+    for (int32_t i = 0; i < n; i++) set->fit.centroids[i] = (int8_t)lrint(set->target[i] * 127.0 / top);
 }
 
 /* One sweep over the columns: the minimizing value of column i is value - gradient / H[i][i]. */
@@ -202,35 +209,45 @@ static void sweep(const batch *b) {
     }
 }
 
+/* Keeps a set's round if its loss fell, else the set is done. */
+static void judge(const batch *b, lane *set) {
+    double loss = 0, best = 0;
+    for (lane *s = set; s < end_of_set(b, set); s++) {
+        s->fit.loss = loss_of(b, s);
+        loss += s->fit.loss, best += s->best.loss;
+    }
+    for (lane *s = set; s < end_of_set(b, set); s++) {
+        s->active = loss < best;
+        if (s->active) cq_fit_copy(b->job, &s->best, &s->fit);
+    }
+}
+
 static void descend(const batch *b) {
     evaluate(b);
     for (lane *s = b->lanes; s < b->lanes + b->n; s++) s->best.loss = loss_of(b, s);
     for (int32_t round = 0; round < b->job->n_iterations; round++) {
         refit_codebooks(b);
-        for (lane *s = b->lanes; s < b->lanes + b->n; s++)
-            if (s->active) round_centroids(b, s);
+        for (lane *set = b->lanes; set < b->lanes + b->n; set += b->job->codebook_rows)
+            if (set->active) round_centroids(b, set);
         evaluate(b);
         for (int32_t i = 0; i < SWEEPS; i++) sweep(b);
-        for (lane *s = b->lanes; s < b->lanes + b->n; s++) {
-            if (!s->active) continue;
-            s->fit.loss = loss_of(b, s);
-            s->active = s->fit.loss < s->best.loss;
-            if (s->active) cq_fit_copy(b->job, &s->best, &s->fit);
-        }
+        for (lane *set = b->lanes; set < b->lanes + b->n; set += b->job->codebook_rows)
+            if (set->active) judge(b, set);
     }
 }
 
 /* ---- entry points ---- */
 
-int64_t cq_descent_scratch_bytes(int32_t n_cols) {
+int64_t cq_descent_scratch_bytes(const cq_clustering *job) {
     lane lanes[CQ_ROWS];
-    return (int64_t)carve(lanes, NULL, n_cols);
+    return (int64_t)carve(lanes, NULL, job);
 }
 
-static void start_lane(const cq_clustering *job, int32_t row, lane *s) {
+static void start_lane(const cq_clustering *job, int32_t row, lane *s, const lane *set) {
     s->w = job->w + (size_t)row * job->n_cols;
     s->best = cq_fit_of_row(job, row);
     s->active = 1;
+    s->fit.centroids = set->fit.centroids;
     cq_fit_copy(job, &s->fit, &s->best);
 }
 
@@ -239,15 +256,15 @@ static int for_batches(const cq_clustering *job, void (*function)(const batch *)
                        int32_t n_threads, uint8_t *scratch) {
     const cq_kernels *kernels = cq_kernels_current();
     if (!cq_clustering_valid(job) || n_threads < 1 || !kernels) return CQ_ERR_ARGUMENT;
-    int64_t bytes = cq_descent_scratch_bytes(job->n_cols);
+    int64_t bytes = cq_descent_scratch_bytes(job);
 #pragma omp parallel num_threads(n_threads)
     {
         lane lanes[CQ_ROWS];
-        carve(lanes, scratch + bytes * omp_get_thread_num(), job->n_cols);
+        carve(lanes, scratch + bytes * omp_get_thread_num(), job);
 #pragma omp for schedule(dynamic, 1)
         for (int32_t row = 0; row < job->n_rows; row += CQ_ROWS) {
             batch b = {job, kernels, matrix, lanes, job->n_rows - row < CQ_ROWS ? job->n_rows - row : CQ_ROWS};
-            for (int32_t i = 0; i < b.n; i++) start_lane(job, row + i, lanes + i);
+            for (int32_t i = 0; i < b.n; i++) start_lane(job, row + i, lanes + i, lanes + i - i % job->codebook_rows);
             function(&b);
             for (int32_t i = 0; i < b.n; i++)
                 job->scales[row + i] = lanes[i].best.scale, job->loss[row + i] = lanes[i].best.loss;

@@ -8,7 +8,7 @@ typedef struct cq_column_block {
     int32_t n_cols, n_values;
     const float *matrix;
     int64_t stride;
-    _Alignas(4 * CQ_ROWS) float values[16][CQ_ROWS]; /* what the columns can take */
+    _Alignas(4 * CQ_ROWS) float values[CQ_MAX_CENTROIDS][CQ_ROWS]; /* what the columns can take */
     _Alignas(4 * CQ_ROWS) float state[CQ_BLOCK][CQ_ROWS], value[CQ_BLOCK][CQ_ROWS];
     _Alignas(4 * CQ_ROWS) float change[CQ_BLOCK][CQ_ROWS]; /* out: what moved the other columns */
     _Alignas(4 * CQ_ROWS) int32_t index[CQ_BLOCK][CQ_ROWS];

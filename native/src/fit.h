@@ -18,10 +18,11 @@ static inline int32_t cq_n_groups(const cq_clustering *job) {
     return job->scale_cols ? cq_ceil_div(job->n_cols, job->scale_cols) : 1;
 }
 
-/* The row's part of the job's output arrays. */
+/* The row's part of the job's output arrays; rows of one set share their centroids. */
 static inline cq_fit cq_fit_of_row(const cq_clustering *job, int32_t row) {
+    const size_t book = (size_t)(row / job->codebook_rows) * cq_n_codebooks(job);
     return (cq_fit){job->scales[row], job->indices + (size_t)row * job->n_cols,
-                    job->centroids + (size_t)row * cq_n_codebooks(job) * job->n_centroids,
+                    job->centroids + book * job->n_centroids,
                     job->scale_cols ? job->group_scales + (size_t)row * cq_n_groups(job) : NULL, job->loss[row]};
 }
 
@@ -42,6 +43,7 @@ static inline void cq_effective_weights(const cq_clustering *job, const cq_fit *
 static inline int cq_clustering_valid(const cq_clustering *job) {
     return job->n_rows >= 0 && job->n_cols > 0 && job->n_cols <= CQ_MAX_COLS && job->n_centroids > 0 &&
            job->n_centroids <= CQ_MAX_CENTROIDS && job->codebook_cols > 0 && job->codebook_cols % CQ_BLOCK == 0 &&
-           job->scale_cols >= 0 && job->scale_cols % CQ_BLOCK == 0;
+           job->scale_cols >= 0 && job->scale_cols % CQ_BLOCK == 0 && job->codebook_rows > 0 &&
+           CQ_ROWS % job->codebook_rows == 0;
 }
 #endif

@@ -17,12 +17,20 @@ typedef struct {
 
 static inline int32_t cq_min(int32_t a, int32_t b) { return a < b ? a : b; }
 
+/* Which row of codebooks a row (counted over all experts) looks up. */
+static inline int64_t cq_codebook_row(const cq_matrix *w, int64_t row) {
+    const int32_t shift = __builtin_ctz((unsigned)w->codebook_rows);
+    if (w->n_experts == 1 || w->n_rows % w->codebook_rows == 0) return row >> shift;
+    const int64_t expert = row / w->n_rows;
+    return expert * cq_ceil_div(w->n_rows, w->codebook_rows) + ((row - expert * w->n_rows) >> shift);
+}
+
 static inline cq_row cq_row_at(const cq_matrix *w, int64_t row) {
     const int32_t bits = cq_bits(w), scale_cols = w->scale_cols ? w->scale_cols : w->n_cols;
     const int64_t n_codebooks = cq_ceil_div(w->n_cols, w->codebook_cols), n_groups = cq_ceil_div(w->n_cols, scale_cols);
     return (cq_row){
         .indices = w->data + row * (w->n_cols / 8 * bits),
-        .centroids = w->centroids + (row * n_codebooks << bits),
+        .centroids = w->centroids + (cq_codebook_row(w, row) * n_codebooks << bits),
         .group_scales = w->scale_cols ? w->group_scales + row * n_groups : NULL,
         .n_blocks = w->n_cols / CQ_BLOCK,
         .codebook_blocks = w->codebook_cols / CQ_BLOCK,

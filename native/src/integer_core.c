@@ -5,8 +5,8 @@
 enum { TOKEN_TILE = 48, MAX_PANEL_ROWS = 64 };
 
 static int arguments_ok(const cq_matrix *w, int32_t n_tokens, int32_t n_threads) {
-    return w->type >= CQ_CQ2 && w->type <= CQ_CQ4 && n_tokens > 0 && n_threads > 0 && w->n_cols % CQ_BLOCK == 0 &&
-           w->n_cols <= CQ_MAX_COLS;
+    return w->type >= CQ_CQ2 && w->type <= CQ_CQ5 && n_tokens > 0 && n_threads > 0 && w->n_cols % CQ_BLOCK == 0 &&
+           w->n_cols <= CQ_MAX_COLS && w->codebook_rows > 0 && (w->codebook_rows & (w->codebook_rows - 1)) == 0;
 }
 
 int cq_gemv_i32(const cq_matrix *w, const int8_t *x, const int32_t *sums, int32_t n_tokens, int32_t *acc,

@@ -14,6 +14,7 @@
 #define CQ_MAX_HEAD_DIM 512
 
 enum { CQ_ROWS = 8 }; /* rows of weights that clustering takes side by side (descent.c) */
+enum { CQ_MAX_CENTROIDS = 32 };
 
 struct cq_kmeans;
 struct cq_kmeans_layer;
@@ -73,6 +74,7 @@ extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avx512,
 
 const cq_kernels *cq_kernels_current(void);
 
+/* 2 to 5. */
 static inline int32_t cq_bits(const cq_matrix *w) { return w->type - 17200; }
 static inline int32_t cq_ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 

@@ -20,7 +20,8 @@ size_t cq_kmeans_carve(cq_kmeans *s, uint8_t *base, int32_t n) {
     cq_take(base, &used, &s->s1, 8 * m);
     cq_take(base, &used, &s->best, 8 * m);
     cq_take(base, &used, &s->next, 8 * m);
-    return cq_take(base, &used, &s->split, 2 * m * CQ_MAX_CENTROIDS);
+    const size_t cuts = (size_t)(n < CQ_KMEANS_CUTS ? n : CQ_KMEANS_CUTS) + 1 + CQ_STRIDE;
+    return cq_take(base, &used, &s->split, 2 * cuts * CQ_MAX_CENTROIDS);
 }
 
 /* ---- sorting ---- */

@@ -5,9 +5,10 @@
 #include "kernels.h"
 #include <string.h>
 
-enum { CQ_MAX_CENTROIDS = 16, CQ_STRIDE = 8, CQ_KMEANS_CUTS = 512 };
+enum { CQ_STRIDE = 8, CQ_KMEANS_CUTS = 512 };
 
-/* Arrays of n + 1 elements, and CQ_STRIDE more that may be read but do not count; split: [CQ_MAX_CENTROIDS][n + 1]. */
+/* Arrays of n + 1 elements, and CQ_STRIDE more that may be read but do not count; split: [CQ_MAX_CENTROIDS] of the
+ * cuts. */
 typedef struct cq_kmeans {
     uint32_t *key, *key_tmp; /* values as sortable integers: cq_sortable */
     float *q, *q_tmp;        /* their weights, >= 0 */
@@ -42,6 +43,6 @@ static inline size_t cq_take(uint8_t *base, size_t *used, void *field, size_t by
 /* Places a workspace for up to n values at base; returns its bytes. */
 size_t cq_kmeans_carve(cq_kmeans *s, uint8_t *base, int32_t n);
 
-/* The k best centroids, ascending, of the n <= 65536 pairs in key and q; of fewer than k pairs, the last repeats. */
+/* The k best centroids, ascending, of the n pairs in key and q; of fewer than k pairs, the last repeats. */
 void cq_kmeans_solve(const cq_kernels *kernels, cq_kmeans *s, int32_t n, int32_t k, double *centroids);
 #endif

@@ -14,7 +14,7 @@ enum {
     CQ_MAX_PANEL_ROWS = 64,
 };
 
-static int is_clustered(const cq_matrix *w) { return w->type >= CQ_CQ2 && w->type <= CQ_CQ4; }
+static int is_clustered(const cq_matrix *w) { return w->type >= CQ_CQ2 && w->type <= CQ_CQ5; }
 
 static int64_t row_bytes(const cq_matrix *w) {
     switch (w->type) {

@@ -37,29 +37,35 @@ typedef struct {
     int8x16_t v[4];
 } block_i8;
 
-CQ_INLINE int8x16_t load_codebook(const int8_t *centroids, const int32_t bits) {
-    int8_t bytes[16] = {0};
+/* A codebook or a table of up to 16 entries in val[0], the other 16 of CQ5 in val[1]. */
+CQ_INLINE int8x16x2_t load_codebook(const int8_t *centroids, const int32_t bits) {
+    int8_t bytes[32] = {0};
     memcpy(bytes, centroids, 1u << bits);
-    return vld1q_s8(bytes);
+    return (int8x16x2_t){{vld1q_s8(bytes), vld1q_s8(bytes + 16)}};
 }
 
-CQ_INLINE int8x16_t table_of(int8x16_t codebook, const int8_t *scale) { /* scale: NULL for none */
-    if (!scale) return codebook;
-    const int16x8_t factor = vdupq_n_s16((int16_t)(*scale << 8));
+CQ_INLINE int8x16_t scaled(int8x16_t codebook, int16x8_t factor) {
     return vcombine_s8(vmovn_s16(vqrdmulhq_s16(vmovl_s8(vget_low_s8(codebook)), factor)),
                        vmovn_s16(vqrdmulhq_s16(vmovl_s8(vget_high_s8(codebook)), factor)));
 }
 
-/* Bit i % 8 of byte i / 8 of two bytes, as 4 or 0 in byte i. */
-CQ_INLINE uint8x16_t high_bits(const uint8_t *two) {
-    const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
-    return vandq_u8(vtstq_u8(vcombine_u8(vdup_n_u8(two[0]), vdup_n_u8(two[1])), bit), vdupq_n_u8(4));
+CQ_INLINE int8x16x2_t table_of(int8x16x2_t codebook, const int32_t bits, const int8_t *scale) { /* NULL for none */
+    if (!scale) return codebook;
+    const int16x8_t factor = vdupq_n_s16((int16_t)(*scale << 8));
+    return (int8x16x2_t){
+        {scaled(codebook.val[0], factor), bits == 5 ? scaled(codebook.val[1], factor) : codebook.val[1]}};
 }
 
-CQ_INLINE block_i8 decode_block(const uint8_t *block, const int32_t bits, int8x16_t table) {
+/* Bit i % 8 of byte i / 8 of two bytes, as `value` or 0 in byte i. */
+CQ_INLINE uint8x16_t high_bits(const uint8_t *two, uint8_t value) {
+    const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
+    return vandq_u8(vtstq_u8(vcombine_u8(vdup_n_u8(two[0]), vdup_n_u8(two[1])), bit), vdupq_n_u8(value));
+}
+
+CQ_INLINE block_i8 decode_block(const uint8_t *block, const int32_t bits, int8x16x2_t table) {
     uint8x16_t index[4];
     const uint8x16_t bytes = vld1q_u8(block);
-    if (bits == 4) {
+    if (bits >= 4) {
         const uint8x16_t more = vld1q_u8(block + 16), mask = vdupq_n_u8(15);
         index[0] = vandq_u8(bytes, mask), index[1] = vandq_u8(more, mask);
         index[2] = vshrq_n_u8(bytes, 4), index[3] = vshrq_n_u8(more, 4);
@@ -70,8 +76,9 @@ CQ_INLINE block_i8 decode_block(const uint8_t *block, const int32_t bits, int8x1
     }
     block_i8 out;
     for (int32_t i = 0; i < 4; i++) {
-        if (bits == 3) index[i] = vorrq_u8(index[i], high_bits(block + 16 + 2 * i));
-        out.v[i] = vqtbl1q_s8(table, index[i]);
+        if (bits == 3) index[i] = vorrq_u8(index[i], high_bits(block + 16 + 2 * i, 4));
+        if (bits == 5) index[i] = vorrq_u8(index[i], high_bits(block + 32 + 2 * i, 16));
+        out.v[i] = bits == 5 ? vqtbl2q_s8(table, index[i]) : vqtbl1q_s8(table.val[0], index[i]);
     }
     return out;
 }
@@ -83,19 +90,19 @@ CQ_INLINE void decode_quad(const int32_t bits, const cq_matrix *w, int64_t row, 
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
     cq_row rows[QUAD_ROWS];
     cq_span spans[QUAD_ROWS];
-    int8x16_t tables[QUAD_ROWS];
+    int8x16x2_t tables[QUAD_ROWS];
     block_i8 decoded[QUAD_ROWS];
     memset(decoded, 0, sizeof decoded);
     for (int32_t r = 0; r < n_rows; r++) {
         rows[r] = cq_row_at(w, row + r);
         spans[r] = cq_first_span(&rows[r]);
-        tables[r] = table_of(load_codebook(spans[r].centroids, bits), spans[r].group_scale);
+        tables[r] = table_of(load_codebook(spans[r].centroids, bits), bits, spans[r].group_scale);
     }
     for (int32_t b = 0; b < n_blocks; b++) {
         for (int32_t r = 0; r < n_rows; r++) {
             if (b == spans[r].end) {
                 cq_next_span(&rows[r], bits, &spans[r]);
-                tables[r] = table_of(load_codebook(spans[r].centroids, bits), spans[r].group_scale);
+                tables[r] = table_of(load_codebook(spans[r].centroids, bits), bits, spans[r].group_scale);
             }
             decoded[r] = decode_block(rows[r].indices + (int64_t)b * 8 * bits, bits, tables[r]);
         }
@@ -121,6 +128,9 @@ static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_
             break;
         case 4:
             decode_quad(4, w, row + first, n, out);
+            break;
+        case 5:
+            decode_quad(5, w, row + first, n, out);
             break;
         }
     }

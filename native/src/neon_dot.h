@@ -17,12 +17,12 @@ CQ_INLINE int32_t CQ_NEON(gemv_row)(const int32_t bits, const int32_t scale_ever
     int32x4_t sum[4] = {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)};
     if (scale_every) row.scale_blocks = row.n_blocks;
     for (cq_span span = cq_first_span(&row);; cq_next_span(&row, bits, &span)) {
-        const int8x16_t codebook = load_codebook(span.centroids, bits);
-        int8x16_t table = table_of(codebook, span.group_scale);
+        const int8x16x2_t codebook = load_codebook(span.centroids, bits);
+        int8x16x2_t table = table_of(codebook, bits, span.group_scale);
         for (int32_t b = span.begin; b < span.end; b++) {
             const uint8_t *block = row.indices + (int64_t)b * 8 * bits;
             __builtin_prefetch(block + 1024);
-            if (scale_every) table = table_of(codebook, row.group_scales + b / scale_every);
+            if (scale_every) table = table_of(codebook, bits, row.group_scales + b / scale_every);
             const block_i8 weights = decode_block(block, bits, table);
             for (int32_t i = 0; i < 4; i++)
                 sum[i] = CQ_NEON(dot16)(sum[i], weights.v[i], vld1q_s8(x + (int64_t)b * CQ_BLOCK + 16 * i));
@@ -50,6 +50,9 @@ static void CQ_NEON(gemv)(const cq_matrix *w, int64_t row, int32_t n_rows, const
             break;
         case 4:
             acc[r] = CQ_NEON(gemv_any)(4, w, row + r, x);
+            break;
+        case 5:
+            acc[r] = CQ_NEON(gemv_any)(5, w, row + r, x);
             break;
         }
 }

@@ -62,9 +62,9 @@ static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
 #include "float_ops.h"
 
 static int32_t index_at(const uint8_t *block, int32_t bits, int32_t i) {
-    if (bits == 4) return block[i % 32] >> (i / 32 * 4) & 15;
-    const int32_t low = block[i % 16] >> (i / 16 * 2) & 3;
-    return bits == 2 ? low : low | (block[16 + i / 8] >> (i % 8) & 1) << 2;
+    const int32_t plane = bits & ~1; /* an odd number of bits: the plane of high bits follows */
+    const int32_t low = bits >= 4 ? block[i % 32] >> (i / 32 * 4) & 15 : block[i % 16] >> (i / 16 * 2) & 3;
+    return bits == plane ? low : low | (block[8 * plane + i / 8] >> (i % 8) & 1) << plane;
 }
 
 static void decode_row(const cq_matrix *w, int64_t row_index, int8_t *out) {

@@ -26,7 +26,8 @@ int cq_tuned_weights(const cq_clustering *job, const float *centroids, const flo
         const uint8_t *indices = job->indices + (size_t)row * job->n_cols;
         float *to = out + (size_t)row * job->n_cols;
         for (int32_t i = 0; i < job->n_cols; i++) {
-            const float *book = centroids + row * n_centroids + i / job->codebook_cols * job->n_centroids;
+            const float *book =
+                centroids + row / job->codebook_rows * n_centroids + i / job->codebook_cols * job->n_centroids;
             const float group = job->scale_cols ? groups[row * n_groups + i / job->scale_cols] / 128.0f : 1.0f;
             to[i] = job->scales[row] * group * book[indices[i]];
         }
@@ -34,7 +35,7 @@ int cq_tuned_weights(const cq_clustering *job, const float *centroids, const flo
     return CQ_OK;
 }
 
-/* Sums over one row; centroids and groups are zero before. */
+/* Adds the sums over one row. */
 static void row_gradient(const cq_clustering *job, const cq_fit *fit, const float *gradient, float *centroids,
                          float *groups) {
     for (int32_t begin = 0; begin < job->n_cols; begin += CQ_BLOCK) {
@@ -55,10 +56,13 @@ int cq_clustered_gradient(const cq_clustering *job, const float *gradient, float
     if (!cq_clustering_valid(job) || n_threads < 1) return CQ_ERR_ARGUMENT;
     const size_t n_centroids = (size_t)cq_n_codebooks(job) * job->n_centroids, n_groups = (size_t)cq_n_groups(job);
 #pragma omp parallel for num_threads(n_threads)
-    for (int32_t row = 0; row < job->n_rows; row++) {
-        const cq_fit fit = cq_fit_of_row(job, row);
-        row_gradient(job, &fit, gradient + (size_t)row * job->n_cols, centroids + row * n_centroids,
-                     groups ? groups + row * n_groups : NULL);
+    for (int32_t set = 0; set < cq_ceil_div(job->n_rows, job->codebook_rows); set++) {
+        const int32_t first = set * job->codebook_rows;
+        for (int32_t row = first; row < job->n_rows && row < first + job->codebook_rows; row++) {
+            const cq_fit fit = cq_fit_of_row(job, row);
+            row_gradient(job, &fit, gradient + (size_t)row * job->n_cols, centroids + set * n_centroids,
+                         groups ? groups + row * n_groups : NULL);
+        }
     }
     return CQ_OK;
 }

@@ -5,10 +5,10 @@
 #include <immintrin.h>
 #include <string.h>
 
-/* The 2^bits centroids of a codebook, zeros after them; reads no byte beyond. */
+/* The first 16 of the 2^bits centroids of a codebook, zeros after fewer; reads no byte beyond. */
 static inline __m128i load_centroids(const int8_t *centroids, int32_t bits) {
     uint64_t few = 0;
-    if (bits == 4) return _mm_loadu_si128((const __m128i *)centroids);
+    if (bits >= 4) return _mm_loadu_si128((const __m128i *)centroids);
     memcpy(&few, centroids, bits == 3 ? 8 : 4);
     return _mm_cvtsi64_si128((long long)few);
 }

@@ -62,7 +62,7 @@ static int32_t nearest(const cq_column_block *b, int32_t r, float wanted) {
 static void check_column_block(int32_t n_values, int32_t feedback) {
     static float matrix[CQ_BLOCK * CQ_BLOCK];
     cq_column_block b = {.n_cols = CQ_BLOCK, .n_values = n_values, .matrix = matrix, .stride = CQ_BLOCK}, was;
-    fill(matrix, CQ_BLOCK * CQ_BLOCK, 0.1f), fill(b.values[0], 16 * CQ_ROWS, 1);
+    fill(matrix, CQ_BLOCK * CQ_BLOCK, 0.1f), fill(b.values[0], CQ_MAX_CENTROIDS * CQ_ROWS, 1);
     fill(b.state[0], CQ_BLOCK * CQ_ROWS, 1), fill(b.value[0], CQ_BLOCK * CQ_ROWS, 1);
     for (int32_t i = 0; i < CQ_BLOCK; i++) matrix[i * CQ_BLOCK + i] = 1.0f + 0.1f * (float)(i % 7);
     was = b;
@@ -114,7 +114,7 @@ static void check_kmeans_layer(int32_t n, int32_t first) {
 void test_clustering(void) {
     for (int32_t block = 2; block <= 128; block *= 2) check_hadamard(384, block);
     for (int32_t n = 1; n <= 130; n += 43) check_rank_update(1 + n % 64, n);
-    for (int32_t n_values = 1; n_values <= 16; n_values += 3)
+    for (int32_t n_values = 1; n_values <= CQ_MAX_CENTROIDS; n_values += 5)
         for (int32_t feedback = 0; feedback < 2; feedback++) check_column_block(n_values, feedback);
     for (int32_t n = 2; n < 200; n += 7) check_kmeans_layer(n, 1), check_kmeans_layer(n, n / 2);
 }

@@ -10,24 +10,27 @@ typedef struct {
 } sample;
 
 static void put_index(uint8_t *block, int32_t bits, int32_t i, int32_t index) {
-    if (bits == 4) {
-        block[i % 32] |= (uint8_t)(index << (i < 32 ? 0 : 4));
-        return;
-    }
-    block[i % 16] |= (uint8_t)((index & 3) << (i / 16 * 2));
+    if (bits >= 4)
+        block[i % 32] |= (uint8_t)((index & 15) << (i < 32 ? 0 : 4));
+    else
+        block[i % 16] |= (uint8_t)((index & 3) << (i / 16 * 2));
     if (bits == 3) block[16 + i / 8] |= (uint8_t)(index >> 2 << (i % 8));
+    if (bits == 5) block[32 + i / 8] |= (uint8_t)(index >> 4 << (i % 8));
 }
 
+/* Two experts of half the rows each where their number is even. */
 static sample sample_new(int32_t bits, int32_t n_rows, int32_t n_cols, int32_t codebook_cols, int32_t scale_cols,
                          enum content content) {
-    const int32_t n_books = cq_ceil_div(n_cols, codebook_cols), k = 1 << bits;
+    const int32_t n_books = cq_ceil_div(n_cols, codebook_cols), k = 1 << bits, book_rows = 1 << random_between(0, 3);
+    const int32_t n_experts = n_rows % 2 ? 1 : 2, expert_rows = n_rows / n_experts;
+    const int32_t expert_books = cq_ceil_div(expert_rows, book_rows) * n_books;
     const int32_t n_groups = scale_cols ? cq_ceil_div(n_cols, scale_cols) : 0;
     sample s = {.data = guarded_new((size_t)n_rows * n_cols / 8 * bits),
-                .centroids = guarded_new((size_t)n_rows * n_books * k),
+                .centroids = guarded_new((size_t)n_experts * expert_books * k),
                 .group_scales = guarded_new((size_t)n_rows * n_groups),
                 .weights = malloc((size_t)n_rows * n_cols)};
     int8_t *centroids = s.centroids.data, *scales = s.group_scales.data;
-    for (int32_t i = 0; i < n_rows * n_books * k; i++)
+    for (int32_t i = 0; i < n_experts * expert_books * k; i++)
         centroids[i] = (int8_t)(content == RANDOM ? random_between(-128, 127) : content == LARGEST ? 127 : -128);
     for (int32_t i = 0; i < n_rows * n_groups; i++)
         scales[i] = (int8_t)(content == RANDOM && random_u32() % 8 ? random_between(0, 127) : 127);
@@ -38,13 +41,14 @@ static sample sample_new(int32_t bits, int32_t n_rows, int32_t n_cols, int32_t c
             const int32_t index = content == RANDOM ? random_between(0, k - 1) : k - 1;
             uint8_t *block = (uint8_t *)s.data.data + ((int64_t)r * n_cols + c) / 64 * 8 * bits;
             put_index(block, bits, c % 64, index);
-            int32_t weight = centroids[(r * n_books + c / codebook_cols) * k + index];
+            const int32_t book = r / expert_rows * expert_books + r % expert_rows / book_rows * n_books;
+            int32_t weight = centroids[(book + c / codebook_cols) * k + index];
             if (scale_cols) weight = (int32_t)floor((weight * scales[r * n_groups + c / scale_cols] + 64) / 128.0);
             s.weights[(int64_t)r * n_cols + c] = (int8_t)weight;
         }
-    s.w = (cq_matrix){
-        17200 + bits, 1, n_rows, n_cols, codebook_cols, scale_cols, s.data.data, centroids, scale_cols ? scales : NULL,
-        NULL};
+    s.w = (cq_matrix){17200 + bits,  n_experts,  expert_rows, n_cols,    book_rows,
+                      codebook_cols, scale_cols, s.data.data, centroids, scale_cols ? scales : NULL,
+                      NULL};
     return s;
 }
 
@@ -59,15 +63,17 @@ static int32_t reference_dot(const int8_t *w, const int8_t *x, int32_t n) {
 }
 
 static void check_gemv(const sample *s, const int8_t *x, int32_t x_sum) {
-    int32_t *acc = malloc(sizeof(int32_t) * (size_t)(s->w.n_rows + 1));
-    for (int32_t first = 0; first < s->w.n_rows; first += 1 + first) {
-        const int32_t n = s->w.n_rows - first;
+    const int32_t n_rows = s->w.n_experts * s->w.n_rows;
+    int32_t *acc = malloc(sizeof(int32_t) * (size_t)(n_rows + 1));
+    for (int32_t first = 0; first < n_rows; first += 1 + first) {
+        const int32_t n = n_rows - first;
         acc[n] = 12345;
         cq_kernels_current()->gemv(&s->w, first, n, x, x_sum, acc);
         for (int32_t r = 0; r < n; r++) {
             const int32_t want = reference_dot(s->weights + (int64_t)(first + r) * s->w.n_cols, x, s->w.n_cols);
-            CHECK(acc[r] == want, "gemv type %d [%d][%d] codebook %d scale %d row %d: %d, want %d", s->w.type,
-                  s->w.n_rows, s->w.n_cols, s->w.codebook_cols, s->w.scale_cols, first + r, acc[r], want);
+            CHECK(acc[r] == want, "gemv type %d [%d][%d] codebook %d x %d scale %d row %d: %d, want %d", s->w.type,
+                  n_rows, s->w.n_cols, s->w.codebook_rows, s->w.codebook_cols, s->w.scale_cols, first + r, acc[r],
+                  want);
         }
         CHECK(acc[n] == 12345, "gemv wrote past its rows");
     }
@@ -76,11 +82,11 @@ static void check_gemv(const sample *s, const int8_t *x, int32_t x_sum) {
 
 static void check_gemm(const sample *s, const int8_t *const *x, const int32_t *x_sum, int32_t n_tokens) {
     const cq_kernels *kernels = cq_kernels_current();
-    const int32_t panel_rows = kernels->panel_rows;
+    const int32_t panel_rows = kernels->panel_rows, n_rows = s->w.n_experts * s->w.n_rows;
     uint8_t *panel = aligned_alloc(64, (size_t)panel_rows * s->w.n_cols + 64);
     int32_t *acc = malloc(sizeof(int32_t) * (size_t)(n_tokens * panel_rows + 1));
-    for (int32_t first = 0; first < s->w.n_rows; first += panel_rows) {
-        const int32_t n = s->w.n_rows - first < panel_rows ? s->w.n_rows - first : panel_rows;
+    for (int32_t first = 0; first < n_rows; first += panel_rows) {
+        const int32_t n = n_rows - first < panel_rows ? n_rows - first : panel_rows;
         memset(panel, 99, (size_t)panel_rows * s->w.n_cols + 64);
         acc[n_tokens * panel_rows] = 12345;
         kernels->decode_panel(&s->w, first, n, panel);
@@ -91,8 +97,9 @@ static void check_gemm(const sample *s, const int8_t *const *x, const int32_t *x
                 const int8_t *row = s->weights + (int64_t)(first + r) * s->w.n_cols;
                 const int32_t want = r < n ? reference_dot(row, x[t], s->w.n_cols) : 0;
                 CHECK(acc[t * panel_rows + r] == want,
-                      "gemm type %d [%d][%d] codebook %d scale %d token %d row %d: %d, want %d", s->w.type, s->w.n_rows,
-                      s->w.n_cols, s->w.codebook_cols, s->w.scale_cols, t, first + r, acc[t * panel_rows + r], want);
+                      "gemm type %d [%d][%d] codebook %d x %d scale %d token %d row %d: %d, want %d", s->w.type, n_rows,
+                      s->w.n_cols, s->w.codebook_rows, s->w.codebook_cols, s->w.scale_cols, t, first + r,
+                      acc[t * panel_rows + r], want);
             }
         CHECK(acc[n_tokens * panel_rows] == 12345, "gemm_panel wrote past its tokens");
     }
@@ -149,7 +156,7 @@ static void check_q8_0(int32_t n_blocks, int32_t extreme) {
 void test_integers(void) {
     static const int32_t cols[] = {64, 128, 192, 576, 1088}, rows[] = {1, 2, 3, 4, 5, 31, 33};
     static const int32_t codebooks[] = {0, 64, 128, 1024}, scales[] = {0, 64, 128, 1024};
-    for (int32_t bits = 2; bits <= 4; bits++) {
+    for (int32_t bits = 2; bits <= 5; bits++) {
         for (int32_t c = 0; c < 5; c++)
             for (int32_t variant = 0; variant < 16; variant++) {
                 const int32_t codebook = codebooks[variant % 4] ? codebooks[variant % 4] : cols[c];

@@ -12,6 +12,7 @@ import numpy as np
 
 from pyggml_bridge.cli.common import ArgumentParser, print_json, run_main
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import CQType
 from pyggml_bridge.models import architectures, load_model
 from pyggml_bridge.native import choose_isa
 from pyggml_bridge.perplexity import Reference, RunnerReference, Statistics, chunks_of, mean_and_error, measure
@@ -79,7 +80,7 @@ def _load_base(base: str, args: argparse.Namespace) -> Reference:
     """A GGUF in types the runner multiplies goes through the runner, everything else through transformers."""
     if base.endswith(".gguf") and Path(base).is_file():
         file = GGUFFile(base)
-        runnable = {int(kind) for kind in PLAIN_TYPES} | {17202, 17203, 17204}
+        runnable = {int(kind) for kind in PLAIN_TYPES} | set(CQType)
         weights = [tensor for name, tensor in file.tensors.items() if name.endswith(".weight")]
         if file.metadata.get("general.architecture") in architectures() and all(
             int(tensor.type) in runnable for tensor in weights
