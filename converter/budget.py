@@ -10,8 +10,8 @@ from pyggml_bridge.errors import CQError
 from .plan import Plan, PlannedTensor
 from .settings import Settings
 
-# Squared error relative to a unit Gaussian's: Lloyd and Max's quantizers of 4 to 32 levels; Q8_0 with steps of 2.2 / 127,
-# the mean largest of 32 being 2.2.
+# Squared error relative to a unit Gaussian's: Lloyd and Max's quantizers of 4 to 32 levels; Q8_0 with steps of
+# 2.2 / 127, the mean largest of 32 being 2.2.
 DISTORTION = {"cq2": 0.1175, "cq3": 0.03454, "cq4": 0.009497, "cq5": 0.002499, "q8_0": (2.2 / 127) ** 2 / 12}
 
 

@@ -18,7 +18,7 @@ from .clustering import CODEBOOK_ROWS, DESCENT_ROUNDS, Grouping, Refinement
 from .pipeline import convert, plan_conversion
 from .plan import Plan
 from .report import console, tensor_table, warn
-from .settings import Override, Settings
+from .settings import METHODS, ROTATIONS, Override, Settings
 from .write import check_output
 
 DEFAULT_CALIBRATION_TOKENS = 16384  # more are better, and slower: docs/decisions.md
@@ -64,27 +64,28 @@ def parser() -> ArgumentParser:
         "--codebook-rows",
         type=int,
         choices=ROW_COUNTS,
-        default=CODEBOOK_ROWS,
-        help=f"rows that share their codebooks ({CODEBOOK_ROWS})",
+        help=f"rows that share their codebooks ({CODEBOOK_ROWS}; paper: 1)",
     )
     p.add_argument(
-        "--scale-group", type=int, choices=(-1, 64, 128), default=64, help="columns that share a scale; -1: the row"
+        "--scale-group", type=int, choices=(-1, 64, 128), help="columns that share a scale, -1: the row (64; paper: -1)"
     )
     p.add_argument("--activation-bits", type=int, choices=(8, 4), default=8, help="activations at run time")
     p.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate on; without it weights only")
     p.add_argument(
         "--calibration-tokens", type=int, default=DEFAULT_CALIBRATION_TOKENS, metavar="N", help="tokens used of it"
     )
-    p.add_argument("--no-rotation", action="store_true", help="keep the residual stream's basis")
+    p.add_argument("--method", choices=METHODS, default="full", help="paper: AOS, POG and ACCF as published")
+    p.add_argument(
+        "--rotation", choices=ROTATIONS, default="learned", help="of the residual stream and the value heads"
+    )
+    p.add_argument("--no-rotation", dest="rotation", action="store_const", const="none", help="--rotation none")
     p.add_argument("--no-hadamard", action="store_true", help="no transform at run time before the FFN's last linear")
     p.add_argument("--no-permutation", action="store_true", help="keep the order of channels (with --group-size)")
     p.add_argument("--no-feedback", action="store_true", help="nearest centroids: no error feedback, no descent")
     p.add_argument("--no-sensitivity", action="store_true", help="no gradients: every output error counts the same")
+    p.add_argument("--no-finetune", action="store_true", help="codebooks as k-means finds them")
     p.add_argument(
-        "--finetune",
-        action=argparse.BooleanOptionalAction,
-        default=False,  # gains little for its minutes so far: docs/decisions.md
-        help="tune codebooks and scales on the whole model",
+        "--router-weight", type=float, default=1.0, metavar="LAMBDA", help="weight of the routers' choices (1)"
     )
     p.add_argument(
         "--descent-rounds", type=int, default=DESCENT_ROUNDS, metavar="N", help=f"codebook refits ({DESCENT_ROUNDS})"
@@ -119,20 +120,35 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         raise CQError("--target-bpw: needs --calibration, and neither --bits nor --no-sensitivity nor --no-feedback")
     if a.target_bpw is not None and not 0 < a.target_bpw <= 16:
         raise CQError(f"--target-bpw {a.target_bpw:g}: expected more than 0, at most 16")
+    if not 0 <= a.router_weight <= 1e6:
+        raise CQError(f"--router-weight {a.router_weight:g}: expected 0 .. 1000000")
+    paper = a.method == "paper"
+    for option, value, published in (
+        ("--target-bpw", a.target_bpw, None),
+        ("--scale-group", a.scale_group, -1),
+        ("--codebook-rows", a.codebook_rows, 1),
+    ):
+        if paper and value not in (None, published):
+            raise CQError(f"{option} {value:g}: not with --method paper")
+    refinement = Refinement(not a.no_feedback, not a.no_sensitivity, 0 if a.no_finetune else a.descent_rounds)
     return Settings(
         model=a.model,
         out=a.out,
-        bits=a.bits,
+        bits=a.bits or (4 if paper else None),
         target_bpw=a.target_bpw,
-        grouping=Grouping(a.group_size, a.scale_group, a.codebook_rows),
+        grouping=Grouping(
+            a.group_size, a.scale_group or (-1 if paper else 64), a.codebook_rows or (1 if paper else CODEBOOK_ROWS)
+        ),
         activation_bits=a.activation_bits,
         calibration=a.calibration,
         calibration_tokens=a.calibration_tokens,
-        rotation=not a.no_rotation,
-        hadamard=not a.no_hadamard,
+        method=a.method,
+        rotation=a.rotation,
+        hadamard=not (a.no_hadamard or paper),
         permutation=not a.no_permutation,
-        refinement=Refinement(not a.no_feedback, not a.no_sensitivity, a.descent_rounds),
-        finetune=a.finetune,
+        refinement=Refinement(False, False, 0) if paper else refinement,
+        finetune=not a.no_finetune,
+        router_weight=a.router_weight,
         overrides=tuple(Override.parse(text) for text in a.tensor_type),
         seed=a.seed,
         threads=a.threads or default_threads(),

@@ -152,40 +152,6 @@ def weights_of(fit: Fit, n_threads: int) -> NDArray[np.float32]:
     return out
 
 
-@dataclass(frozen=True)
-class RealFit:
-    """What a fit's integers are before rounding, or a loss's gradient by them.
-
-    centroids float32 [rows / codebook_rows, n_codebooks * K]; group_scales float32 [rows, n_groups] or None.
-    """
-
-    centroids: NDArray[np.float32]
-    group_scales: NDArray[np.float32] | None
-
-    @classmethod
-    def of(cls, fit: Fit) -> RealFit:
-        """The fit's integers as they are."""
-        groups = None if fit.group_scales is None else fit.group_scales.astype(np.float32)
-        return cls(fit.centroids.astype(np.float32), groups)
-
-
-def real_weights_of(fit: Fit, real: RealFit, n_threads: int) -> NDArray[np.float32]:
-    """The weights [rows, cols] of the fit's indices and row scales with real centroids and group scales."""
-    out = np.empty_like(fit.w)
-    parts = [pointer(array, "const float *") for array in (real.centroids, real.group_scales)]
-    _check(lib.cq_tuned_weights(_job(fit, 0), *parts, pointer(out, "float *"), n_threads))
-    return out
-
-
-def gradient_of(fit: Fit, gradient: NDArray[np.float32], n_threads: int) -> RealFit:
-    """Carry a loss's gradient by the weights [rows, cols] over to what they are made of, at the fit's integers."""
-    groups = None if fit.group_scales is None else np.zeros(fit.group_scales.shape, np.float32)
-    found = RealFit(np.zeros(fit.centroids.shape, np.float32), groups)
-    parts = [pointer(array, "float *") for array in (found.centroids, found.group_scales)]
-    _check(lib.cq_clustered_gradient(_job(fit, 0), pointer(gradient, "const float *"), *parts, n_threads))
-    return found
-
-
 def _job(fit: Fit, iterations: int) -> Any:
     rows, cols = fit.w.shape
     return ffi.new(

@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
+from .accf import CentroidTuner, Codebooks
 from .architecture import Layer, Linear
 from .basis import FileBasis
 from .calibration import Statistics, capture
+from .layer_pair import LayerPair
 from .moments import Moments
 from .plan import Plan, PlannedTensor
 from .quantize import Quantized, quantize
-from .report import progress
+from .report import Tuned, progress
 from .sensitivity import Sensitivity
 from .settings import Settings
 from .stream import LayerStream
@@ -23,10 +25,14 @@ from .transform import TransformedModel
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer's tensors by GGUF stem, in file order and in the file's basis; tokens: per expert, [] if dense."""
+    """A layer's tensors by GGUF stem, in file order and in the file's basis.
+
+    tokens: per expert, [] if dense; tuned: what fine-tuning did to it.
+    """
 
     tensors: dict[str, Quantized]
     tokens: list[int]
+    tuned: Tuned | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class LayerQuantizer:
     model: TransformedModel
     stream: LayerStream
     sensitivity: Sensitivity | None = None
+    tuner: CentroidTuner | None = None
 
     def basis(self, linear: Linear) -> FileBasis:
         """How the file holds this linear."""
@@ -68,10 +75,23 @@ class LayerQuantizer:
             tensors[norm.name] = quantize(tensor, layer[norm.name], None, None, self.settings.refinement, 1)
         for linear, tensor in zip(arch.linears, planned[n_norms:], strict=True):
             tensors[linear.name] = self._linear(tensor, linear, layer[linear.name], statistics, outputs)
+        tuned = None
         if hidden is not None:
+            if self.tuner:
+                tuned = self._tune(self.tuner, module, tensors, hidden)
             arch.install(module, self.effective(tensors))
             self.stream.forward(module, hidden)
-        return QuantizedLayer(tensors, self._expert_tokens(statistics))
+        return QuantizedLayer(tensors, self._expert_tokens(statistics), tuned)
+
+    def _tune(self, tuner: CentroidTuner, module: Any, tensors: dict[str, Quantized], hidden: Tensor) -> Tuned:
+        books, fixed = [], {}
+        for linear in self.model.checkpoint.arch.linears:
+            quantized, basis = tensors[linear.name], self.basis(linear)
+            if quantized.fits:
+                books.append(Codebooks(linear, quantized, basis))
+            else:
+                fixed[linear.name] = basis.from_file(quantized.weight(self.settings.threads))
+        return tuner.tune(LayerPair(self.stream, module, fixed), books, hidden)
 
     def _linear(
         self,

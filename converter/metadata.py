@@ -35,6 +35,7 @@ def _cq_keys(settings: Settings, plan: Plan, calibration_tokens: int) -> dict[st
         "cq.hadamard.ffn_down": plan.hadamard,
         "cq.seed": settings.seed,
         "cq.rotation": settings.rotation,
+        "cq.method": settings.method,
         "cq.converter": f"codequant {package_version()}",
     }
     if settings.calibration:

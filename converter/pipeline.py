@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from pyggml_bridge.output import complete_file
 
+from .accf import CentroidTuner
 from .architecture import head_dim_of
 from .budget import allocate, default_bpw
-from .calibration import SEQUENCE, read_tokens, tokenize
+from .calibration import read_tokens, tokenize
 from .check import check_file
 from .checkpoint import Checkpoint, open_checkpoint
-from .finetune import MIN_STEPS, SEQUENCES_PER_STEP, FineTuner, step_count
-from .layers import LayerQuantizer, QuantizedLayer
+from .layers import LayerQuantizer
 from .metadata import metadata
 from .observe import Observation, observe
 from .plan import Plan, PlannedTensor, make_plan
@@ -77,7 +77,7 @@ class _Job:
         self.model = TransformedModel(self.checkpoint, permute_block=permute_block)
         observed_tokens = self._check_tokens() if tokens is None else tokens[:OBSERVED_SEQUENCES]
         observed = self._observe(observed_tokens, learns=tokens is not None)
-        if self.settings.rotation:
+        if self.settings.rotation != "none":
             heads = random_rotation(head_dim_of(self.checkpoint.config), self.settings.seed)
             self.model = self.model.rotated(self._rotation(None if tokens is None else observed), heads)
         with complete_file(self.settings.out) as part, self._sensitivity(tokens) as sensitivity:
@@ -108,13 +108,13 @@ class _Job:
         return torch.tensor([tokenize(self.checkpoint, CHECK_TEXT, special=True)])
 
     def _observe(self, tokens: Tensor, learns: bool) -> Observation | None:
-        if not self.settings.check and not (learns and self.settings.rotation):
+        if not self.settings.check and not (learns and self.settings.rotation == "learned"):
             return None
         return observe(self.model, self.stream, tokens)
 
     def _rotation(self, observed: Observation | None) -> Tensor:
         start = random_rotation(self.checkpoint.config.hidden_size, self.settings.seed)
-        if observed is None:
+        if observed is None or self.settings.rotation == "random":
             return start
         self.report.rotation = learn_rotation(
             observed.norm_rows, start, self.settings.activation_bits, self.settings.seed
@@ -130,7 +130,9 @@ class _Job:
             return
         with TemporaryDirectory(prefix=f"{out.name}.", suffix=".part", dir=out.parent) as folder:
             require_free(out.parent, self.plan.nbytes + folder_bytes(self.model, tokens.numel()))
-            yield measure(self.model, self.stream, tokens, Path(folder), self.settings.seed)
+            yield measure(
+                self.model, self.stream, tokens, Path(folder), self.settings.seed, self.settings.router_weight
+            )
 
     def _mix_types(self, sensitivity: Sensitivity) -> None:
         has_experts = any(linear.experts for linear in self.checkpoint.arch.linears)
@@ -148,18 +150,13 @@ class _Job:
         self._write_tensor(file, embedding)
         table = embedding.weight(self.settings.threads)
         norm, planned_head = self.plan.last
-        quantizer = LayerQuantizer(self.settings, self.plan, self.model, self.stream, sensitivity)
-        layers: Iterable[QuantizedLayer] = quantizer.layers(None if tokens is None else table[tokens])
-        steps = self._finetune_steps(tokens)
-        if tokens is not None and steps:
-            further = self._tuning_tokens(len(tokens), steps * SEQUENCES_PER_STEP)
-            layers = list(layers)
-            head = self._quantize(planned_head, self.model.head()).weight(self.settings.threads)
-            tuner = FineTuner(quantizer, layers, table, head)
-            self.report.tuned = tuner.tune(tokens if further is None else further, steps, self.settings.seed)
+        quantizer = LayerQuantizer(self.settings, self.plan, self.model, self.stream, sensitivity, self._tuner(tokens))
+        layers = quantizer.layers(None if tokens is None else table[tokens])
         for index, layer in enumerate(layers):
             for quantized in layer.tensors.values():
                 self._write_tensor(file, quantized)
+            if layer.tuned:
+                self.report.tuned.append(layer.tuned)
             if layer.tokens:
                 self.report.experts.append({"layer": index, "tokens": layer.tokens})
         self._write_tensor(file, self._quantize(norm, torch.ones(norm.shape)))
@@ -173,17 +170,8 @@ class _Job:
         if len(quantized.planned.shape) > 1:
             self.report.rel_errors[quantized.planned.name] = quantized.rel_error(self.settings.threads)
 
-    def _tuning_tokens(self, n_calibrated: int, n_sequences: int) -> Tensor | None:
-        """Sequences of the calibration text that the clustering has not seen; None if there are hardly any."""
-        assert self.settings.calibration is not None
-        wanted = (n_calibrated + n_sequences) * SEQUENCE
-        sequences = read_tokens(self.checkpoint, self.settings.calibration, wanted)[n_calibrated:]
-        return sequences if len(sequences) >= MIN_STEPS * SEQUENCES_PER_STEP else None
-
-    def _finetune_steps(self, tokens: Tensor | None) -> int:
-        if tokens is None or not self.settings.finetune:
-            return 0
-        steps = step_count(self.plan, self.checkpoint, tokens)
-        if not steps:
-            warn("no fine-tuning: too little text, or too large a model for this memory or for a few minutes")
-        return steps
+    def _tuner(self, tokens: Tensor | None) -> CentroidTuner | None:
+        """The published method's; what `full` does instead follows from the second moments."""
+        if tokens is None or self.settings.method != "paper" or not self.settings.finetune:
+            return None
+        return CentroidTuner(self.model.embedding()[tokens], self.settings.router_weight, self.settings.seed)

@@ -138,6 +138,8 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
 
     Sensitive linears become Q8_0 where that leaves the whole below half a bit more than --bits.
     """
+    if settings.method == "paper":
+        return _plan_with(checkpoint, settings, settings.cq.name.lower())
     plan = _plan_with(checkpoint, settings, "q8_0")
     return plan if plan.bpw <= settings.cq.bits + 0.5 else _plan_with(checkpoint, settings, settings.cq.name.lower())
 

@@ -40,7 +40,7 @@ def progress(what: str, total: int) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What fine-tuning did: its steps, the loss on held-out sequences before and after; equal if it was undone."""
+    """What fine-tuning a layer did: its steps, the loss on held-out sequences before and after; equal if undone."""
 
     steps: int
     loss_start: float
@@ -56,7 +56,7 @@ class Report:
     rel_errors: dict[str, float] = field(default_factory=dict)
     experts: list[dict[str, Any]] = field(default_factory=list)
     rotation: LearnedRotation | None = None
-    tuned: Tuned | None = None
+    tuned: list[Tuned] = field(default_factory=list)
     check: dict[str, Any] = field(default_factory=dict)
     nbytes: int = 0
     seconds: float = 0.0
@@ -79,7 +79,7 @@ class Report:
             loss = {"start": self.rotation.loss_start, "end": self.rotation.loss_end, "steps": self.rotation.steps}
             document["rotation_loss"] = loss
         if self.tuned:
-            document["finetune"] = asdict(self.tuned)
+            document["finetune"] = [asdict(layer) for layer in self.tuned]
         return document
 
     def _entry(self, tensor: PlannedTensor) -> dict[str, Any]:
@@ -94,8 +94,9 @@ class Report:
             r = self.rotation
             console.print(f"rotation: quantization loss {r.loss_start:.4g} -> {r.loss_end:.4g} in {r.steps} steps")
         if self.tuned:
-            t = self.tuned
-            console.print(f"fine-tuning: KL {t.loss_start:.4f} -> {t.loss_end:.4f} in {t.steps} steps")
+            start, end = (sum(loss) for loss in zip(*((t.loss_start, t.loss_end) for t in self.tuned), strict=True))
+            kept = sum(t.loss_end < t.loss_start for t in self.tuned)
+            console.print(f"fine-tuning: loss {start:.4g} -> {end:.4g}, {kept} of {len(self.tuned)} layers changed")
         for entry in self.experts:
             idle = [expert for expert, tokens in enumerate(entry["tokens"]) if not tokens]
             if idle:

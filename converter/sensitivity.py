@@ -89,8 +89,13 @@ def folder_bytes(model: TransformedModel, n_tokens: int) -> int:
     return config.num_hidden_layers * (HALF_BYTES * outputs + FLOAT_BYTES * n_tokens * config.hidden_size)
 
 
-def measure(model: TransformedModel, stream: LayerStream, tokens: Tensor, folder: Path, seed: int) -> Sensitivity:
-    """Run tokens [sequences, n] forwards and backwards through the float model; files go to the folder."""
+def measure(
+    model: TransformedModel, stream: LayerStream, tokens: Tensor, folder: Path, seed: int, router_weight: float
+) -> Sensitivity:
+    """Run tokens [sequences, n] forwards and backwards through the float model; files go to the folder.
+
+    Besides the next token, each router's choice counts router_weight times: its Fisher information is added.
+    """
     n_layers = model.checkpoint.config.num_hidden_layers
     found = Sensitivity(folder, [{} for _ in range(n_layers)])
     hidden = model.embedding()[tokens]
@@ -99,11 +104,13 @@ def measure(model: TransformedModel, stream: LayerStream, tokens: Tensor, folder
             np.save(folder / f"hidden-{i}.npy", hidden.numpy())
             stream.forward(stream.module(i, model.layer(i)), hidden)
             advance("forward")
-        gradient = _head_gradient(stream, hidden, model.head(), torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        gradient = _head_gradient(stream, hidden, model.head(), generator)
         for i in reversed(range(n_layers)):
             saved = folder / f"hidden-{i}.npy"
             module = stream.module(i, model.layer(i))
-            with _capture_gradients(model.checkpoint.arch, module) as capture:
+            arch = model.checkpoint.arch
+            with _capture_gradients(arch, module) as capture, _router_losses(arch, module, router_weight, generator):
                 stream.backward(module, torch.from_numpy(np.load(saved)), gradient)
             found.save(i, capture.result())
             found.damage[i].update(capture.damage(tokens.numel()))
@@ -118,14 +125,37 @@ def _head_gradient(stream: LayerStream, hidden: Tensor, head: Tensor, generator:
     for rows, out in zip(hidden.flatten(0, 1).split(HEAD_ROWS), gradient.flatten(0, 1).split(HEAD_ROWS), strict=True):
         x = rows.clone().requires_grad_()
         normed = stream.final_norm(x)
-        p = (normed.detach() @ head.T).softmax(dim=-1)
-        cumulative = p.cumsum(dim=-1)
-        drawn = torch.rand(len(p), 1, generator=generator) * cumulative[:, -1:]
-        y = torch.searchsorted(cumulative, drawn).clamp_max(p.shape[-1] - 1)
-        p.scatter_add_(1, y, torch.full(y.shape, -1.0))
-        normed.backward(p @ head)
+        normed.backward(_gradient_of_draw(normed.detach() @ head.T, generator) @ head)
         out.copy_(x.grad)
     return gradient
+
+
+def _gradient_of_draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of -log p(y) by logits [tokens, n], y drawn from p = softmax(logits)."""
+    p = logits.softmax(dim=-1)
+    cumulative = p.cumsum(dim=-1)
+    drawn = torch.rand(len(p), 1, generator=generator) * cumulative[:, -1:]
+    y = torch.searchsorted(cumulative, drawn).clamp_max(p.shape[-1] - 1)
+    return p.scatter_add_(1, y, torch.full(y.shape, -1.0))
+
+
+@contextmanager
+def _router_losses(arch: Architecture, module: nn.Module, weight: float, generator: torch.Generator) -> Iterator[None]:
+    """While active, a backward pass through the layer also descends from weight times its router's -log p(expert)."""
+
+    def hook(_: nn.Module, arguments: Any, output: tuple[Tensor, ...]) -> None:
+        logits = output[0]  # transformers' routers give their logits first
+        # Squared gradients add up, so the square root of the weight.
+        own = _gradient_of_draw(logits.detach(), generator) * weight**0.5
+        logits.register_hook(lambda gradient: gradient + own)
+
+    routers = [linear.parameter.removesuffix(".weight") for linear in arch.linears if linear.router]
+    handles = [module.get_submodule(name).register_forward_hook(hook) for name in routers if weight]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _GradientCapture:

@@ -11,6 +11,8 @@ from pyggml_bridge.format import CQType
 
 from .clustering import Grouping, Refinement
 
+METHODS = ("full", "paper")
+ROTATIONS = ("learned", "random", "none")
 TENSOR_TYPES = ("f32", "f16", "q8_0", "cq5", "cq4", "cq3", "cq2")
 
 
@@ -38,7 +40,9 @@ class Settings:
     """One conversion. calibration None: weight-only clustering and a random rotation.
 
     bits: one type for all ordinary linears. None: types by sensitivity, to target_bpw bits per weight (None: the
-    default), or four bits where sensitivity is not measured.
+    default), or four bits where sensitivity is not measured. method: METHODS; rotation: ROTATIONS, of the residual
+    stream and the value heads. finetune: of centroids, where the method has it. router_weight: how much the divergence
+    of a router's choice counts beside that of the output.
     """
 
     model: str
@@ -49,11 +53,13 @@ class Settings:
     activation_bits: int
     calibration: Path | None
     calibration_tokens: int
-    rotation: bool
+    method: str
+    rotation: str
     hadamard: bool
     permutation: bool
     refinement: Refinement
     finetune: bool
+    router_weight: float
     overrides: tuple[Override, ...]
     seed: int
     threads: int

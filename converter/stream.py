@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .architecture import Layer
 from .checkpoint import Checkpoint
@@ -41,6 +42,11 @@ class LayerStream:
         with torch.no_grad():
             for batch in hidden.split(batch_size(hidden)):
                 batch.copy_(module(batch, **arguments))
+
+    def call(self, module: nn.Module, hidden: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """The layer's output for hidden [sequences, tokens, hidden_size], some parameters replaced; differentiable."""
+        out: Tensor = functional_call(module, parameters, (hidden,), self._arguments(hidden))
+        return out
 
     def backward(self, module: nn.Module, hidden: Tensor, gradient: Tensor) -> None:
         """Replace a loss's gradient [sequences, tokens, hidden_size] by the layer's output by that by its input."""

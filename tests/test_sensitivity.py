@@ -26,23 +26,23 @@ MODELS = [
 ]
 
 
-def drawn_tokens(model: torch.nn.Module, tokens: torch.Tensor, seed: int) -> torch.Tensor:
-    """The targets that _head_gradient draws, from the whole model's logits."""
-    p = model(input_ids=tokens).logits.flatten(0, 1).softmax(-1)
-    cumulative = p.cumsum(-1)
-    drawn = torch.rand(len(p), 1, generator=torch.Generator().manual_seed(seed)) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, drawn)[:, 0]
+def drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Targets drawn from the softmax of logits [tokens, n], as the sensitivity draws them."""
+    cumulative = logits.detach().softmax(-1).cumsum(-1)
+    at = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at)[:, 0]
 
 
+@pytest.mark.parametrize("router_weight", [0.0, 0.25])
 @pytest.mark.parametrize("tiny", MODELS, ids=lambda m: m.model_type)
-def test_gradients_are_those_of_the_whole_model(tmp_path, tiny):
+def test_gradients_are_those_of_the_whole_model(tmp_path, tiny, router_weight):
     """With a linear's gradients by autograd on transformers' own model, in the folded basis."""
     model = tiny.save(tmp_path / "m")
     checkpoint = open_checkpoint(str(tmp_path / "m"))
     tokens = torch.randint(0, 250, (3, 40), generator=torch.Generator().manual_seed(5))
     (tmp_path / "s").mkdir()
     transformed = TransformedModel(checkpoint)
-    found = sensitivity.measure(transformed, LayerStream(checkpoint), tokens, tmp_path / "s", seed=3)
+    found = sensitivity.measure(transformed, LayerStream(checkpoint), tokens, tmp_path / "s", 3, router_weight)
     assert not list((tmp_path / "s").glob("hidden*"))
 
     gradients: dict[str, torch.Tensor] = {}
@@ -56,11 +56,20 @@ def test_gradients_are_those_of_the_whole_model(tmp_path, tiny):
 
         module.register_forward_hook(hook)
 
+    routers: list[torch.Tensor] = []
+    for any_layer in model.get_decoder().layers:
+        if tiny.model_type == "mixtral":
+            any_layer.mlp.gate.register_forward_hook(lambda module, inputs, output: routers.append(output[0]))
     layer = model.get_decoder().layers[1]
     watch(layer.self_attn.v_proj, "attn_v")
     watch(layer.mlp.experts if tiny.model_type == "mixtral" else layer.mlp.down_proj, "ffn")
     logits = model(input_ids=tokens).logits.flatten(0, 1)
-    torch.nn.functional.cross_entropy(logits, drawn_tokens(model, tokens, 3), reduction="sum").backward()
+    generator = torch.Generator().manual_seed(3)
+    loss = torch.nn.functional.cross_entropy(logits, drawn(logits, generator), reduction="sum")
+    for router in reversed(routers if router_weight else []):
+        choice = torch.nn.functional.cross_entropy(router, drawn(router, generator), reduction="sum")
+        loss = loss + router_weight**0.5 * choice
+    loss.backward()
     layer1 = found.layer(1)
 
     g = gradients["attn_v"]
@@ -90,6 +99,32 @@ def test_gradients_are_those_of_the_whole_model(tmp_path, tiny):
             torch.testing.assert_close(entry.matrix, expected / expected.diagonal().mean(), rtol=5e-3, atol=5e-3)
     assert len(layer1.outputs["ffn_down_exps"]) == 1
     assert layer1.outputs["ffn_down_exps"][0].tokens == 2 * tokens.numel()
+
+
+def test_damage_is_that_of_random_errors(tmp_path, monkeypatch):
+    """Half the mean square of g^T E x over errors E of the weights; without feedback, so that nothing is gained."""
+    monkeypatch.setattr(Moments, "feedback_gain", 1.0)
+    model = MODELS[0].save(tmp_path / "m")
+    tokens = torch.randint(0, 250, (4, 40), generator=torch.Generator().manual_seed(5))
+    (tmp_path / "s").mkdir()
+    checkpoint = open_checkpoint(str(tmp_path / "m"))
+    transformed = TransformedModel(checkpoint)
+    found = sensitivity.measure(transformed, LayerStream(checkpoint), tokens, tmp_path / "s", 3, 0.0)
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        x = inputs[0].detach().flatten(0, -2)
+        output.register_hook(lambda g: pairs.append((x, g.flatten(0, -2).clone())))
+
+    model.get_decoder().layers[2].mlp.down_proj.register_forward_hook(hook)
+    logits = model(input_ids=tokens).logits.flatten(0, 1)
+    targets = drawn(logits, torch.Generator().manual_seed(3))
+    torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    (x, g), weight = pairs[0], transformed.layer(2)["ffn_down"]
+    errors = torch.randn(400, *weight.shape, generator=torch.Generator().manual_seed(7))
+    errors *= weight.square().mean(dim=1, keepdim=True).sqrt()
+    damage = 0.5 * torch.stack([((g @ error) * x).sum(dim=-1).square().mean() for error in errors]).mean()
+    assert found.damage[2]["ffn_down"] == pytest.approx(float(damage), rel=0.1)
 
 
 def test_drawn_tokens_follow_the_models_distribution():

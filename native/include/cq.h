@@ -132,13 +132,6 @@ int64_t cq_descent_scratch_bytes(const cq_clustering *job); /* per thread */
 int cq_feedback_rows(const cq_clustering *job, const float *u, int32_t n_threads, uint8_t *scratch);
 int cq_descend_rows(const cq_clustering *job, const float *h, int32_t n_threads, uint8_t *scratch);
 
-/* out [n_rows][n_cols]: the weights the job's arrays stand for (tuning.c). */
+/* out [n_rows][n_cols]: the weights the job's arrays stand for (weights.c). */
 int cq_clustered_weights(const cq_clustering *job, float *out, int32_t n_threads);
-/* The same with real centroids [n_rows][n_codebooks * n_centroids] and group scales [n_rows][n_groups], not rounded. */
-int cq_tuned_weights(const cq_clustering *job, const float *centroids, const float *groups, float *out,
-                     int32_t n_threads);
-/* Adds a loss's gradient by the weights, [n_rows][n_cols], to its gradients by the centroids and by the group scales
- * (NULL without any). */
-int cq_clustered_gradient(const cq_clustering *job, const float *gradient, float *centroids, float *groups,
-                          int32_t n_threads);
 #endif
