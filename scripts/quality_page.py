@@ -12,10 +12,10 @@ LLAMA_CPP = (("Q4_0", 4.5, 25.877, 0.173), ("IQ4_NL", 4.5, 25.859, 0.0980), ("Q4
 
 INTRODUCTION = """# Quality, measured
 
-Written by `scripts/ablate.py`; nothing here is typed in except llama.cpp's figures. KLD is the mean divergence in nats of the
-next-token distribution from the original's F32 logits, on text that calibration never saw, of the file as the runner runs it
-(int8 activations where not said otherwise), in chunks of 512 tokens. `tokens` are those of calibration. Seconds are of the
-conversion, on two cores that other work may have shared.
+Written by `scripts/ablate.py`; nothing here is typed in except llama.cpp's figures. KLD is the mean divergence in nats
+of the next-token distribution from the original's F32 logits, on text that calibration never saw, of the file as the
+runner runs it (int8 activations where not said otherwise), in chunks of 512 tokens. `tokens` are those of calibration.
+Seconds are of the conversion, on two cores that other work may have shared.
 """
 
 TABLES = {

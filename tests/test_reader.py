@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,18 @@ def rewrite(tiny: Path, tmp_path: Path, old: bytes, new: bytes) -> Path:
 def test_message_names_what_is_wrong(tiny, tmp_path, old, new, message):
     with pytest.raises(CQError, match=message):
         load_model(rewrite(tiny, tmp_path, old, new))
+
+
+@pytest.mark.parametrize("rows", [0, 3, 16])
+def test_codebooks_of_impossible_rows_are_refused(tmp_path, rows):
+    path = tmp_path / "rows.gguf"
+    write_tiny(path, replace(SMALL, codebook_rows=2))
+    data = path.read_bytes()
+    at = data.index(b"cq.codebook_rows") + len(b"cq.codebook_rows") + 4
+    with pytest.raises(CQError, match=f"cq.codebook_rows is {rows}"):
+        load_model(damaged(tmp_path, data[:at] + struct.pack("<I", rows) + data[at + 4 :]))
+    with pytest.raises(CQError, match="centroids has shape"):
+        load_model(damaged(tmp_path, data[:at] + struct.pack("<I", 4) + data[at + 4 :]))
 
 
 def test_absurd_dimensions_are_refused_before_anything_is_allocated(tiny, tmp_path):

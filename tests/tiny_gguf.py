@@ -29,6 +29,7 @@ class Tiny:
     head_dim: int = 48
     ffn: int = 192
     group_size: int = -1
+    codebook_rows: int = 1
     scale_group: int = 64
     activation_bits: int = 8
     biases: bool = False
@@ -42,13 +43,15 @@ def random_clustered(rng: np.random.Generator, shape: tuple[int, ...], t: Tiny) 
     codebook_cols = min(cols, t.group_size) if t.group_size > 0 else cols
     n_codebooks = -(-cols // codebook_cols)
     indices = rng.integers(0, t.cq.n_centroids, shape, dtype=np.uint8)
-    centroids = rng.integers(-127, 128, (*lead, n_codebooks * t.cq.n_centroids)).astype(np.int8)
+    books = (*lead[:-1], -(-lead[-1] // t.codebook_rows))
+    centroids = rng.integers(-127, 128, (*books, n_codebooks * t.cq.n_centroids)).astype(np.int8)
     scales = (rng.uniform(0.5, 2.0, lead) / (127 * np.sqrt(cols))).astype(np.float32)
     groups, scale_cols = None, 0
     if t.scale_group > 0:
         scale_cols = min(cols, t.scale_group)
         groups = rng.integers(30, 128, (*lead, -(-cols // scale_cols))).astype(np.int8)
-    return Clustered(t.cq, pack(indices, t.cq), centroids, scales, groups, codebook_cols, scale_cols)
+    sizes = codebook_cols, scale_cols, t.codebook_rows
+    return Clustered(t.cq, pack(indices, t.cq), centroids, scales, groups, *sizes)
 
 
 def write_tiny(path: Path, t: Tiny, keys: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
@@ -110,6 +113,7 @@ def _write_keys(writer: GGUFWriter, t: Tiny) -> None:
     writer.add_uint32("cq.version", VERSION)
     writer.add_uint32("cq.bits", t.cq.bits)
     writer.add_int32("cq.group_size", t.group_size)
+    writer.add_uint32("cq.codebook_rows", t.codebook_rows)
     writer.add_int32("cq.scale_group", t.scale_group)
     writer.add_uint32("cq.activation_bits", t.activation_bits)
     writer.add_uint32("cq.hadamard.ffn_down", t.hadamard)

@@ -25,6 +25,9 @@ class TorchOracle:
         self.experts: list[torch.Tensor] = []
         self.given: list[np.ndarray] = []
         self.routing_regret = 0.0
+        n = t.hadamard
+        signs = [[1 - 2 * ((a & b).bit_count() % 2) for b in range(n)] for a in range(n)]
+        self.hadamard = torch.tensor(signs) / n**0.5 if n else None
 
     def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
         top = 127.0 if self.t.activation_bits == 8 else 7.0
@@ -60,10 +63,8 @@ class TorchOracle:
     def swiglu_ffn(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         x = self.fake_quantize(x)
         hidden = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
-        if self.t.hadamard:
-            i = torch.arange(self.t.hadamard)
-            signs = torch.tensor([[1 - 2 * (int(a & b).bit_count() % 2) for b in i] for a in i])
-            hidden = (hidden.unflatten(-1, (-1, len(i))) @ (signs / len(i) ** 0.5)).flatten(-2)
+        if self.hadamard is not None:
+            hidden = (hidden.unflatten(-1, (-1, self.t.hadamard)) @ self.hadamard).flatten(-2)
         return self.fake_quantize(hidden) @ down.T
 
     def ffn(self, x: torch.Tensor, block: str) -> torch.Tensor:
