@@ -82,7 +82,11 @@ def measure_limits(n_threads: int) -> tuple[float, float]:
 
 
 def measure_kernels(
-    shapes: list[tuple[CQType, int, int]], n_threads: int, n_tokens: int = 512, scale_cols: int = 64
+    shapes: list[tuple[CQType, int, int]],
+    n_threads: int,
+    n_tokens: int = 512,
+    scale_cols: int = 64,
+    codebook_rows: int = 1,
 ) -> list[dict[str, Any]]:
     """Time the integer GEMV and GEMM on matrices [rows, cols]; rates beside the limits measured in the same run.
 
@@ -91,28 +95,30 @@ def measure_kernels(
     results = []
     for cq, rows, cols in shapes:
         bandwidth, peak = measure_limits(n_threads)
-        row_bytes = random_matrix(cq, 1, cols, scale_cols).clustered.nbytes  # type: ignore[union-attr]
-        tall = random_matrix(cq, -(-STREAM_BYTES // (row_bytes * rows)) * rows, cols, scale_cols)
+        wide = random_matrix(cq, rows, cols, scale_cols, codebook_rows)
+        assert wide.clustered is not None
+        tall = random_matrix(cq, -(-STREAM_BYTES // wide.clustered.nbytes) * rows, cols, scale_cols, codebook_rows)
         gemv = _time_core(tall, 1, n_threads)
-        gemm = _time_core(random_matrix(cq, rows, cols, scale_cols), n_tokens, n_threads)
+        gemm = _time_core(wide, n_tokens, n_threads)
         assert tall.clustered is not None
         read, macs = tall.clustered.nbytes / gemv, tall.n_rows * cols / gemv
         shape = f"{cq.name} {rows}x{cols}"
         results.append({"kernel": "gemv", "shape": shape, "gbps": read / 1e9, "gmacs": macs / 1e9})
         results[-1] |= {"frac_bandwidth": read / bandwidth, "frac_peak": macs / peak}
-        read, macs = rows * row_bytes / gemm, rows * cols * n_tokens / gemm
+        read, macs = wide.clustered.nbytes / gemm, rows * cols * n_tokens / gemm
         results.append({"kernel": f"gemm{n_tokens}", "shape": shape, "gbps": read / 1e9, "gmacs": macs / 1e9})
         results[-1] |= {"frac_bandwidth": read / bandwidth, "frac_peak": macs / peak}
     return results
 
 
-def random_matrix(cq: CQType, rows: int, cols: int, scale_cols: int, seed: int = 0) -> Matrix:
+def random_matrix(cq: CQType, rows: int, cols: int, scale_cols: int, codebook_rows: int = 1, seed: int = 0) -> Matrix:
     """A clustered [rows, cols] matrix of random bytes with unit row scales."""
     rng = np.random.default_rng(seed)
     packed = rng.integers(0, 256, (rows, cols // 64 * cq.block_bytes), dtype=np.uint8)
-    centroids = rng.integers(-127, 128, (rows, cq.n_centroids), dtype=np.int8)
+    centroids = rng.integers(-127, 128, (-(-rows // codebook_rows), cq.n_centroids), dtype=np.int8)
     groups = rng.integers(1, 128, (rows, -(-cols // scale_cols)), dtype=np.int8) if scale_cols else None
-    clustered = Clustered(cq, packed, centroids, np.ones(rows, np.float32), groups, cols, scale_cols)
+    sizes = cols, scale_cols, codebook_rows
+    clustered = Clustered(cq, packed, centroids, np.ones(rows, np.float32), groups, *sizes)
     return Matrix("random", cq, 1, rows, cols, packed.reshape(-1), clustered)  # type: ignore[arg-type]
 
 

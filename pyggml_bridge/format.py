@@ -126,9 +126,9 @@ class Clustered:
     """A clustered weight [..., rows, cols], as the file holds it.
 
     packed uint8 [..., rows, cols / 64 * block_bytes]; centroids int8 [..., rows / codebook_rows, n_codebooks *
-    n_centroids]; scales float32 [..., rows]; group_scales int8 [..., rows, n_groups] or None. codebook_cols, scale_cols:
-    columns that share a codebook or a group scale, multiples of 64; codebook_rows: rows that share codebooks, a power
-    of two. The last of each may be shorter.
+    n_centroids]; scales float32 [..., rows]; group_scales int8 [..., rows, n_groups] or None. codebook_cols,
+    scale_cols: columns that share a codebook or a group scale, multiples of 64; codebook_rows: rows that share
+    codebooks, a power of two. The last of each may be shorter.
     """
 
     cq: CQType

@@ -82,13 +82,18 @@ def _description(model: Model) -> dict[str, Any]:
 
 def _kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
     file = GGUFFile(args.file)
-    scale_group = Weights(file).scale_group
+    weights = Weights(file)
     clustered = [tensor for tensor in file.tensors.values() if int(tensor.type) in list(CQType)]
     shapes = {(CQType(int(t.type)), t.shape[-2], t.shape[-1]) for t in clustered}
     if not shapes:
         raise CQError(f"{file.path}: holds no CQ tensors")
     print(f"{cpu_name()}, {args.threads or default_threads()} threads", file=sys.stderr)
-    return measure_kernels(sorted(shapes), args.threads or default_threads(), scale_cols=max(scale_group, 0))
+    return measure_kernels(
+        sorted(shapes),
+        args.threads or default_threads(),
+        scale_cols=max(weights.scale_group, 0),
+        codebook_rows=weights.codebook_rows,
+    )
 
 
 def _table_row(result: dict[str, Any]) -> dict[str, Any]:
