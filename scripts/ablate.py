@@ -49,7 +49,8 @@ def paper(group: str, name: str, *options: str, model: str = "smol") -> Case:
 
 
 A4 = ("--activation-bits", "4")
-BLOCKS = (*A4, "--group-size", "64")
+UNTUNED = (*A4, "--no-finetune")  # what the rotation and the grouping are worth does not wait for the tuning
+BLOCKS = (*UNTUNED, "--group-size", "64")
 CASES = (
     Case("acceptance", "SmolLM2, default", tokens=16384, chunks=40),
     Case("acceptance", "SmolLM2, 3.5 bpw", ("--target-bpw", "3.5"), tokens=16384, chunks=40),
@@ -58,11 +59,12 @@ CASES = (
     Case("size", "4.0 bpw, mixed", ("--target-bpw", "4.0")),
     Case("size", "CQ3", ("--bits", "3")),
     Case("size", "CQ4", ("--bits", "4")),
-    paper("rotation", "learned", *A4),
-    paper("rotation", "random", *A4, "--rotation", "random"),
-    paper("rotation", "none", *A4, "--rotation", "none"),
+    paper("rotation", "learned", *UNTUNED),
+    paper("rotation", "random", *UNTUNED, "--rotation", "random"),
+    paper("rotation", "none", *UNTUNED, "--rotation", "none"),
     paper("grouping", "permuted, codebooks of 64 columns", *BLOCKS),
     paper("grouping", "not permuted", *BLOCKS, "--no-permutation"),
+    paper("rotation", "learned, centroids fine-tuned", *A4),
     paper("tuning", "lambda 1", model="moe"),
     paper("tuning", "lambda 0", "--router-weight", "0", model="moe"),
     paper("tuning", "no fine-tuning", "--no-finetune", model="moe"),
@@ -75,6 +77,7 @@ CASES = (
     Case("stages", "codebooks as k-means finds them", ("--no-finetune",)),
     Case("stages", "a codebook per row", ("--codebook-rows", "1")),
     Case("stages", "no group scales", ("--scale-group", "-1")),
+    Case("stages", "a scale per 128 columns", ("--scale-group", "128")),
     Case("stages", "no rotation", ("--rotation", "none")),
     Case("stages", "random rotation", ("--rotation", "random")),
     Case("stages", "no transform before ffn_down", ("--no-hadamard",)),
