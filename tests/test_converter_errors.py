@@ -134,7 +134,11 @@ def test_bad_options_and_outputs(pristine, tmp_path, monkeypatch, capsys):
     short.write_text("too short")
     for options, named in (
         (["--no-such-option"], "--no-such-option"),
-        (["--bits", "5"], "--bits"),
+        (["--bits", "6"], "--bits"),
+        (["--codebook-rows", "3"], "--codebook-rows"),
+        (["--rotation", "some"], "--rotation"),
+        (["--router-weight", "nan"], "--router-weight"),
+        (["--method", "paper", "--target-bpw", "4"], "--target-bpw"),
         (["--group-size", "100"], "--group-size"),
         (["--target-bpw", "4"], "--calibration"),
         (["--target-bpw", "4", "--calibration", __file__, "--bits", "3"], "--bits"),
