@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .architecture import Linear
 from .basis import FileBasis
-from .layer_pair import ROUTER, LayerPair
+from .layer_pair import ATTENTION, FFN, ROUTER, LayerPair
 from .quantize import Quantized
 from .report import Tuned
 
@@ -96,12 +96,17 @@ class CentroidTuner:
 
         quantized_hidden: what the quantized layers below it compute, before this layer.
         """
+        tuned = self._tune(pair, books, quantized_hidden) if books else Tuned(0, 0.0, 0.0)
+        pair.stream.forward(pair.module, self.hidden)
+        return tuned
+
+    def _tune(self, pair: LayerPair, books: list[Codebooks], quantized_hidden: Tensor) -> Tuned:
         n = max(1, len(self.hidden) - HELD_OUT)
         held = slice(n, None) if n < len(self.hidden) else slice(None)
         start = self._mean_loss(pair, books, quantized_hidden, held)
-        optimizer = torch.optim.Adam([book.centroids for book in books], lr=STEP)
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(ROUNDS):
+            optimizer = torch.optim.Adam([book.centroids for book in books], lr=STEP)  # assigning sorts the centroids
             for _ in range(STEPS):
                 chosen = torch.randperm(n, generator=generator)[:SEQUENCES_PER_STEP]
                 optimizer.zero_grad()
@@ -115,7 +120,6 @@ class CentroidTuner:
         if end < start:
             for book in books:
                 book.store()
-        pair.stream.forward(pair.module, self.hidden)
         return Tuned(ROUNDS * STEPS, start, min(start, end))
 
     def _loss(self, pair: LayerPair, books: list[Codebooks], hidden: Tensor, quantized_hidden: Tensor) -> Tensor:
@@ -123,7 +127,7 @@ class CentroidTuner:
             wanted = pair.outputs(hidden)
         found = pair.outputs(quantized_hidden, _weights(books))
         loss = torch.zeros(())
-        for part in wanted.keys() - {ROUTER}:
+        for part in (ATTENTION, FFN):
             loss = loss + (found[part] - wanted[part]).square().sum() / wanted[part].square().sum()
         if ROUTER in wanted and self.router_weight:
             p, q = (logits[ROUTER].log_softmax(dim=-1) for logits in (wanted, found))
@@ -131,11 +135,10 @@ class CentroidTuner:
         return loss
 
     def _mean_loss(self, pair: LayerPair, books: list[Codebooks], quantized_hidden: Tensor, rows: slice) -> float:
-        batches = zip(*(x[rows].split(SEQUENCES_PER_STEP) for x in (self.hidden, quantized_hidden)), strict=True)
+        batches = list(zip(*(x[rows].split(SEQUENCES_PER_STEP) for x in (self.hidden, quantized_hidden)), strict=True))
         with torch.no_grad():
-            return sum(float(self._loss(pair, books, *batch)) * len(batch[0]) for batch in batches) / len(
-                self.hidden[rows]
-            )
+            losses = [float(self._loss(pair, books, x, quantized)) * len(x) for x, quantized in batches]
+        return sum(losses) / sum(len(x) for x, _ in batches)
 
     def _assign(self, pair: LayerPair, books: list[Codebooks], quantized_hidden: Tensor) -> None:
         hidden = self.hidden[: len(quantized_hidden)]

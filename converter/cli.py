@@ -101,9 +101,7 @@ def parser() -> ArgumentParser:
     return p
 
 
-def settings_of(arguments: argparse.Namespace) -> Settings:
-    """Checked settings; CQError naming the option that makes no sense."""
-    a = arguments
+def _check(a: argparse.Namespace) -> None:
     if a.group_size != -1 and (a.group_size < BLOCK or a.group_size % BLOCK or a.group_size > MAX_COLS):
         raise CQError(f"--group-size {a.group_size}: expected -1 or a multiple of {BLOCK} up to {MAX_COLS}")
     if a.calibration_tokens < 64:
@@ -122,14 +120,20 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         raise CQError(f"--target-bpw {a.target_bpw:g}: expected more than 0, at most 16")
     if not 0 <= a.router_weight <= 1e6:
         raise CQError(f"--router-weight {a.router_weight:g}: expected 0 .. 1000000")
-    paper = a.method == "paper"
     for option, value, published in (
         ("--target-bpw", a.target_bpw, None),
         ("--scale-group", a.scale_group, -1),
         ("--codebook-rows", a.codebook_rows, 1),
     ):
-        if paper and value not in (None, published):
+        if a.method == "paper" and value not in (None, published):
             raise CQError(f"{option} {value:g}: not with --method paper")
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """Checked settings; CQError naming the option that makes no sense."""
+    a = arguments
+    _check(a)
+    paper = a.method == "paper"
     refinement = Refinement(not a.no_feedback, not a.no_sensitivity, 0 if a.no_finetune else a.descent_rounds)
     return Settings(
         model=a.model,

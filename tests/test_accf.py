@@ -109,7 +109,7 @@ def test_tuning_lowers_the_loss_of_the_layer(folder):
         layer = Layer(folder)
         before = layer.state()
         tuned = layer.tune()
-        assert tuned.loss_end < 0.99 * tuned.loss_start
+        assert tuned.loss_end < 0.9 * tuned.loss_start
         runs.append(layer.state())
         assert not all(np.array_equal(a, b) for a, b in zip(before, runs[-1], strict=True))
         for book in layer.books:  # what the fits hold is what was measured
@@ -155,6 +155,13 @@ def test_paper_files_run_and_repeat(folder):
     first = chosen.out.read_bytes()
     convert(chosen)
     assert chosen.out.read_bytes() == first
+
+
+def test_a_model_without_clustered_linears_has_nothing_to_tune(tmp_path):
+    WIDE["llama"].save(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    report = convert(settings(tmp_path, "--calibration", str(tmp_path / "text.txt"), "--tensor-type", ".=q8_0"))
+    assert all(layer.steps == 0 for layer in report.tuned) and report.check["finite"]
 
 
 @pytest.mark.parametrize("options", [("--target-bpw", "4"), ("--scale-group", "64"), ("--codebook-rows", "8")])

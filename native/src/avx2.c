@@ -112,28 +112,20 @@ CQ_INLINE int32_t gemv_row(const int32_t bits, const int32_t scale_every, const 
     }
 }
 
-CQ_INLINE int32_t gemv_any(const int32_t bits, const cq_matrix *w, int64_t row, const int8_t *x) {
-    if (w->scale_cols == CQ_BLOCK) return gemv_row(bits, 1, w, row, x);
-    if (w->scale_cols == 2 * CQ_BLOCK) return gemv_row(bits, 2, w, row, x);
-    return gemv_row(bits, 0, w, row, x);
+CQ_INLINE void gemv_all(const int32_t bits, const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x,
+                        int32_t *acc) {
+    for (int32_t r = 0; r < n_rows; r++)
+        if (w->scale_cols == CQ_BLOCK)
+            acc[r] = gemv_row(bits, 1, w, row + r, x);
+        else if (w->scale_cols == 2 * CQ_BLOCK)
+            acc[r] = gemv_row(bits, 2, w, row + r, x);
+        else
+            acc[r] = gemv_row(bits, 0, w, row + r, x);
 }
 
 static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc) {
     (void)x_sum;
-    for (int32_t r = 0; r < n_rows; r++) switch (cq_bits(w)) {
-        case 2:
-            acc[r] = gemv_any(2, w, row + r, x);
-            break;
-        case 3:
-            acc[r] = gemv_any(3, w, row + r, x);
-            break;
-        case 4:
-            acc[r] = gemv_any(4, w, row + r, x);
-            break;
-        case 5:
-            acc[r] = gemv_any(5, w, row + r, x);
-            break;
-        }
+    CQ_WITH_BITS(w, gemv_all, w, row, n_rows, x, acc)
 }
 
 enum {
@@ -203,20 +195,7 @@ CQ_INLINE void decode_half(const int32_t bits, const cq_matrix *w, int64_t row, 
 static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
     for (int32_t half = 0; half < 2; half++) {
         const int32_t first = half * HALF_ROWS, n = cq_min(n_rows - first, HALF_ROWS) * (n_rows > first);
-        switch (cq_bits(w)) {
-        case 2:
-            decode_half(2, w, row + first, n, panel + 4 * first);
-            break;
-        case 3:
-            decode_half(3, w, row + first, n, panel + 4 * first);
-            break;
-        case 4:
-            decode_half(4, w, row + first, n, panel + 4 * first);
-            break;
-        case 5:
-            decode_half(5, w, row + first, n, panel + 4 * first);
-            break;
-        }
+        CQ_WITH_BITS(w, decode_half, w, row + first, n, panel + 4 * first)
     }
 }
 

@@ -15,6 +15,23 @@ typedef struct {
     int32_t begin, end, codebook_end, scale_end;
 } cq_span;
 
+/* Calls function(bits, ...) with the bits as a compile-time constant. */
+#define CQ_WITH_BITS(w, function, ...)                                                                                 \
+    switch (cq_bits(w)) {                                                                                              \
+    case 2:                                                                                                            \
+        function(2, __VA_ARGS__);                                                                                      \
+        break;                                                                                                         \
+    case 3:                                                                                                            \
+        function(3, __VA_ARGS__);                                                                                      \
+        break;                                                                                                         \
+    case 4:                                                                                                            \
+        function(4, __VA_ARGS__);                                                                                      \
+        break;                                                                                                         \
+    case 5:                                                                                                            \
+        function(5, __VA_ARGS__);                                                                                      \
+        break;                                                                                                         \
+    }
+
 static inline int32_t cq_min(int32_t a, int32_t b) { return a < b ? a : b; }
 
 /* Which row of codebooks a row (counted over all experts) looks up. */

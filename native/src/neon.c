@@ -119,20 +119,7 @@ static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_
     for (int32_t first = 0; first < PANEL_ROWS; first += QUAD_ROWS) {
         const int32_t n = n_rows > first ? cq_min(n_rows - first, QUAD_ROWS) : 0;
         uint8_t *out = panel + (int64_t)first * w->n_cols;
-        switch (cq_bits(w)) {
-        case 2:
-            decode_quad(2, w, row + first, n, out);
-            break;
-        case 3:
-            decode_quad(3, w, row + first, n, out);
-            break;
-        case 4:
-            decode_quad(4, w, row + first, n, out);
-            break;
-        case 5:
-            decode_quad(5, w, row + first, n, out);
-            break;
-        }
+        CQ_WITH_BITS(w, decode_quad, w, row + first, n, out)
     }
 }
 

@@ -32,29 +32,21 @@ CQ_INLINE int32_t CQ_NEON(gemv_row)(const int32_t bits, const int32_t scale_ever
     }
 }
 
-CQ_INLINE int32_t CQ_NEON(gemv_any)(const int32_t bits, const cq_matrix *w, int64_t row, const int8_t *x) {
-    if (w->scale_cols == CQ_BLOCK) return CQ_NEON(gemv_row)(bits, 1, w, row, x);
-    if (w->scale_cols == 2 * CQ_BLOCK) return CQ_NEON(gemv_row)(bits, 2, w, row, x);
-    return CQ_NEON(gemv_row)(bits, 0, w, row, x);
+CQ_INLINE void CQ_NEON(gemv_all)(const int32_t bits, const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x,
+                                 int32_t *acc) {
+    for (int32_t r = 0; r < n_rows; r++)
+        if (w->scale_cols == CQ_BLOCK)
+            acc[r] = CQ_NEON(gemv_row)(bits, 1, w, row + r, x);
+        else if (w->scale_cols == 2 * CQ_BLOCK)
+            acc[r] = CQ_NEON(gemv_row)(bits, 2, w, row + r, x);
+        else
+            acc[r] = CQ_NEON(gemv_row)(bits, 0, w, row + r, x);
 }
 
 static void CQ_NEON(gemv)(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum,
                           int32_t *acc) {
     (void)x_sum;
-    for (int32_t r = 0; r < n_rows; r++) switch (cq_bits(w)) {
-        case 2:
-            acc[r] = CQ_NEON(gemv_any)(2, w, row + r, x);
-            break;
-        case 3:
-            acc[r] = CQ_NEON(gemv_any)(3, w, row + r, x);
-            break;
-        case 4:
-            acc[r] = CQ_NEON(gemv_any)(4, w, row + r, x);
-            break;
-        case 5:
-            acc[r] = CQ_NEON(gemv_any)(5, w, row + r, x);
-            break;
-        }
+    CQ_WITH_BITS(w, CQ_NEON(gemv_all), w, row, n_rows, x, acc)
 }
 
 #if CQ_NEON_DOTPROD
