@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from codequant_converter import cli
 from codequant_converter.budget import DISTORTION, allocate
 from codequant_converter.pipeline import convert, plan_conversion
+from codequant_converter.plan import make_plan
+from codequant_converter.settings import Override
 
 from pyggml_bridge.models import load_model
 from tests.models import MODELS, TEXT
@@ -51,14 +54,13 @@ def test_close_to_the_best_of_all_choices(model, target):
     held = ("--tensor-type", r"blk\.[12]\.(attn|ffn_[dgu].*exps)=cq3", "--tensor-type", r"blk.0.attn_[vk]=cq4")
     chosen = settings(model, target, *held)
     damage = [dict(zip(STEMS, (0.5, 0.02, 2.0, 0.1, 0.01), strict=True))] * 3
-    plan = plan_conversion(chosen)[1]
+    checkpoint, plan = plan_conversion(chosen)
     found = allocate(plan, damage, chosen, target)
     assert [t.type for t in found.layers[1]] == [t.type for t in plan.layers[1]]
     best = float("inf")
     for types in product(DISTORTION, repeat=len(STEMS)):
-        patterns = [f"blk.0.{stem}.weight={kind}" for stem, kind in zip(STEMS, types, strict=True)]
-        options = [option for pattern in patterns for option in ("--tensor-type", pattern)]
-        candidate = plan_conversion(settings(model, target, *held, *options))[1]
+        own = [Override.parse(f"blk.0.{stem}.weight={kind}") for stem, kind in zip(STEMS, types, strict=True)]
+        candidate = make_plan(checkpoint, replace(chosen, overrides=(*chosen.overrides, *own)))
         if candidate.bpw <= target:
             best = min(best, predicted(candidate, damage))
     assert predicted(found, damage) <= 1.35 * best
