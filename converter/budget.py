@@ -10,9 +10,19 @@ from pyggml_bridge.errors import CQError
 from .plan import Plan, PlannedTensor
 from .settings import Settings
 
-# Squared error relative to a unit Gaussian's: Lloyd and Max's quantizers of 4 to 32 levels; Q8_0 with steps of
-# 2.2 / 127, the mean largest of 32 being 2.2.
-DISTORTION = {"cq2": 0.1175, "cq3": 0.03454, "cq4": 0.009497, "cq5": 0.002499, "q8_0": (2.2 / 127) ** 2 / 12}
+# Squared error relative to a unit Gaussian's: CQ4 by Lloyd and Max's quantizer of 16 levels, the other clustered types
+# by what they leave relative to it after clustering (docs/decisions.md); Q8_0 with steps of 2.2 / 127, the mean largest
+# of 32 being 2.2.
+DISTORTION = {
+    "cq2": 0.140,
+    "cq2t": 0.115,
+    "cq3": 0.0355,
+    "cq3t": 0.0273,
+    "cq4": 0.0095,
+    "cq4t": 0.0073,
+    "cq5": 0.00256,
+    "q8_0": (2.2 / 127) ** 2 / 12,
+}
 
 
 # Defaults of --target-bpw: the size of llama.cpp's Q4_0, and a little less where experts fill the memory.

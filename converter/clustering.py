@@ -12,7 +12,7 @@ from pyggml_bridge.format import BLOCK, Clustered, CQType, pack
 from pyggml_bridge.native import aligned_empty, ffi, lib, pointer
 
 ITERATIONS = 8
-ITERATIONS_BEFORE_FEEDBACK = 4  # which chooses the indices anew
+ITERATIONS_BEFORE_FEEDBACK = 6  # which chooses the indices anew
 DESCENT_ROUNDS = 1
 CODEBOOK_ROWS = 8  # the command line's default
 
@@ -45,12 +45,14 @@ class Refinement:
 class Fit:
     """Codebooks in the making; arrays as in format.Clustered, indices unpacked uint8 [rows, cols].
 
-    loss float64 [rows]: sum over columns of weight * (w - effective weight)^2.
+    loss float64 [rows]: sum over columns of weight * (w - effective weight)^2. row_weight float32 [rows]: what the
+    losses count beside each other, where rows are fitted together.
     """
 
     cq: CQType
     w: NDArray[np.float32]
     weight: NDArray[np.float32]
+    row_weight: NDArray[np.float32]
     codebook_rows: int
     codebook_cols: int
     scale_cols: int
@@ -68,6 +70,7 @@ class Fit:
         return replace(
             self,
             w=self.w[rows],
+            row_weight=self.row_weight[rows],
             indices=self.indices[rows],
             centroids=self.centroids[books],
             group_scales=groups,
@@ -89,7 +92,7 @@ class Fit:
 
     def clustered(self) -> Clustered:
         """Packed as the file holds it."""
-        packed = pack(self.indices, self.cq)
+        packed = pack(self.indices, self.cq, self.codebook_rows)
         sizes = self.codebook_cols, self.scale_cols, self.codebook_rows
         return Clustered(self.cq, packed, self.centroids, self.scales, self.group_scales, *sizes)
 
@@ -107,6 +110,7 @@ def new_fit(w: NDArray[np.float32], weight: NDArray[np.float32], cq: CQType, gro
         cq,
         np.array(w, np.float32, order="C"),
         np.ascontiguousarray(weight, np.float32),
+        np.ones(rows, np.float32),
         grouping.codebook_rows,
         codebook_cols,
         scale_cols,
@@ -160,12 +164,14 @@ def _job(fit: Fit, iterations: int) -> Any:
             "n_rows": rows,
             "n_cols": cols,
             "n_centroids": fit.cq.n_centroids,
+            "trellis": fit.cq.trellis,
             "codebook_rows": fit.codebook_rows,
             "codebook_cols": fit.codebook_cols,
             "scale_cols": fit.scale_cols,
             "n_iterations": iterations,
             "w": pointer(fit.w, "const float *"),
             "weight": pointer(fit.weight, "const float *"),
+            "row_weight": pointer(fit.row_weight, "const float *"),
             "indices": pointer(fit.indices, "uint8_t *"),
             "centroids": pointer(fit.centroids, "int8_t *"),
             "group_scales": pointer(fit.group_scales, "int8_t *"),

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .clustering import Fit, weights_of
@@ -21,8 +23,10 @@ ROWS = 16  # quantized side by side, without feedback among them: two tasks for 
 def cluster_in_turn(fit: Fit, factor: Tensor, cluster_rows: Callable[[Fit], None], n_threads: int) -> None:
     """Apply cluster_rows to a few rows of the fit after another; fit.w becomes each row's target.
 
-    factor float32 [rows, rows]: upper Cholesky factor of the inverse second moments of the outputs.
+    factor float32 [rows, rows]: upper Cholesky factor of the inverse second moments of the outputs. Its diagonal says
+    what a row's error costs after all others have made up for it.
     """
+    fit.row_weight[:] = relative(factor.diagonal().pow(-2))
     targets = torch.from_numpy(fit.w)
     n_rows = len(targets)
     for begin in range(0, n_rows, ROWS):
@@ -35,6 +39,11 @@ def cluster_in_turn(fit: Fit, factor: Tensor, cluster_rows: Callable[[Fit], None
             targets[end:] -= gain.T @ error
 
 
+def relative(weights: Tensor) -> NDArray[np.float32]:
+    """Weights of the rows in units of the largest, none of them zero."""
+    return (weights / weights.max()).clamp_min(1e-6).numpy().astype(np.float32)
+
+
 def sweep(
     fit: Fit, weight: Tensor, outputs: Tensor, inputs: Tensor, descend_rows: Callable[[Fit], None], n_threads: int
 ) -> None:
@@ -43,6 +52,7 @@ def sweep(
     weight [rows, cols]: what the fit stands for at best; outputs [rows, rows] and inputs [cols, cols]: second moments,
     positive definite. The loss never increases: a block of rows that would raise it stays as it was.
     """
+    fit.row_weight[:] = relative(outputs.diagonal())
     error = torch.from_numpy(weights_of(fit, n_threads)) - weight
     for begin in range(0, len(weight), ROWS):
         rows = slice(begin, min(begin + ROWS, len(weight)))

@@ -13,7 +13,7 @@ from .clustering import Grouping, Refinement
 
 METHODS = ("full", "paper")
 ROTATIONS = ("learned", "random", "none")
-TENSOR_TYPES = ("f32", "f16", "q8_0", "cq5", "cq4", "cq3", "cq2")
+TENSOR_TYPES = ("f32", "f16", "q8_0", *(cq.name.lower() for cq in reversed(CQType)))
 
 
 @dataclass(frozen=True)

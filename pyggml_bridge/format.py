@@ -1,8 +1,9 @@
 """The CQ tensor types: ids, sizes, tensor names, and the NumPy oracle for their bytes (docs/format.md).
 
-A weight `blk.0.attn_q.weight` of type CQ5, CQ4, CQ3 or CQ2 holds packed indices only. Beside it lie ordinary tensors:
+A weight `blk.0.attn_q.weight` of type CQ5, CQ4, CQ3, CQ2, CQ4T, CQ3T or CQ2T holds packed indices only. Beside it lie
+ordinary tensors:
 
-    blk.0.attn_q.centroids     I8   [..., rows / codebook_rows, n_codebooks * 2**bits]   -127 .. 127
+    blk.0.attn_q.centroids     I8   [..., rows / codebook_rows, n_codebooks * n_centroids]   -127 .. 127
     blk.0.attn_q.scales        F32  [..., rows]                          finite, >= 0
     blk.0.attn_q.group_scales  I8   [..., rows, n_groups]                0 .. 127, only where the file uses them
 
@@ -29,27 +30,33 @@ MAX_COLS = 65536  # the int32 accumulator's bound, see native/src/kernels.h
 
 
 class CQType(IntEnum):
-    """GGUF tensor type ids of the clustered types, far from any in use elsewhere."""
+    """GGUF tensor type ids of the clustered types, far from any in use elsewhere.
+
+    Those with T have a trellis: an index has one bit more than is stored, which follows from the rows above.
+    """
 
     CQ2 = 17202
     CQ3 = 17203
     CQ4 = 17204
     CQ5 = 17205
+    CQ2T = 17212
+    CQ3T = 17213
+    CQ4T = 17214
+
+    @property
+    def trellis(self) -> bool:
+        """Whether the rows above take part in an index."""
+        return self >= 17210
 
     @property
     def bits(self) -> int:
-        """Bits per index."""
-        return self - 17200
-
-    @property
-    def plane_bits(self) -> int:
-        """Bits per index in the first part of a block; an odd one's highest bit is in the second."""
-        return self.bits & ~1
+        """Bits per weight of the packed indices."""
+        return self - (17210 if self.trellis else 17200)
 
     @property
     def n_centroids(self) -> int:
         """Entries of a codebook."""
-        return 1 << self.bits
+        return 1 << self.bits + self.trellis
 
     @property
     def block_bytes(self) -> int:
@@ -92,33 +99,72 @@ def packed_shape(shape: tuple[int, ...], cq: CQType) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] // BLOCK * cq.block_bytes)
 
 
-def pack(indices: NDArray[np.uint8], cq: CQType) -> NDArray[np.uint8]:
-    """Indices [..., cols] (0 .. 2**bits - 1) -> bytes [..., cols / 64 * block_bytes].
+def pack(indices: NDArray[np.uint8], cq: CQType, codebook_rows: int = 1) -> NDArray[np.uint8]:
+    """Indices [..., rows, cols] (0 .. n_centroids - 1) -> bytes [..., rows, cols / 64 * block_bytes].
 
     CQ4: byte j = index j | index j+32 << 4. CQ2: byte j holds indices j, j+16, j+32, j+48, lowest bits first.
     CQ3, CQ5: the lower bits of each index as CQ2 and CQ4, then 8 bytes with the high bits, bit j % 8 of byte j / 8.
+    Types with T: the lowest bits of each index, one fewer than are stored, like those of a plain type, then 8 bytes
+    with the free bits u; the index's bit above those is u ^ u of two rows above, the highest is u of the row above.
+    ValueError if an index does not fit the type, or no choice of u gives the indices.
     """
-    shape = packed_shape(indices.shape, cq)
+    packed_shape(indices.shape, cq)
     if indices.size and int(indices.max()) >= cq.n_centroids:
         raise ValueError(f"index {int(indices.max())} does not fit {cq.name}")
-    block = indices.reshape(-1, BLOCK)
-    per_byte = 8 // cq.plane_bits
-    lanes = (block & (1 << cq.plane_bits) - 1).reshape(-1, per_byte, BLOCK // per_byte)
-    packed = np.bitwise_or.reduce([lanes[:, i] << i * cq.plane_bits for i in range(per_byte)]).astype(np.uint8)
-    if cq.bits != cq.plane_bits:
-        high = np.packbits(block >> cq.plane_bits, axis=1, bitorder="little")
-        packed = np.concatenate([packed, high], axis=1)
-    return packed.reshape(shape)
+    if not cq.trellis:
+        return _pack_bits(indices, cq.bits)
+    rest, lower, upper = indices & (1 << cq.bits - 1) - 1, indices >> cq.bits - 1 & 1, indices >> cq.bits
+    free = _rows_above(upper, codebook_rows, -1)
+    if (lower != free ^ _rows_above(free, codebook_rows, 2)).any():
+        raise ValueError(f"{cq.name}: the indices are not on the trellis")
+    blocks = [_pack_bits(part, bits) for part, bits in ((rest, cq.bits - 1), (free, 1))]
+    split = [block.reshape(*indices.shape[:-1], indices.shape[-1] // BLOCK, -1) for block in blocks]
+    return np.concatenate(split, axis=-1).reshape(packed_shape(indices.shape, cq))
 
 
-def unpack(packed: NDArray[np.uint8], cq: CQType) -> NDArray[np.uint8]:
-    """Inverse of pack: bytes [..., n * block_bytes] -> indices [..., n * 64]."""
-    block = packed.reshape(-1, cq.block_bytes)
-    low, mask = block[:, : BLOCK * cq.plane_bits // 8], (1 << cq.plane_bits) - 1
-    out = np.concatenate([low >> shift & mask for shift in range(0, 8, cq.plane_bits)], axis=1)
-    if cq.bits != cq.plane_bits:
-        out |= np.unpackbits(block[:, low.shape[1] :], axis=1, bitorder="little") << cq.plane_bits
-    return out.reshape(*packed.shape[:-1], packed.shape[-1] // cq.block_bytes * BLOCK)
+def unpack(packed: NDArray[np.uint8], cq: CQType, codebook_rows: int = 1) -> NDArray[np.uint8]:
+    """Inverse of pack: bytes [..., rows, n * block_bytes] -> indices [..., rows, n * 64]."""
+    if not cq.trellis:
+        return _unpack_bits(packed, cq.bits)
+    blocks = packed.reshape(*packed.shape[:-1], -1, cq.block_bytes)
+    rest, free = (
+        _unpack_bits(part.reshape(*packed.shape[:-1], -1), bits)
+        for part, bits in ((blocks[..., :-8], cq.bits - 1), (blocks[..., -8:], 1))
+    )
+    above, above2 = (_rows_above(free, codebook_rows, up) for up in (1, 2))
+    return rest | (free ^ above2) << cq.bits - 1 | above << cq.bits
+
+
+def _rows_above(values: NDArray[np.uint8], codebook_rows: int, up: int) -> NDArray[np.uint8]:
+    """Of values [..., rows, cols]: each row's `up` rows above, around the ring of rows that share their codebooks."""
+    out = np.empty_like(values)
+    for first in range(0, values.shape[-2], codebook_rows):
+        ring = values[..., first : first + codebook_rows, :]
+        out[..., first : first + codebook_rows, :] = np.roll(ring, up, axis=-2)
+    return out
+
+
+def _pack_bits(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """[..., cols] of 1 to 5 bits -> blocks of 64: four or two bits side by side, then the plane of an odd bit."""
+    block, even = values.reshape(-1, BLOCK), bits & ~1
+    parts = []
+    if even:
+        lanes = (block & (1 << even) - 1).reshape(-1, 8 // even, BLOCK * even // 8)
+        parts.append(np.bitwise_or.reduce([lanes[:, i] << i * even for i in range(8 // even)]).astype(np.uint8))
+    if bits != even:
+        parts.append(np.packbits(block >> even, axis=1, bitorder="little"))
+    return np.concatenate(parts, axis=1).reshape(*values.shape[:-1], values.shape[-1] * bits // 8)
+
+
+def _unpack_bits(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    block, even = packed.reshape(-1, BLOCK * bits // 8), bits & ~1
+    low = block[:, : BLOCK * even // 8]
+    out = np.zeros((len(block), BLOCK), np.uint8)
+    if even:
+        out |= np.concatenate([low >> shift & (1 << even) - 1 for shift in range(0, 8, even)], axis=1)
+    if bits != even:
+        out |= np.unpackbits(block[:, low.shape[1] :], axis=1, bitorder="little") << even
+    return out.reshape(*packed.shape[:-1], packed.shape[-1] * 8 // bits)
 
 
 @dataclass(frozen=True)
@@ -128,7 +174,7 @@ class Clustered:
     packed uint8 [..., rows, cols / 64 * block_bytes]; centroids int8 [..., rows / codebook_rows, n_codebooks *
     n_centroids]; scales float32 [..., rows]; group_scales int8 [..., rows, n_groups] or None. codebook_cols,
     scale_cols: columns that share a codebook or a group scale, multiples of 64; codebook_rows: rows that share
-    codebooks, a power of two. The last of each may be shorter.
+    codebooks, a power of two, and with a trellis its ring. The last of each may be shorter.
     """
 
     cq: CQType
@@ -153,7 +199,7 @@ class Clustered:
 
     def weights_i8(self) -> NDArray[np.int8]:
         """Effective int8 weights [..., rows, cols]: what every kernel multiplies."""
-        indices = unpack(self.packed, self.cq)
+        indices = unpack(self.packed, self.cq, self.codebook_rows)
         cols = indices.shape[-1]
         codebook = np.arange(cols) // self.codebook_cols * self.cq.n_centroids
         rows = np.repeat(self.centroids, self.codebook_rows, axis=-2)[..., : indices.shape[-2], :]

@@ -12,7 +12,10 @@
 enum cq_status { CQ_OK = 0, CQ_ERR_ARGUMENT = 1, CQ_ERR_UNSUPPORTED = 2 };
 
 /* Element types of a matrix, by GGUF's tensor type ids. */
-enum cq_type { CQ_F32 = 0, CQ_F16 = 1, CQ_Q8_0 = 8, CQ_CQ2 = 17202, CQ_CQ3 = 17203, CQ_CQ4 = 17204, CQ_CQ5 = 17205 };
+enum cq_type {
+    CQ_F32 = 0, CQ_F16 = 1, CQ_Q8_0 = 8, CQ_CQ2 = 17202, CQ_CQ3 = 17203, CQ_CQ4 = 17204, CQ_CQ5 = 17205,
+    CQ_CQ2T = 17212, CQ_CQ3T = 17213, CQ_CQ4T = 17214 /* the rows above take part in the index: docs/format.md */
+};
 
 /* Weights [n_experts][n_rows][n_cols] as they lie in the memory map (docs/format.md). */
 typedef struct {
@@ -21,7 +24,7 @@ typedef struct {
     int32_t codebook_cols;      /* columns that share a codebook, a multiple of 64; n_cols: all */
     int32_t scale_cols;         /* columns that share a group scale, a multiple of 64; 0: no group scales */
     const uint8_t *data;        /* packed indices, or F32, F16, Q8_0 elements */
-    const int8_t *centroids;    /* [n_experts][n_rows / codebook_rows][n_cols / codebook_cols][2^bits], rounded up */
+    const int8_t *centroids;    /* [n_experts][n_rows / codebook_rows][n_cols / codebook_cols][K], rounded up */
     const int8_t *group_scales; /* [n_experts][n_rows][n_cols / scale_cols, rounded up], 0..127 */
     const float *scales;        /* [n_experts][n_rows] */
 } cq_matrix;
@@ -113,10 +116,12 @@ double cq_measure_peak(int32_t n_threads);
 /* Codebooks and assignments of a float matrix, fitted to the int8 weights that the kernels multiply (cluster.c). */
 typedef struct {
     int32_t n_rows, n_cols, n_centroids;
+    int32_t trellis;                   /* whether indices are those of a type with T (trellis.h) */
     int32_t codebook_rows, codebook_cols, scale_cols; /* as in cq_matrix; at most 8 rows */
     int32_t n_iterations;              /* at most this many rounds of refitting after the exact k-means */
     const float *w;                    /* [n_rows][n_cols] */
     const float *weight;               /* [n_cols]: the loss of a row is the sum of weight * (w - effective weight)^2 */
+    const float *row_weight;           /* [n_rows]: what the losses count where rows are fitted together */
     uint8_t *indices;                  /* [n_rows][n_cols] */
     int8_t *centroids, *group_scales;  /* as in cq_matrix; group_scales unused without scale_cols */
     float *scales;                     /* [n_rows] */

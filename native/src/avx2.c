@@ -25,17 +25,13 @@ static inline float sum_lanes(vec v) { return sum_f32(v); }
 
 #include "float_ops.h"
 
-/* 64 weights in column order. */
-typedef struct {
-    __m256i first, second;
-} block_i8;
-
-/* Sixteen entries: centroids as int16, or a table for vpshufb. high: entries 16 to 31 of CQ5, unused otherwise. */
+/* Sixteen entries: centroids as int16, or a table for vpshufb. high: entries 16 to 31, unused by smaller codebooks. */
 typedef struct {
     __m256i low, high;
 } entries;
 
-CQ_INLINE entries load_codebook(const int8_t *centroids, const int32_t bits) {
+CQ_INLINE entries load_codebook(const int8_t *centroids, const int32_t type) {
+    const int32_t bits = cq_index_bits(type);
     const __m256i low = _mm256_cvtepi8_epi16(load_centroids(centroids, bits));
     return (entries){low, bits == 5 ? _mm256_cvtepi8_epi16(load_centroids(centroids + 16, bits)) : low};
 }
@@ -49,61 +45,89 @@ CQ_INLINE __m256i scaled_table(__m256i codebook, const int8_t *scale) {
     return _mm256_permute4x64_epi64(_mm256_packs_epi16(codebook, codebook), 0x88);
 }
 
-CQ_INLINE entries table_of(entries codebook, const int32_t bits, const int8_t *scale) {
+CQ_INLINE entries table_of(entries codebook, const int32_t type, const int8_t *scale) {
     const __m256i low = scaled_table(codebook.low, scale);
-    return (entries){low, bits == 5 ? scaled_table(codebook.high, scale) : low};
+    return (entries){low, cq_index_bits(type) == 5 ? scaled_table(codebook.high, scale) : low};
 }
 
-/* Every bit of the 8 bytes, as a byte of ones or zeros: byte i of a half takes byte i / 8 and keeps bit i % 8. */
-CQ_INLINE block_i8 bit_masks(const uint8_t *bytes) {
-    uint64_t plane;
-    memcpy(&plane, bytes, 8);
+/* 64 bytes of any kind. */
+typedef struct {
+    __m256i first, second;
+} bytes64;
+
+/* The lower bits of 64 indices: four in 32 bytes, two in 16. */
+CQ_INLINE bytes64 four_bits(const uint8_t *block) {
+    const __m256i bytes = _mm256_loadu_si256((const __m256i *)block), mask = _mm256_set1_epi8(15);
+    return (bytes64){_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
+}
+
+CQ_INLINE bytes64 two_bits(const uint8_t *block) {
+    const __m256i lanes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)block));
+    const __m256i mask = _mm256_set1_epi8(3);
+    return (bytes64){_mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(2, 2, 0, 0)), mask),
+                     _mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(6, 6, 4, 4)), mask)};
+}
+
+/* Every bit of the plane, as a byte of ones or zeros: byte i of a half takes byte i / 8 and keeps bit i % 8. */
+CQ_INLINE bytes64 bit_masks(uint64_t plane) {
     const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
     const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
     const __m256i first = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)plane), spread);
     const __m256i second = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)(plane >> 32)), spread);
-    return (block_i8){_mm256_cmpeq_epi8(_mm256_and_si256(first, bit), bit),
-                      _mm256_cmpeq_epi8(_mm256_and_si256(second, bit), bit)};
+    return (bytes64){_mm256_cmpeq_epi8(_mm256_and_si256(first, bit), bit),
+                     _mm256_cmpeq_epi8(_mm256_and_si256(second, bit), bit)};
 }
 
-CQ_INLINE block_i8 decode_block(const uint8_t *block, const int32_t bits, entries table) {
-    if (bits >= 4) {
-        const __m256i bytes = _mm256_loadu_si256((const __m256i *)block), mask = _mm256_set1_epi8(15);
-        const __m256i first = _mm256_and_si256(bytes, mask),
-                      second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
-        const block_i8 low = {_mm256_shuffle_epi8(table.low, first), _mm256_shuffle_epi8(table.low, second)};
-        if (bits == 4) return low;
-        const block_i8 upper = bit_masks(block + 32);
-        return (block_i8){_mm256_blendv_epi8(low.first, _mm256_shuffle_epi8(table.high, first), upper.first),
-                          _mm256_blendv_epi8(low.second, _mm256_shuffle_epi8(table.high, second), upper.second)};
+/* index + value where the plane has a bit */
+CQ_INLINE bytes64 add_bit(bytes64 index, uint64_t plane, const char value) {
+    const bytes64 mask = bit_masks(plane);
+    const __m256i bit = _mm256_set1_epi8(value);
+    return (bytes64){_mm256_or_si256(index.first, _mm256_and_si256(mask.first, bit)),
+                     _mm256_or_si256(index.second, _mm256_and_si256(mask.second, bit))};
+}
+
+/* upper: which indices take the second half of a table of 32. */
+CQ_INLINE bytes64 look_up(const int32_t type, entries table, bytes64 index, uint64_t upper) {
+    const bytes64 low = {_mm256_shuffle_epi8(table.low, index.first), _mm256_shuffle_epi8(table.low, index.second)};
+    if (cq_index_bits(type) < 5) return low;
+    const bytes64 mask = bit_masks(upper);
+    return (bytes64){_mm256_blendv_epi8(low.first, _mm256_shuffle_epi8(table.high, index.first), mask.first),
+                     _mm256_blendv_epi8(low.second, _mm256_shuffle_epi8(table.high, index.second), mask.second)};
+}
+
+/* Block b of a row -> 64 weights in column order. */
+CQ_INLINE bytes64 decode_block(const cq_row *row, const int32_t type, int32_t b, entries table) {
+    const uint8_t *block = row->indices + (int64_t)b * 8 * cq_stored_bits(type);
+    if (!cq_has_trellis(type)) {
+        if (type == CQ_CQ2) return look_up(type, table, two_bits(block), 0);
+        if (type == CQ_CQ3) return look_up(type, table, add_bit(two_bits(block), cq_plane(block + 16), 4), 0);
+        return look_up(type, table, four_bits(block), type == CQ_CQ5 ? cq_plane(block + 32) : 0);
     }
-    const __m256i lanes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)block));
-    const __m256i mask = _mm256_set1_epi8(3);
-    __m256i first = _mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(2, 2, 0, 0)), mask);
-    __m256i second = _mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(6, 6, 4, 4)), mask);
-    if (bits == 3) {
-        const block_i8 upper = bit_masks(block + 16);
-        const __m256i four = _mm256_set1_epi8(4);
-        first = _mm256_or_si256(first, _mm256_and_si256(upper.first, four));
-        second = _mm256_or_si256(second, _mm256_and_si256(upper.second, four));
+    const cq_path path = cq_path_at(row, type, b);
+    if (type == CQ_CQ2T) {
+        const bytes64 none = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+        const bytes64 index = add_bit(add_bit(none, cq_plane(block), 1), path.lower, 2);
+        return look_up(type, table, add_bit(index, path.upper, 4), 0);
     }
-    return (block_i8){_mm256_shuffle_epi8(table.low, first), _mm256_shuffle_epi8(table.low, second)};
+    if (type == CQ_CQ3T)
+        return look_up(type, table, add_bit(add_bit(two_bits(block), path.lower, 4), path.upper, 8), 0);
+    const bytes64 index = add_bit(two_bits(block), cq_plane(block + 16), 4);
+    return look_up(type, table, add_bit(index, path.lower, 8), path.upper);
 }
 
 /* scale_every 1 or 2: the blocks that share a scale, so that spans are those of the codebook alone; 0: any grouping. */
-CQ_INLINE int32_t gemv_row(const int32_t bits, const int32_t scale_every, const cq_matrix *w, int64_t row_index,
+CQ_INLINE int32_t gemv_row(const int32_t type, const int32_t scale_every, const cq_matrix *w, int64_t row_index,
                            const int8_t *x) {
     cq_row row = cq_row_at(w, row_index);
     __m256i even = _mm256_setzero_si256(), odd = _mm256_setzero_si256();
     if (scale_every) row.scale_blocks = row.n_blocks;
-    for (cq_span span = cq_first_span(&row);; cq_next_span(&row, bits, &span)) {
-        const entries codebook = load_codebook(span.centroids, bits);
-        entries table = table_of(codebook, bits, span.group_scale);
+    for (cq_span span = cq_first_span(&row);; cq_next_span(&row, type, &span)) {
+        const entries codebook = load_codebook(span.centroids, type);
+        entries table = table_of(codebook, type, span.group_scale);
         for (int32_t b = span.begin; b < span.end; b++) {
-            const uint8_t *block = row.indices + (int64_t)b * 8 * bits;
-            _mm_prefetch((const char *)block + 2048, _MM_HINT_T0);
-            if (scale_every) table = table_of(codebook, bits, row.group_scales + b / scale_every);
-            const block_i8 weights = decode_block(block, bits, table);
+            _mm_prefetch((const char *)row.indices + (int64_t)b * 8 * cq_stored_bits(type) + 2048, _MM_HINT_T0);
+            if (scale_every) table = table_of(codebook, type, row.group_scales + b / scale_every);
+            const bytes64 weights = decode_block(&row, type, b, table);
             const __m256i *activations = (const __m256i *)(x + (int64_t)b * CQ_BLOCK);
             even = _mm256_add_epi32(even, multiply_i8(weights.first, _mm256_loadu_si256(activations)));
             odd = _mm256_add_epi32(odd, multiply_i8(weights.second, _mm256_loadu_si256(activations + 1)));
@@ -112,20 +136,20 @@ CQ_INLINE int32_t gemv_row(const int32_t bits, const int32_t scale_every, const 
     }
 }
 
-CQ_INLINE void gemv_all(const int32_t bits, const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x,
+CQ_INLINE void gemv_all(const int32_t type, const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x,
                         int32_t *acc) {
     for (int32_t r = 0; r < n_rows; r++)
         if (w->scale_cols == CQ_BLOCK)
-            acc[r] = gemv_row(bits, 1, w, row + r, x);
+            acc[r] = gemv_row(type, 1, w, row + r, x);
         else if (w->scale_cols == 2 * CQ_BLOCK)
-            acc[r] = gemv_row(bits, 2, w, row + r, x);
+            acc[r] = gemv_row(type, 2, w, row + r, x);
         else
-            acc[r] = gemv_row(bits, 0, w, row + r, x);
+            acc[r] = gemv_row(type, 0, w, row + r, x);
 }
 
 static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc) {
     (void)x_sum;
-    CQ_WITH_BITS(w, gemv_all, w, row, n_rows, x, acc)
+    CQ_WITH_TYPE(w, gemv_all, w, row, n_rows, x, acc)
 }
 
 enum {
@@ -162,20 +186,20 @@ static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t 
 }
 
 /* Blocks [begin, end) of a row -> int8 at out; the span moves on with them. */
-CQ_INLINE void decode_blocks(const int32_t bits, const cq_row *row, cq_span *span, int32_t begin, int32_t end,
+CQ_INLINE void decode_blocks(const int32_t type, const cq_row *row, cq_span *span, int32_t begin, int32_t end,
                              uint8_t *out) {
     for (int32_t b = begin; b < end;) {
-        if (b == span->end) cq_next_span(row, bits, span);
-        const entries table = table_of(load_codebook(span->centroids, bits), bits, span->group_scale);
+        if (b == span->end) cq_next_span(row, type, span);
+        const entries table = table_of(load_codebook(span->centroids, type), type, span->group_scale);
         for (const int32_t stop = cq_min(end, span->end); b < stop; b++, out += CQ_BLOCK) {
-            const block_i8 weights = decode_block(row->indices + (int64_t)b * 8 * bits, bits, table);
+            const bytes64 weights = decode_block(row, type, b, table);
             _mm256_store_si256((__m256i *)out, weights.first);
             _mm256_store_si256((__m256i *)(out + 32), weights.second);
         }
     }
 }
 
-CQ_INLINE void decode_half(const int32_t bits, const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
+CQ_INLINE void decode_half(const int32_t type, const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
     enum { CHUNK = CHUNK_BLOCKS * CQ_BLOCK };
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
     uint8_t decoded[HALF_ROWS * CHUNK] __attribute__((aligned(32)));
@@ -185,7 +209,7 @@ CQ_INLINE void decode_half(const int32_t bits, const cq_matrix *w, int64_t row, 
     for (int32_t r = 0; r < n_rows; r++) rows[r] = cq_row_at(w, row + r), spans[r] = cq_first_span(&rows[r]);
     for (int32_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
         const int32_t end = cq_min(n_blocks, b + CHUNK_BLOCKS);
-        for (int32_t r = 0; r < n_rows; r++) decode_blocks(bits, &rows[r], &spans[r], b, end, decoded + r * CHUNK);
+        for (int32_t r = 0; r < n_rows; r++) decode_blocks(type, &rows[r], &spans[r], b, end, decoded + r * CHUNK);
         for (int32_t col = 0; col < (end - b) * CQ_BLOCK; col += 32)
             transpose_block(decoded + col, CHUNK, panel + ((int64_t)b * CQ_BLOCK + col) * PANEL_ROWS);
     }
@@ -195,7 +219,7 @@ CQ_INLINE void decode_half(const int32_t bits, const cq_matrix *w, int64_t row, 
 static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
     for (int32_t half = 0; half < 2; half++) {
         const int32_t first = half * HALF_ROWS, n = cq_min(n_rows - first, HALF_ROWS) * (n_rows > first);
-        CQ_WITH_BITS(w, decode_half, w, row + first, n, panel + 4 * first)
+        CQ_WITH_TYPE(w, decode_half, w, row + first, n, panel + 4 * first)
     }
 }
 

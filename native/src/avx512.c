@@ -4,8 +4,8 @@
  * 128 * sum(x) is subtracted at the end. A block of 64 weights is one register:
  *
  *   indices   CQ4: 32 bytes in both halves, the upper half shifted right by 4. CQ2: 16 bytes in all four lanes, shifted
- *             by 0, 2, 4, 6. CQ3, CQ5: as CQ2 and CQ4, and the 8 bytes of high bits are a mask register.
- *   table     16 bytes in every lane for vpshufb (CQ5: two of them, the mask takes the second): centroids, times the
+ *             by 0, 2, 4, 6. All other bits of an index lie in planes of 8 bytes, which are mask registers.
+ *   table     16 bytes in every lane for vpshufb (of 32 entries: two, a mask takes the second): centroids, times the
  *             group's scale. vpmulhrsw of c and scale * 256 is (c * scale * 256 + 16384) >> 15 = (c * scale + 64) >> 7,
  *             the format's rounding.
  *
@@ -45,7 +45,7 @@ static enum table_source table_source_of(const cq_matrix *w) {
     return w->scale_cols == CQ_BLOCK ? BLOCK_SCALES : w->scale_cols == 2 * CQ_BLOCK ? PAIR_SCALES : SPANS;
 }
 
-/* half[1]: entries 16 to 31 of CQ5, unused otherwise. */
+/* half[1]: entries 16 to 31, unused by smaller codebooks. */
 typedef struct {
     __m512i half[2];
 } entries;
@@ -57,13 +57,13 @@ typedef struct {
     entries low, high; /* BLOCK_SCALES and PAIR_SCALES: centroids 0..7 and 8..15 as int16 in every lane */
 } cursor;
 
-CQ_INLINE int32_t n_halves(const int32_t bits) { return bits == 5 ? 2 : 1; }
+CQ_INLINE int32_t n_halves(const int32_t type) { return cq_index_bits(type) == 5 ? 2 : 1; }
 
-CQ_INLINE entries span_table(const cq_span *span, const int32_t bits) {
+CQ_INLINE entries span_table(const cq_span *span, const int32_t type) {
     entries table;
 #pragma GCC unroll 2
-    for (int32_t i = 0; i < n_halves(bits); i++) {
-        __m256i wide = _mm256_cvtepi8_epi16(load_centroids(span->centroids + 16 * i, bits));
+    for (int32_t i = 0; i < n_halves(type); i++) {
+        __m256i wide = _mm256_cvtepi8_epi16(load_centroids(span->centroids + 16 * i, cq_index_bits(type)));
         if (span->group_scale) wide = _mm256_mulhrs_epi16(wide, _mm256_set1_epi16((short)(*span->group_scale << 8)));
         const __m512i lanes = _mm512_broadcast_i32x4(_mm256_cvtepi16_epi8(wide));
         table.half[i] = _mm512_xor_si512(lanes, _mm512_set1_epi8(-128));
@@ -71,28 +71,28 @@ CQ_INLINE entries span_table(const cq_span *span, const int32_t bits) {
     return table;
 }
 
-CQ_INLINE void load_codebook(cursor *c, const int32_t bits) {
+CQ_INLINE void load_codebook(cursor *c, const int32_t type) {
 #pragma GCC unroll 2
-    for (int32_t i = 0; i < n_halves(bits); i++) {
-        const __m128i centroids = load_centroids(c->span.centroids + 16 * i, bits);
+    for (int32_t i = 0; i < n_halves(type); i++) {
+        const __m128i centroids = load_centroids(c->span.centroids + 16 * i, cq_index_bits(type));
         c->low.half[i] = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(centroids));
         c->high.half[i] = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(_mm_srli_si128(centroids, 8)));
     }
 }
 
-CQ_INLINE cursor cursor_at(const cq_matrix *w, int64_t row, const int32_t bits, const enum table_source source) {
+CQ_INLINE cursor cursor_at(const cq_matrix *w, int64_t row, const int32_t type, const enum table_source source) {
     cursor c = {.row = cq_row_at(w, row)};
     c.span = cq_first_span(&c.row);
     if (source == BLOCK_SCALES || source == PAIR_SCALES)
-        load_codebook(&c, bits);
+        load_codebook(&c, type);
     else
-        c.table = span_table(&c.span, bits);
+        c.table = span_table(&c.span, type);
     return c;
 }
 
 /* Four tables in the four lanes. Lane i takes the high byte of its int16 from scale i, or i / 2: the scale times 256.
  */
-CQ_INLINE entries four_tables(const cursor *c, const int32_t bits, const enum table_source source, int32_t b,
+CQ_INLINE entries four_tables(const cursor *c, const int32_t type, const enum table_source source, int32_t b,
                               const int32_t n) {
     const int32_t blocks_per_scale = source == PAIR_SCALES ? 2 : 1, step = source == PAIR_SCALES ? 0 : 0x01000100;
     const int32_t lane1 = 0x00ff00ff + step, lane2 = source == PAIR_SCALES ? 0x01ff01ff : 0x02ff02ff,
@@ -104,7 +104,7 @@ CQ_INLINE entries four_tables(const cursor *c, const int32_t bits, const enum ta
     const __m512i scale = _mm512_shuffle_epi8(_mm512_set1_epi32(scales), spread);
     entries four;
 #pragma GCC unroll 2
-    for (int32_t i = 0; i < n_halves(bits); i++) {
+    for (int32_t i = 0; i < n_halves(type); i++) {
         const __m512i low = _mm512_mulhrs_epi16(c->low.half[i], scale),
                       high = _mm512_mulhrs_epi16(c->high.half[i], scale);
         four.half[i] = _mm512_xor_si512(_mm512_packs_epi16(low, high), _mm512_set1_epi8(-128));
@@ -113,17 +113,17 @@ CQ_INLINE entries four_tables(const cursor *c, const int32_t bits, const enum ta
 }
 
 /* Tables of blocks b .. b + n - 1: n <= 4 from a multiple of 4, or one. */
-CQ_INLINE void tables_at(cursor *c, const int32_t bits, const enum table_source source, int32_t b, const int32_t n,
+CQ_INLINE void tables_at(cursor *c, const int32_t type, const enum table_source source, int32_t b, const int32_t n,
                          entries tables[4]) {
     if (source == BLOCK_SCALES || source == PAIR_SCALES) {
         if (b == c->span.codebook_end) {
             c->span.codebook_end += c->row.codebook_blocks;
-            c->span.centroids += 1 << bits;
-            load_codebook(c, bits);
+            c->span.centroids += 1 << cq_index_bits(type);
+            load_codebook(c, type);
         }
-        const entries four = four_tables(c, bits, source, b, n);
+        const entries four = four_tables(c, type, source, b, n);
 #pragma GCC unroll 2
-        for (int32_t i = 0; i < n_halves(bits); i++) {
+        for (int32_t i = 0; i < n_halves(type); i++) {
             const __m512i lanes = four.half[i];
             tables[0].half[i] = _mm512_shuffle_i32x4(lanes, lanes, 0x00);
             tables[1].half[i] = _mm512_shuffle_i32x4(lanes, lanes, 0x55);
@@ -135,117 +135,133 @@ CQ_INLINE void tables_at(cursor *c, const int32_t bits, const enum table_source 
 #pragma GCC unroll 4
     for (int32_t i = 0; i < n; i++) {
         if (source == SPANS && b + i == c->span.end) {
-            cq_next_span(&c->row, bits, &c->span);
-            c->table = span_table(&c->span, bits);
+            cq_next_span(&c->row, type, &c->span);
+            c->table = span_table(&c->span, type);
         }
         tables[i] = c->table;
     }
 }
 
-/* Block b of a row -> 64 bytes W + 128 in column order. */
-CQ_INLINE __m512i decode_block(const cq_row *row, const int32_t bits, int32_t b, entries table) {
-    const uint8_t *block = row->indices + (int64_t)b * 8 * bits;
-    __mmask64 high;
-    if (bits >= 4) {
-        const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)block));
-        const __m512i shifted = _mm512_srlv_epi64(both, _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0));
-        const __m512i index = _mm512_and_si512(shifted, _mm512_set1_epi8(15));
-        const __m512i low = _mm512_shuffle_epi8(table.half[0], index);
-        if (bits == 4) return low;
-        memcpy(&high, block + 32, 8);
-        return _mm512_mask_shuffle_epi8(low, high, table.half[1], index);
-    }
+/* The lower bits of 64 indices: four in 32 bytes, two in 16. */
+CQ_INLINE __m512i four_bits(const uint8_t *block) {
+    const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)block));
+    const __m512i shifted = _mm512_srlv_epi64(both, _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0));
+    return _mm512_and_si512(shifted, _mm512_set1_epi8(15));
+}
+
+CQ_INLINE __m512i two_bits(const uint8_t *block) {
     const __m512i lanes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)block));
     const __m512i shifted = _mm512_srlv_epi64(lanes, _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0));
-    __m512i index = _mm512_and_si512(shifted, _mm512_set1_epi8(3));
-    if (bits == 3) {
-        memcpy(&high, block + 16, 8);
-        index = _mm512_mask_add_epi8(index, high, index, _mm512_set1_epi8(4));
+    return _mm512_and_si512(shifted, _mm512_set1_epi8(3));
+}
+
+/* index + value where the plane has a bit */
+CQ_INLINE __m512i add_bit(__m512i index, uint64_t plane, const char value) {
+    return _mm512_mask_add_epi8(index, plane, index, _mm512_set1_epi8(value));
+}
+
+/* upper: which indices take the second half of a table of 32. */
+CQ_INLINE __m512i look_up(const int32_t type, entries table, __m512i index, uint64_t upper) {
+    const __m512i low = _mm512_shuffle_epi8(table.half[0], index);
+    return cq_index_bits(type) == 5 ? _mm512_mask_shuffle_epi8(low, upper, table.half[1], index) : low;
+}
+
+/* Block b of a row -> 64 bytes W + 128 in column order. */
+CQ_INLINE __m512i decode_block(const cq_row *row, const int32_t type, int32_t b, entries table) {
+    const uint8_t *block = row->indices + (int64_t)b * 8 * cq_stored_bits(type);
+    if (!cq_has_trellis(type)) {
+        if (type == CQ_CQ2) return look_up(type, table, two_bits(block), 0);
+        if (type == CQ_CQ3) return look_up(type, table, add_bit(two_bits(block), cq_plane(block + 16), 4), 0);
+        return look_up(type, table, four_bits(block), type == CQ_CQ5 ? cq_plane(block + 32) : 0);
     }
-    return _mm512_shuffle_epi8(table.half[0], index);
+    const cq_path path = cq_path_at(row, type, b);
+    if (type == CQ_CQ2T) {
+        const __m512i rest = _mm512_maskz_set1_epi8(cq_plane(block), 1);
+        return look_up(type, table, add_bit(add_bit(rest, path.lower, 2), path.upper, 4), 0);
+    }
+    if (type == CQ_CQ3T)
+        return look_up(type, table, add_bit(add_bit(two_bits(block), path.lower, 4), path.upper, 8), 0);
+    const __m512i rest = add_bit(two_bits(block), cq_plane(block + 16), 4);
+    return look_up(type, table, add_bit(rest, path.lower, 8), path.upper);
 }
 
 /* sum[r] += blocks b .. b + n - 1 of N rows. x is loaded once for all of them. */
-CQ_INLINE void gemv_step(const int32_t N, const int32_t bits, const enum table_source source, cursor *c, int32_t b,
+CQ_INLINE void gemv_step(const int32_t N, const int32_t type, const enum table_source source, cursor *c, int32_t b,
                          const int32_t n, const int8_t *x, __m512i *sum) {
 #pragma GCC unroll 2
     for (int32_t r = 0; r < N; r++) {
         entries tables[4];
-        tables_at(&c[r], bits, source, b, n, tables);
+        tables_at(&c[r], type, source, b, n, tables);
 #pragma GCC unroll 4
         for (int32_t i = 0; i < n; i++)
-            sum[r] = _mm512_dpbusd_epi32(sum[r], decode_block(&c[r].row, bits, b + i, tables[i]),
+            sum[r] = _mm512_dpbusd_epi32(sum[r], decode_block(&c[r].row, type, b + i, tables[i]),
                                          _mm512_loadu_si512(x + (b + i) * CQ_BLOCK));
     }
 }
 
 /* N rows at once: their independent sums and streams hide latency. */
-CQ_INLINE void gemv_rows(const int32_t N, const int32_t bits, const enum table_source source, const cq_matrix *w,
+CQ_INLINE void gemv_rows(const int32_t N, const int32_t type, const enum table_source source, const cq_matrix *w,
                          int64_t row, const int8_t *x, int32_t x_sum, int32_t *acc) {
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
     cursor c[2];
     __m512i sum[2];
 #pragma GCC unroll 2
-    for (int32_t r = 0; r < N; r++) c[r] = cursor_at(w, row + r, bits, source), sum[r] = _mm512_setzero_si512();
+    for (int32_t r = 0; r < N; r++) c[r] = cursor_at(w, row + r, type, source), sum[r] = _mm512_setzero_si512();
     int32_t b = 0;
     for (; b + 4 <= n_blocks; b += 4) {
         /* the same place N rows on: the next call of this function reads it */
-        const int64_t ahead = (int64_t)(N * n_blocks + b) * 8 * bits;
+        const int64_t ahead = (int64_t)(N * n_blocks + b) * 8 * cq_stored_bits(type);
 #pragma GCC unroll 2
         for (int32_t r = 0; r < N; r++)
 #pragma GCC unroll 2
-            for (int32_t line = 0; line < 32 * bits; line += 64)
+            for (int32_t line = 0; line < 32 * cq_stored_bits(type); line += 64)
                 _mm_prefetch((const char *)c[r].row.indices + ahead + line, _MM_HINT_T0);
-        gemv_step(N, bits, source, c, b, 4, x, sum);
+        gemv_step(N, type, source, c, b, 4, x, sum);
     }
-    for (; b < n_blocks; b++) gemv_step(N, bits, source, c, b, 1, x, sum);
+    for (; b < n_blocks; b++) gemv_step(N, type, source, c, b, 1, x, sum);
 #pragma GCC unroll 2
     for (int32_t r = 0; r < N; r++) acc[r] = _mm512_reduce_add_epi32(sum[r]) - 128 * x_sum;
 }
 
-CQ_INLINE void gemv_all(const int32_t bits, const enum table_source source, const cq_matrix *w, int64_t row,
+CQ_INLINE void gemv_all(const int32_t type, const enum table_source source, const cq_matrix *w, int64_t row,
                         int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc) {
     int32_t r = 0;
-    for (; r + 2 <= n_rows; r += 2) gemv_rows(2, bits, source, w, row + r, x, x_sum, acc + r);
-    for (; r < n_rows; r++) gemv_rows(1, bits, source, w, row + r, x, x_sum, acc + r);
+    for (; r + 2 <= n_rows; r += 2) gemv_rows(2, type, source, w, row + r, x, x_sum, acc + r);
+    for (; r < n_rows; r++) gemv_rows(1, type, source, w, row + r, x, x_sum, acc + r);
 }
 
-/* Calls function(bits, source, ...) with both as compile-time constants. */
-#define CQ_CASE(bits, source, function, ...)                                                                           \
-    case bits * 4 + source:                                                                                            \
-        function(bits, source, __VA_ARGS__);                                                                           \
+/* Calls function(type, source, ...) with both as compile-time constants. */
+#define CQ_SOURCE_CASE(type, source, function, ...)                                                                    \
+    case source:                                                                                                       \
+        function(type, source, __VA_ARGS__);                                                                           \
         break;
-#define CQ_CASES(bits, ...)                                                                                            \
-    CQ_CASE(bits, ROW_TABLE, __VA_ARGS__)                                                                              \
-    CQ_CASE(bits, BLOCK_SCALES, __VA_ARGS__)                                                                           \
-    CQ_CASE(bits, PAIR_SCALES, __VA_ARGS__)                                                                            \
-    CQ_CASE(bits, SPANS, __VA_ARGS__)
-#define CQ_SPECIALIZE(w, ...)                                                                                          \
-    switch (cq_bits(w) * 4 + (int32_t)table_source_of(w)) {                                                            \
-        CQ_CASES(2, __VA_ARGS__)                                                                                       \
-        CQ_CASES(3, __VA_ARGS__)                                                                                       \
-        CQ_CASES(4, __VA_ARGS__)                                                                                       \
-        CQ_CASES(5, __VA_ARGS__)                                                                                       \
+#define CQ_WITH_SOURCE(type, w, ...)                                                                                   \
+    switch (table_source_of(w)) {                                                                                      \
+        CQ_SOURCE_CASE(type, ROW_TABLE, __VA_ARGS__)                                                                   \
+        CQ_SOURCE_CASE(type, BLOCK_SCALES, __VA_ARGS__)                                                                \
+        CQ_SOURCE_CASE(type, PAIR_SCALES, __VA_ARGS__)                                                                 \
+        CQ_SOURCE_CASE(type, SPANS, __VA_ARGS__)                                                                       \
     }
+#define CQ_SPECIALIZE(w, ...) CQ_WITH_TYPE(w, CQ_WITH_SOURCE, w, __VA_ARGS__)
 
 static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum,
                  int32_t *acc){CQ_SPECIALIZE(w, gemv_all, w, row, n_rows, x, x_sum, acc)}
 
-CQ_INLINE void decode_half(const int32_t bits, const enum table_source source, const cq_matrix *w, int64_t row,
+CQ_INLINE void decode_half(const int32_t type, const enum table_source source, const cq_matrix *w, int64_t row,
                            int32_t n_rows, uint8_t *panel) {
     enum { CHUNK = 4 * CQ_BLOCK };
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
     uint8_t rows[HALF_ROWS * CHUNK] __attribute__((aligned(64)));
     cursor c[HALF_ROWS];
     memset(rows, 128, sizeof rows); /* rows beyond the matrix: weight zero */
-    for (int32_t r = 0; r < n_rows; r++) c[r] = cursor_at(w, row + r, bits, source);
+    for (int32_t r = 0; r < n_rows; r++) c[r] = cursor_at(w, row + r, type, source);
     for (int32_t b = 0; b < n_blocks; b += 4) {
         const int32_t n = cq_min(4, n_blocks - b);
         for (int32_t r = 0; r < n_rows; r++) {
             entries tables[4];
-            tables_at(&c[r], bits, source, b, n, tables);
+            tables_at(&c[r], type, source, b, n, tables);
             for (int32_t i = 0; i < n; i++)
-                _mm512_store_si512(rows + r * CHUNK + i * CQ_BLOCK, decode_block(&c[r].row, bits, b + i, tables[i]));
+                _mm512_store_si512(rows + r * CHUNK + i * CQ_BLOCK, decode_block(&c[r].row, type, b + i, tables[i]));
         }
         for (int32_t i = 0; i < n; i++)
             transpose_block(rows + i * CQ_BLOCK, CHUNK, panel + (int64_t)(b + i) * CQ_BLOCK * PANEL_ROWS);

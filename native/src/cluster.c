@@ -8,13 +8,18 @@
  * increases.
  *
  * Sets are independent, so the result does not depend on the number of threads. */
+#include "descent.h"
 #include "fit.h"
 #include <math.h>
 #include <omp.h>
 
+/* With a trellis the best codebook is narrower than k-means's of as many centroids; rounds of refits find the rest. */
+#define TRELLIS_START 0.82
+
 /* One row at work. */
 typedef struct {
     const float *w;
+    float weight;     /* what its loss counts beside the others' of its set */
     float *amplitude; /* [n_groups]: real scale of each group */
     cq_fit fit;       /* its centroids are the set's */
 } lane;
@@ -91,9 +96,8 @@ static void refit_scales(const cq_clustering *job, lane *r) {
     set_scales(job, r);
 }
 
-/* Nearest effective weight per element; then the best scale for these assignments, rounded to float, and its loss. */
+/* Nearest effective weight per element. */
 static void assign(const cq_clustering *job, const float *w, cq_fit *f) {
-    double ww = 0, we = 0, ee = 0;
     for (int32_t begin = 0; begin < job->n_cols; begin += CQ_BLOCK) {
         float w8[CQ_MAX_CENTROIDS], middle[CQ_MAX_CENTROIDS];
         int32_t end = begin + CQ_BLOCK < job->n_cols ? begin + CQ_BLOCK : job->n_cols;
@@ -103,7 +107,18 @@ static void assign(const cq_clustering *job, const float *w, cq_fit *f) {
             int32_t index = 0;
             for (int32_t c = 0; c + 1 < job->n_centroids; c++) index += w[i] > middle[c];
             f->indices[i] = (uint8_t)index;
-            double h = job->weight[i], e = w8[index];
+        }
+    }
+}
+
+/* The best scale for the row's assignments, rounded to float, and its loss. */
+static void fit_scale(const cq_clustering *job, const float *w, cq_fit *f) {
+    double ww = 0, we = 0, ee = 0;
+    for (int32_t begin = 0; begin < job->n_cols; begin += CQ_BLOCK) {
+        float w8[CQ_MAX_CENTROIDS];
+        cq_effective_weights(job, f, begin, w8);
+        for (int32_t i = begin; i < job->n_cols && i < begin + CQ_BLOCK; i++) {
+            double h = job->weight[i], e = w8[f->indices[i]];
             ww += h * w[i] * w[i], we += h * w[i] * e, ee += h * e * e;
         }
     }
@@ -125,9 +140,11 @@ static void solve_codebooks(const cq_clustering *job, workspace *s) {
             for (int32_t i = begin; i < end; i++, n++) {
                 float a = r->amplitude[group_of(job, i)];
                 s->kmeans.key[n] = cq_sortable(a > 0 ? r->w[i] / a : 0);
-                s->kmeans.q[n] = a > 0 ? job->weight[i] * (a / top) * (a / top) : 0;
+                s->kmeans.q[n] = a > 0 ? r->weight * job->weight[i] * (a / top) * (a / top) : 0;
             }
-        cq_kmeans_solve(s->kernels, &s->kmeans, n, job->n_centroids, s->codebook + b * job->n_centroids);
+        double *codebook = s->codebook + b * job->n_centroids;
+        cq_kmeans_solve(s->kernels, &s->kmeans, n, job->n_centroids, codebook);
+        for (int32_t c = 0; c < job->n_centroids && job->trellis; c++) codebook[c] *= TRELLIS_START;
     }
 }
 
@@ -139,7 +156,7 @@ static void refit_codebooks(const cq_clustering *job, workspace *s) {
         if (end > job->n_cols) end = job->n_cols;
         for (lane *r = s->lanes; r < s->lanes + s->n; r++)
             for (int32_t i = begin; i < end; i++) {
-                double a = r->amplitude[group_of(job, i)], qa = job->weight[i] * a;
+                double a = r->amplitude[group_of(job, i)], qa = r->weight * job->weight[i] * a;
                 wa[r->fit.indices[i]] += qa * r->w[i];
                 aa[r->fit.indices[i]] += qa * a;
             }
@@ -148,6 +165,13 @@ static void refit_codebooks(const cq_clustering *job, workspace *s) {
             s->codebook[at] = aa[c] > 0 ? wa[c] / aa[c] : s->lanes->fit.centroids[at];
         }
     }
+}
+
+/* A codebook in ascending order -> the four parts of the trellis (trellis.h), each of every fourth centroid. */
+static void deal_to_parts(int8_t *centroids, int32_t k) {
+    int8_t ascending[CQ_MAX_CENTROIDS];
+    memcpy(ascending, centroids, (size_t)k);
+    for (int32_t i = 0; i < k; i++) centroids[i / 4 + i % 4 * (k / 4)] = ascending[i];
 }
 
 /* Rounds the real codebooks to int8, the largest of the set to 127, and sorts each. */
@@ -163,15 +187,38 @@ static void set_centroids(const cq_clustering *job, workspace *s) {
         for (; at > first && centroids[at - 1] > c; at--) centroids[at] = centroids[at - 1];
         centroids[at] = c;
     }
+    for (int32_t i = 0; i < n && job->trellis; i += k) deal_to_parts(centroids + i, k);
+}
+
+/* The nearest effective weights that the trellis allows, for all rows together. */
+static void assign_on_trellis(const cq_clustering *job, workspace *s) {
+    for (int32_t begin = 0; begin < job->n_cols; begin += CQ_BLOCK) {
+        cq_column_block block = {.n_cols = cq_min(CQ_BLOCK, job->n_cols - begin), .n_values = job->n_centroids};
+        block.n_rows = s->n, block.ring = job->codebook_rows, block.trellis = 1;
+        for (int32_t r = 0; r < s->n; r++) {
+            const lane *row = &s->lanes[r];
+            float w8[CQ_MAX_CENTROIDS];
+            cq_effective_weights(job, &row->fit, begin, w8);
+            block.weight[r] = row->weight;
+            for (int32_t c = 0; c < block.n_values; c++) block.values[c][r] = w8[c] * row->fit.scale;
+            for (int32_t i = 0; i < block.n_cols; i++) block.state[i][r] = row->w[begin + i];
+        }
+        s->kernels->nearest_block(&block);
+        for (int32_t r = 0; r < s->n; r++)
+            for (int32_t i = 0; i < block.n_cols; i++)
+                s->lanes[r].fit.indices[begin + i] = (uint8_t)block.index[i][r];
+    }
 }
 
 /* Rounds the codebooks and assigns all rows; returns the set's loss. */
 static double settle(const cq_clustering *job, workspace *s) {
     double loss = 0;
     set_centroids(job, s);
+    if (job->trellis) assign_on_trellis(job, s);
     for (lane *r = s->lanes; r < s->lanes + s->n; r++) {
-        assign(job, r->w, &r->fit);
-        loss += r->fit.loss;
+        if (!job->trellis) assign(job, r->w, &r->fit);
+        fit_scale(job, r->w, &r->fit);
+        loss += r->weight * r->fit.loss;
     }
     return loss;
 }
@@ -188,6 +235,7 @@ static void cluster_set(const cq_clustering *job, int32_t row, workspace *s) {
     s->n = job->n_rows - row < job->codebook_rows ? job->n_rows - row : job->codebook_rows;
     for (int32_t r = 0; r < s->n; r++) {
         s->lanes[r].w = job->w + (size_t)(row + r) * job->n_cols;
+        s->lanes[r].weight = job->row_weight[row + r];
         start_scales(job, &s->lanes[r]);
     }
     solve_codebooks(job, s);

@@ -2,6 +2,7 @@
  * a block of columns at a time. Inside the block every column's choice moves the columns beside it at once; what it
  * means for the columns outside is then added for the whole block by rank_update. */
 #include "descent.h"
+#include "trellis.h"
 
 typedef float row_vec __attribute__((vector_size(4 * CQ_ROWS), may_alias));
 typedef int32_t row_mask __attribute__((vector_size(4 * CQ_ROWS), may_alias));
@@ -12,22 +13,59 @@ CQ_INLINE row_vec load_rows(const float *p) {
     return v;
 }
 
-/* Each lane's nearest of its values, the first of equals; index: where it stands. */
-CQ_INLINE row_vec nearest_values(const cq_column_block *b, row_vec wanted, row_mask *index) {
-    const row_vec zero = {0};
-    row_vec nearest = load_rows(b->values[0]), best = wanted - nearest;
+/* Each lane's nearest of its values [first, end), the first of equals; index: where it stands. */
+CQ_INLINE row_vec nearest_of(const cq_column_block *b, int32_t first, int32_t end, row_vec wanted, row_mask *index) {
+    const row_mask zero = {0};
+    row_vec nearest = load_rows(b->values[first]), best = wanted - nearest;
     best = (row_vec)((row_mask)best & 0x7fffffff);
-    row_mask at = {0};
-    for (int32_t c = 1; c < b->n_values; c++) {
+    row_mask at = zero + first;
+    for (int32_t c = first + 1; c < end; c++) {
         const row_vec value = load_rows(b->values[c]);
         const row_vec distance = (row_vec)((row_mask)(wanted - value) & 0x7fffffff);
         const row_mask closer = distance < best;
         best = (row_vec)(((row_mask)distance & closer) | ((row_mask)best & ~closer));
         nearest = (row_vec)(((row_mask)value & closer) | ((row_mask)nearest & ~closer));
-        at = (((row_mask)zero + c) & closer) | (at & ~closer);
+        at = ((zero + c) & closer) | (at & ~closer);
     }
     *index = at;
     return nearest;
+}
+
+/* The nearest that the trellis allows: each part's nearest, then the best way through the parts. */
+CQ_INLINE row_vec nearest_on_trellis(const cq_column_block *b, row_vec wanted, row_mask *index) {
+    const int32_t size = b->n_values / 4;
+    const row_vec weight = load_rows(b->weight);
+    row_vec nearest[4], error[4], chosen = {0};
+    row_mask at[4], part = {0}, found = {0};
+    float cost[CQ_ROWS][4];
+    for (int32_t p = 0; p < 4; p++) {
+        nearest[p] = nearest_of(b, p * size, (p + 1) * size, wanted, &at[p]);
+        error[p] = weight * (wanted - nearest[p]) * (wanted - nearest[p]);
+    }
+    for (int32_t r = 0; r < CQ_ROWS; r++)
+        for (int32_t p = 0; p < 4; p++) cost[r][p] = error[p][r];
+    for (int32_t r = 0; r < b->n_rows; r += b->ring)
+        cq_trellis_path((const float (*)[4])cost + r, b->n_rows - r < b->ring ? b->n_rows - r : b->ring,
+                        (int32_t *)&part + r);
+    for (int32_t p = 0; p < 4; p++) {
+        const row_mask here = part == p;
+        chosen = (row_vec)(((row_mask)nearest[p] & here) | ((row_mask)chosen & ~here));
+        found = (at[p] & here) | (found & ~here);
+    }
+    *index = found;
+    return chosen;
+}
+
+CQ_INLINE row_vec nearest_values(const cq_column_block *b, row_vec wanted, row_mask *index) {
+    return b->trellis ? nearest_on_trellis(b, wanted, index) : nearest_of(b, 0, b->n_values, wanted, index);
+}
+
+/* state: what the columns should be; index and value: what comes nearest. */
+static void nearest_block(cq_column_block *b) {
+    for (int32_t i = 0; i < b->n_cols; i++) {
+        const row_vec value = nearest_values(b, load_rows(b->state[i]), (row_mask *)b->index[i]);
+        memcpy(b->value[i], &value, sizeof value);
+    }
 }
 
 CQ_INLINE void move_columns(cq_column_block *b, const float *m, int32_t from, row_vec change) {

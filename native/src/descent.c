@@ -9,7 +9,8 @@
  *
  * CQ_ROWS rows go together, in blocks of columns (column_block.h): what a block changes is added to the other columns
  * as one product of matrices. Rows influence each other only through codebooks that they share, and the rows of such a
- * set are always in one batch, so the result does not depend on the number of threads. */
+ * set are always in one batch, so the result does not depend on the number of threads. With a trellis the rows of a set
+ * choose their values together (trellis.h). */
 #include "descent.h"
 #include "fit.h"
 #include <math.h>
@@ -22,6 +23,7 @@ enum { SWEEPS = 2 }; /* sweeps of coordinate descent per round */
 typedef struct {
     cq_fit fit, best;
     const float *w;
+    float weight;   /* what its loss counts beside the others' of its set */
     float *value;   /* [n_cols]: effective weights times the scale */
     float *state;   /* [n_cols]: the gradient, H (value - w); in error feedback what is left of w */
     float *moments; /* [n_centroids][n_cols]: H P of one codebook */
@@ -58,8 +60,10 @@ static cq_column_block block_at(const batch *b, int32_t begin) {
     const int32_t rest = b->job->n_cols - begin;
     cq_column_block block = {.n_cols = rest < CQ_BLOCK ? rest : CQ_BLOCK, .n_values = b->job->n_centroids};
     block.matrix = matrix_row(b, begin) + begin, block.stride = b->job->n_cols;
+    block.n_rows = b->n, block.ring = b->job->codebook_rows, block.trellis = b->job->trellis;
     for (int32_t r = 0; r < b->n; r++) {
         const lane *s = b->lanes + r;
+        block.weight[r] = s->weight;
         float w8[CQ_MAX_CENTROIDS];
         cq_effective_weights(b->job, &s->fit, begin, w8);
         for (int32_t c = 0; c < block.n_values; c++) block.values[c][r] = w8[c] * s->fit.scale;
@@ -161,7 +165,7 @@ static void solve_codebook(const batch *b, lane *set, int32_t book, int32_t begi
     double a[CQ_MAX_CENTROIDS * CQ_MAX_CENTROIDS] = {0}, d[CQ_MAX_CENTROIDS] = {0}, top = 0;
     for (const lane *s = set; s < end_of_set(b, set); s++)
         for (int32_t i = begin; i < end; i++) {
-            double step = step_of(b, s, i);
+            const double step = (double)s->weight * step_of(b, s, i);
             for (int32_t c = 0; c < k; c++) a[s->fit.indices[i] * k + c] += step * s->moments[(size_t)c * n + i];
             d[s->fit.indices[i]] -= step * s->state[i];
         }
@@ -214,7 +218,7 @@ static void judge(const batch *b, lane *set) {
     double loss = 0, best = 0;
     for (lane *s = set; s < end_of_set(b, set); s++) {
         s->fit.loss = loss_of(b, s);
-        loss += s->fit.loss, best += s->best.loss;
+        loss += s->weight * s->fit.loss, best += s->weight * s->best.loss;
     }
     for (lane *s = set; s < end_of_set(b, set); s++) {
         s->active = loss < best;
@@ -245,6 +249,7 @@ int64_t cq_descent_scratch_bytes(const cq_clustering *job) {
 
 static void start_lane(const cq_clustering *job, int32_t row, lane *s, const lane *set) {
     s->w = job->w + (size_t)row * job->n_cols;
+    s->weight = job->row_weight[row];
     s->best = cq_fit_of_row(job, row);
     s->active = 1;
     s->fit.centroids = set->fit.centroids;

@@ -2,9 +2,11 @@
 #ifndef CQ_INDICES_H
 #define CQ_INDICES_H
 #include "kernels.h"
+#include <string.h>
 
 typedef struct {
     const uint8_t *indices;
+    const uint8_t *above, *above2; /* indices of the rows one and two above in its ring; of the row itself without T */
     const int8_t *centroids, *group_scales; /* group_scales: NULL where the matrix has none */
     int32_t n_blocks, codebook_blocks, scale_blocks;
 } cq_row;
@@ -15,24 +17,21 @@ typedef struct {
     int32_t begin, end, codebook_end, scale_end;
 } cq_span;
 
-/* Calls function(bits, ...) with the bits as a compile-time constant. */
-#define CQ_WITH_BITS(w, function, ...)                                                                                 \
-    switch (cq_bits(w)) {                                                                                              \
-    case 2:                                                                                                            \
-        function(2, __VA_ARGS__);                                                                                      \
-        break;                                                                                                         \
-    case 3:                                                                                                            \
-        function(3, __VA_ARGS__);                                                                                      \
-        break;                                                                                                         \
-    case 4:                                                                                                            \
-        function(4, __VA_ARGS__);                                                                                      \
-        break;                                                                                                         \
-    case 5:                                                                                                            \
-        function(5, __VA_ARGS__);                                                                                      \
-        break;                                                                                                         \
+/* Calls function(type, ...) with the type as a compile-time constant. */
+#define CQ_TYPE_CASE(type, function, ...)                                                                              \
+    case type:                                                                                                         \
+        function(type, __VA_ARGS__);                                                                                   \
+        break;
+#define CQ_WITH_TYPE(w, ...)                                                                                           \
+    switch ((w)->type) {                                                                                               \
+        CQ_TYPE_CASE(CQ_CQ2, __VA_ARGS__)                                                                              \
+        CQ_TYPE_CASE(CQ_CQ3, __VA_ARGS__)                                                                              \
+        CQ_TYPE_CASE(CQ_CQ4, __VA_ARGS__)                                                                              \
+        CQ_TYPE_CASE(CQ_CQ5, __VA_ARGS__)                                                                              \
+        CQ_TYPE_CASE(CQ_CQ2T, __VA_ARGS__)                                                                             \
+        CQ_TYPE_CASE(CQ_CQ3T, __VA_ARGS__)                                                                             \
+        CQ_TYPE_CASE(CQ_CQ4T, __VA_ARGS__)                                                                             \
     }
-
-static inline int32_t cq_min(int32_t a, int32_t b) { return a < b ? a : b; }
 
 /* Which row of codebooks a row (counted over all experts) looks up. */
 static inline int64_t cq_codebook_row(const cq_matrix *w, int64_t row) {
@@ -42,12 +41,23 @@ static inline int64_t cq_codebook_row(const cq_matrix *w, int64_t row) {
     return expert * cq_ceil_div(w->n_rows, w->codebook_rows) + ((row - expert * w->n_rows) >> shift);
 }
 
+/* The row `up` rows above (1 or 2), in the ring of rows that share their codebooks: the first row follows the last. */
+static inline int64_t cq_row_above(const cq_matrix *w, int64_t row, int32_t up) {
+    const int32_t in_expert = (int32_t)(row % w->n_rows), position = in_expert & (w->codebook_rows - 1);
+    const int32_t size = cq_min(w->codebook_rows, w->n_rows - (in_expert - position));
+    return row - position + (position + 2 * size - up) % size;
+}
+
 static inline cq_row cq_row_at(const cq_matrix *w, int64_t row) {
-    const int32_t bits = cq_bits(w), scale_cols = w->scale_cols ? w->scale_cols : w->n_cols;
+    const int32_t index_bits = cq_index_bits(w->type), scale_cols = w->scale_cols ? w->scale_cols : w->n_cols;
     const int64_t n_codebooks = cq_ceil_div(w->n_cols, w->codebook_cols), n_groups = cq_ceil_div(w->n_cols, scale_cols);
+    const int64_t row_bytes = (int64_t)w->n_cols / 8 * cq_stored_bits(w->type);
+    const int trellis = cq_has_trellis(w->type);
     return (cq_row){
-        .indices = w->data + row * (w->n_cols / 8 * bits),
-        .centroids = w->centroids + (cq_codebook_row(w, row) * n_codebooks << bits),
+        .indices = w->data + row * row_bytes,
+        .above = w->data + (trellis ? cq_row_above(w, row, 1) : row) * row_bytes,
+        .above2 = w->data + (trellis ? cq_row_above(w, row, 2) : row) * row_bytes,
+        .centroids = w->centroids + (cq_codebook_row(w, row) * n_codebooks << index_bits),
         .group_scales = w->scale_cols ? w->group_scales + row * n_groups : NULL,
         .n_blocks = w->n_cols / CQ_BLOCK,
         .codebook_blocks = w->codebook_cols / CQ_BLOCK,
@@ -61,13 +71,35 @@ static inline cq_span cq_first_span(const cq_row *row) {
 }
 
 /* The caller stops at n_blocks: past it, pointers would leave the tensors. */
-static inline void cq_next_span(const cq_row *row, int32_t bits, cq_span *span) {
+static inline void cq_next_span(const cq_row *row, int32_t type, cq_span *span) {
     span->begin = span->end;
-    if (span->begin == span->codebook_end) span->codebook_end += row->codebook_blocks, span->centroids += 1 << bits;
+    if (span->begin == span->codebook_end) {
+        span->codebook_end += row->codebook_blocks;
+        span->centroids += 1 << cq_index_bits(type);
+    }
     if (span->begin == span->scale_end) {
         span->scale_end += row->scale_blocks;
         if (span->group_scale) span->group_scale++;
     }
     span->end = cq_min(row->n_blocks, cq_min(span->codebook_end, span->scale_end));
+}
+
+/* Eight bytes of a block as 64 bits, bit j of column j. */
+static inline uint64_t cq_plane(const uint8_t *bytes) {
+    uint64_t plane;
+    memcpy(&plane, bytes, 8);
+    return plane;
+}
+
+/* Types with T: the two upper bits of the indices of block b. Each row stores one bit per column, its last eight bytes
+ * of a block; `upper` is the row above's, `lower` the row's own times (xor) that of two rows above. */
+typedef struct {
+    uint64_t lower, upper;
+} cq_path;
+
+static inline cq_path cq_path_at(const cq_row *row, const int32_t type, int32_t b) {
+    const int32_t bits = cq_stored_bits(type);
+    const int64_t at = (int64_t)b * 8 * bits + 8 * (bits - 1);
+    return (cq_path){cq_plane(row->indices + at) ^ cq_plane(row->above2 + at), cq_plane(row->above + at)};
 }
 #endif

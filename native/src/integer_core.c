@@ -5,7 +5,7 @@
 enum { TOKEN_TILE = 48, MAX_PANEL_ROWS = 64 };
 
 static int arguments_ok(const cq_matrix *w, int32_t n_tokens, int32_t n_threads) {
-    return w->type >= CQ_CQ2 && w->type <= CQ_CQ5 && n_tokens > 0 && n_threads > 0 && w->n_cols % CQ_BLOCK == 0 &&
+    return cq_is_clustered(w->type) && n_tokens > 0 && n_threads > 0 && w->n_cols % CQ_BLOCK == 0 &&
            w->n_cols <= CQ_MAX_COLS && w->codebook_rows > 0 && (w->codebook_rows & (w->codebook_rows - 1)) == 0;
 }
 

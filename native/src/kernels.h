@@ -63,6 +63,7 @@ typedef struct cq_kernels {
 
     /* ---- clustering ---- */
     void (*kmeans_layer)(const struct cq_kmeans *s, const struct cq_kmeans_layer *layer);
+    void (*nearest_block)(struct cq_column_block *b);
     void (*feedback_block)(struct cq_column_block *b);
     void (*descend_block)(struct cq_column_block *b);
     void (*rank_update)(const float (*change)[CQ_ROWS], int32_t n_cols, const float *matrix, int64_t stride,
@@ -74,8 +75,15 @@ extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avx512,
 
 const cq_kernels *cq_kernels_current(void);
 
-/* 2 to 5. */
-static inline int32_t cq_bits(const cq_matrix *w) { return w->type - 17200; }
+/* Of the clustered types. Bits per weight in the file, 2 to 5; bits of the index into a codebook, one more with a
+ * trellis. */
+static inline int cq_has_trellis(int32_t type) { return type >= CQ_CQ2T; }
+static inline int32_t cq_stored_bits(int32_t type) { return type - (cq_has_trellis(type) ? 17210 : 17200); }
+static inline int32_t cq_index_bits(int32_t type) { return cq_stored_bits(type) + cq_has_trellis(type); }
+static inline int cq_is_clustered(int32_t type) {
+    return (type >= CQ_CQ2 && type <= CQ_CQ5) || (type >= CQ_CQ2T && type <= CQ_CQ4T);
+}
+static inline int32_t cq_min(int32_t a, int32_t b) { return a < b ? a : b; }
 static inline int32_t cq_ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 /* Floats that attention_head needs for scratch. */

@@ -14,8 +14,6 @@ enum {
     CQ_MAX_PANEL_ROWS = 64,
 };
 
-static int is_clustered(const cq_matrix *w) { return w->type >= CQ_CQ2 && w->type <= CQ_CQ5; }
-
 static int64_t row_bytes(const cq_matrix *w) {
     switch (w->type) {
     case CQ_F32:
@@ -25,12 +23,12 @@ static int64_t row_bytes(const cq_matrix *w) {
     case CQ_Q8_0:
         return (int64_t)w->n_cols / 32 * 34;
     default:
-        return (int64_t)w->n_cols / CQ_BLOCK * 8 * cq_bits(w);
+        return (int64_t)w->n_cols / CQ_BLOCK * 8 * cq_stored_bits(w->type);
     }
 }
 
 int64_t cq_linear_scratch_bytes(const cq_kernels *kernels, const cq_matrix *w) {
-    return is_clustered(w) ? (int64_t)kernels->panel_rows * w->n_cols : 0;
+    return cq_is_clustered(w->type) ? (int64_t)kernels->panel_rows * w->n_cols : 0;
 }
 
 /* The tokens that one expert (or the only matrix) multiplies: item i reads row input(i) and writes row output(i). */
@@ -142,7 +140,7 @@ void cq_run_linear(const cq_worker *worker, const cq_linear *op, int32_t n_rows)
             int32_t col = (unit - first) * unit_rows;
             int32_t n = w->n_rows - col < unit_rows ? w->n_rows - col : unit_rows;
             int64_t row = (int64_t)expert * w->n_rows + col;
-            if (!is_clustered(w))
+            if (!cq_is_clustered(w->type))
                 plain_rows(worker, &it, row, n, col);
             else if (it.n <= CQ_GEMV_MAX_TOKENS)
                 clustered_gemv(worker, &it, row, n, col);

@@ -37,10 +37,10 @@ typedef struct {
     int8x16_t v[4];
 } block_i8;
 
-/* A codebook or a table of up to 16 entries in val[0], the other 16 of CQ5 in val[1]. */
-CQ_INLINE int8x16x2_t load_codebook(const int8_t *centroids, const int32_t bits) {
+/* A codebook or a table: up to 16 entries in val[0], entries 16 to 31 in val[1]. */
+CQ_INLINE int8x16x2_t load_codebook(const int8_t *centroids, const int32_t type) {
     int8_t bytes[32] = {0};
-    memcpy(bytes, centroids, 1u << bits);
+    memcpy(bytes, centroids, 1u << cq_index_bits(type));
     return (int8x16x2_t){{vld1q_s8(bytes), vld1q_s8(bytes + 16)}};
 }
 
@@ -49,44 +49,67 @@ CQ_INLINE int8x16_t scaled(int8x16_t codebook, int16x8_t factor) {
                        vmovn_s16(vqrdmulhq_s16(vmovl_s8(vget_high_s8(codebook)), factor)));
 }
 
-CQ_INLINE int8x16x2_t table_of(int8x16x2_t codebook, const int32_t bits, const int8_t *scale) { /* NULL for none */
+CQ_INLINE int8x16x2_t table_of(int8x16x2_t codebook, const int32_t type, const int8_t *scale) { /* NULL for none */
     if (!scale) return codebook;
     const int16x8_t factor = vdupq_n_s16((int16_t)(*scale << 8));
-    return (int8x16x2_t){
-        {scaled(codebook.val[0], factor), bits == 5 ? scaled(codebook.val[1], factor) : codebook.val[1]}};
+    const int large = cq_index_bits(type) == 5;
+    return (int8x16x2_t){{scaled(codebook.val[0], factor), large ? scaled(codebook.val[1], factor) : codebook.val[1]}};
 }
 
-/* Bit i % 8 of byte i / 8 of two bytes, as `value` or 0 in byte i. */
-CQ_INLINE uint8x16_t high_bits(const uint8_t *two, uint8_t value) {
+typedef struct {
+    uint8x16_t v[4];
+} index64;
+
+/* The lower bits of 64 indices: four in 32 bytes, two in 16. */
+CQ_INLINE index64 four_bits(const uint8_t *block) {
+    const uint8x16_t bytes = vld1q_u8(block), more = vld1q_u8(block + 16), mask = vdupq_n_u8(15);
+    return (index64){{vandq_u8(bytes, mask), vandq_u8(more, mask), vshrq_n_u8(bytes, 4), vshrq_n_u8(more, 4)}};
+}
+
+CQ_INLINE index64 two_bits(const uint8_t *block) {
+    const uint8x16_t bytes = vld1q_u8(block), mask = vdupq_n_u8(3);
+    return (index64){{vandq_u8(bytes, mask), vandq_u8(vshrq_n_u8(bytes, 2), mask),
+                      vandq_u8(vshrq_n_u8(bytes, 4), mask), vshrq_n_u8(bytes, 6)}};
+}
+
+/* index + value where the plane has a bit: byte i of a quarter takes byte i / 8 of two and keeps bit i % 8. */
+CQ_INLINE index64 add_bit(index64 index, uint64_t plane, uint8_t value) {
     const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
-    return vandq_u8(vtstq_u8(vcombine_u8(vdup_n_u8(two[0]), vdup_n_u8(two[1])), bit), vdupq_n_u8(value));
+    for (int32_t i = 0; i < 4; i++, plane >>= 16) {
+        const uint8x16_t two = vcombine_u8(vdup_n_u8((uint8_t)plane), vdup_n_u8((uint8_t)(plane >> 8)));
+        index.v[i] = vorrq_u8(index.v[i], vandq_u8(vtstq_u8(two, bit), vdupq_n_u8(value)));
+    }
+    return index;
 }
 
-CQ_INLINE block_i8 decode_block(const uint8_t *block, const int32_t bits, int8x16x2_t table) {
-    uint8x16_t index[4];
-    const uint8x16_t bytes = vld1q_u8(block);
-    if (bits >= 4) {
-        const uint8x16_t more = vld1q_u8(block + 16), mask = vdupq_n_u8(15);
-        index[0] = vandq_u8(bytes, mask), index[1] = vandq_u8(more, mask);
-        index[2] = vshrq_n_u8(bytes, 4), index[3] = vshrq_n_u8(more, 4);
-    } else {
-        const uint8x16_t mask = vdupq_n_u8(3);
-        index[0] = vandq_u8(bytes, mask), index[1] = vandq_u8(vshrq_n_u8(bytes, 2), mask);
-        index[2] = vandq_u8(vshrq_n_u8(bytes, 4), mask), index[3] = vshrq_n_u8(bytes, 6);
+CQ_INLINE index64 indices_of(const cq_row *row, const int32_t type, int32_t b) {
+    const uint8_t *block = row->indices + (int64_t)b * 8 * cq_stored_bits(type);
+    if (!cq_has_trellis(type)) {
+        if (type == CQ_CQ2) return two_bits(block);
+        if (type == CQ_CQ3) return add_bit(two_bits(block), cq_plane(block + 16), 4);
+        return type == CQ_CQ4 ? four_bits(block) : add_bit(four_bits(block), cq_plane(block + 32), 16);
     }
+    const int32_t bits = cq_stored_bits(type);
+    const cq_path path = cq_path_at(row, type, b);
+    const index64 none = {{vdupq_n_u8(0), vdupq_n_u8(0), vdupq_n_u8(0), vdupq_n_u8(0)}};
+    index64 rest = type == CQ_CQ2T ? add_bit(none, cq_plane(block), 1) : two_bits(block);
+    if (type == CQ_CQ4T) rest = add_bit(rest, cq_plane(block + 16), 4);
+    return add_bit(add_bit(rest, path.lower, (uint8_t)(1 << (bits - 1))), path.upper, (uint8_t)(1 << bits));
+}
+
+/* Block b of a row -> 64 weights in column order. */
+CQ_INLINE block_i8 decode_block(const cq_row *row, const int32_t type, int32_t b, int8x16x2_t table) {
+    const index64 index = indices_of(row, type, b);
     block_i8 out;
-    for (int32_t i = 0; i < 4; i++) {
-        if (bits == 3) index[i] = vorrq_u8(index[i], high_bits(block + 16 + 2 * i, 4));
-        if (bits == 5) index[i] = vorrq_u8(index[i], high_bits(block + 32 + 2 * i, 16));
-        out.v[i] = bits == 5 ? vqtbl2q_s8(table, index[i]) : vqtbl1q_s8(table.val[0], index[i]);
-    }
+    for (int32_t i = 0; i < 4; i++)
+        out.v[i] = cq_index_bits(type) == 5 ? vqtbl2q_s8(table, index.v[i]) : vqtbl1q_s8(table.val[0], index.v[i]);
     return out;
 }
 
 enum { PANEL_ROWS = 8, QUAD_ROWS = 4 };
 
 /* Four rows -> int8 [n_cols / 4][4 rows][4]: a store that interleaves four registers of dwords is the transposition. */
-CQ_INLINE void decode_quad(const int32_t bits, const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *out) {
+CQ_INLINE void decode_quad(const int32_t type, const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *out) {
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
     cq_row rows[QUAD_ROWS];
     cq_span spans[QUAD_ROWS];
@@ -96,15 +119,15 @@ CQ_INLINE void decode_quad(const int32_t bits, const cq_matrix *w, int64_t row, 
     for (int32_t r = 0; r < n_rows; r++) {
         rows[r] = cq_row_at(w, row + r);
         spans[r] = cq_first_span(&rows[r]);
-        tables[r] = table_of(load_codebook(spans[r].centroids, bits), bits, spans[r].group_scale);
+        tables[r] = table_of(load_codebook(spans[r].centroids, type), type, spans[r].group_scale);
     }
     for (int32_t b = 0; b < n_blocks; b++) {
         for (int32_t r = 0; r < n_rows; r++) {
             if (b == spans[r].end) {
-                cq_next_span(&rows[r], bits, &spans[r]);
-                tables[r] = table_of(load_codebook(spans[r].centroids, bits), bits, spans[r].group_scale);
+                cq_next_span(&rows[r], type, &spans[r]);
+                tables[r] = table_of(load_codebook(spans[r].centroids, type), type, spans[r].group_scale);
             }
-            decoded[r] = decode_block(rows[r].indices + (int64_t)b * 8 * bits, bits, tables[r]);
+            decoded[r] = decode_block(&rows[r], type, b, tables[r]);
         }
         for (int32_t i = 0; i < 4; i++, out += 64) {
             const uint32x4x4_t four = {{vreinterpretq_u32_s8(decoded[0].v[i]), vreinterpretq_u32_s8(decoded[1].v[i]),
@@ -119,7 +142,7 @@ static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_
     for (int32_t first = 0; first < PANEL_ROWS; first += QUAD_ROWS) {
         const int32_t n = n_rows > first ? cq_min(n_rows - first, QUAD_ROWS) : 0;
         uint8_t *out = panel + (int64_t)first * w->n_cols;
-        CQ_WITH_BITS(w, decode_quad, w, row + first, n, out)
+        CQ_WITH_TYPE(w, decode_quad, w, row + first, n, out)
     }
 }
 

@@ -11,19 +11,18 @@ CQ_INLINE int32x4_t CQ_NEON(dot16)(int32x4_t sum, int8x16_t w, int8x16_t x) {
 }
 
 /* scale_every 1 or 2: the blocks that share a scale, so that spans are those of the codebook alone; 0: any grouping. */
-CQ_INLINE int32_t CQ_NEON(gemv_row)(const int32_t bits, const int32_t scale_every, const cq_matrix *w,
+CQ_INLINE int32_t CQ_NEON(gemv_row)(const int32_t type, const int32_t scale_every, const cq_matrix *w,
                                     int64_t row_index, const int8_t *x) {
     cq_row row = cq_row_at(w, row_index);
     int32x4_t sum[4] = {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)};
     if (scale_every) row.scale_blocks = row.n_blocks;
-    for (cq_span span = cq_first_span(&row);; cq_next_span(&row, bits, &span)) {
-        const int8x16x2_t codebook = load_codebook(span.centroids, bits);
-        int8x16x2_t table = table_of(codebook, bits, span.group_scale);
+    for (cq_span span = cq_first_span(&row);; cq_next_span(&row, type, &span)) {
+        const int8x16x2_t codebook = load_codebook(span.centroids, type);
+        int8x16x2_t table = table_of(codebook, type, span.group_scale);
         for (int32_t b = span.begin; b < span.end; b++) {
-            const uint8_t *block = row.indices + (int64_t)b * 8 * bits;
-            __builtin_prefetch(block + 1024);
-            if (scale_every) table = table_of(codebook, bits, row.group_scales + b / scale_every);
-            const block_i8 weights = decode_block(block, bits, table);
+            __builtin_prefetch(row.indices + (int64_t)b * 8 * cq_stored_bits(type) + 1024);
+            if (scale_every) table = table_of(codebook, type, row.group_scales + b / scale_every);
+            const block_i8 weights = decode_block(&row, type, b, table);
             for (int32_t i = 0; i < 4; i++)
                 sum[i] = CQ_NEON(dot16)(sum[i], weights.v[i], vld1q_s8(x + (int64_t)b * CQ_BLOCK + 16 * i));
         }
@@ -32,21 +31,21 @@ CQ_INLINE int32_t CQ_NEON(gemv_row)(const int32_t bits, const int32_t scale_ever
     }
 }
 
-CQ_INLINE void CQ_NEON(gemv_all)(const int32_t bits, const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x,
+CQ_INLINE void CQ_NEON(gemv_all)(const int32_t type, const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x,
                                  int32_t *acc) {
     for (int32_t r = 0; r < n_rows; r++)
         if (w->scale_cols == CQ_BLOCK)
-            acc[r] = CQ_NEON(gemv_row)(bits, 1, w, row + r, x);
+            acc[r] = CQ_NEON(gemv_row)(type, 1, w, row + r, x);
         else if (w->scale_cols == 2 * CQ_BLOCK)
-            acc[r] = CQ_NEON(gemv_row)(bits, 2, w, row + r, x);
+            acc[r] = CQ_NEON(gemv_row)(type, 2, w, row + r, x);
         else
-            acc[r] = CQ_NEON(gemv_row)(bits, 0, w, row + r, x);
+            acc[r] = CQ_NEON(gemv_row)(type, 0, w, row + r, x);
 }
 
 static void CQ_NEON(gemv)(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum,
                           int32_t *acc) {
     (void)x_sum;
-    CQ_WITH_BITS(w, CQ_NEON(gemv_all), w, row, n_rows, x, acc)
+    CQ_WITH_TYPE(w, CQ_NEON(gemv_all), w, row, n_rows, x, acc)
 }
 
 #if CQ_NEON_DOTPROD

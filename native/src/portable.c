@@ -61,19 +61,27 @@ static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
 
 #include "float_ops.h"
 
-static int32_t index_at(const uint8_t *block, int32_t bits, int32_t i) {
-    const int32_t plane = bits & ~1; /* an odd number of bits: the plane of high bits follows */
-    const int32_t low = bits >= 4 ? block[i % 32] >> (i / 32 * 4) & 15 : block[i % 16] >> (i / 16 * 2) & 3;
-    return bits == plane ? low : low | (block[8 * plane + i / 8] >> (i % 8) & 1) << plane;
+/* Of 1 to 5 bits per index; an odd number of bits: the plane of high bits follows the others. */
+static int32_t stored_index(const uint8_t *block, int32_t bits, int32_t i) {
+    const int32_t plane = bits & ~1, high = bits == plane ? 0 : block[8 * plane + i / 8] >> (i % 8) & 1;
+    if (plane == 0) return high;
+    return (plane == 4 ? block[i % 32] >> (i / 32 * 4) & 15 : block[i % 16] >> (i / 16 * 2) & 3) | high << plane;
+}
+
+static int32_t index_at(const cq_row *row, int32_t type, int32_t b, int32_t i) {
+    const int32_t bits = cq_stored_bits(type);
+    const uint8_t *block = row->indices + (int64_t)b * 8 * bits;
+    if (!cq_has_trellis(type)) return stored_index(block, bits, i);
+    const cq_path path = cq_path_at(row, type, b);
+    return stored_index(block, bits - 1, i) | (int32_t)(path.lower >> i & 1) << (bits - 1) |
+           (int32_t)(path.upper >> i & 1) << bits;
 }
 
 static void decode_row(const cq_matrix *w, int64_t row_index, int8_t *out) {
-    const int32_t bits = cq_bits(w);
     const cq_row row = cq_row_at(w, row_index);
-    for (cq_span span = cq_first_span(&row);; cq_next_span(&row, bits, &span)) {
+    for (cq_span span = cq_first_span(&row);; cq_next_span(&row, w->type, &span)) {
         for (int32_t i = span.begin * CQ_BLOCK; i < span.end * CQ_BLOCK; i++) {
-            const uint8_t *block = row.indices + (int64_t)(i / CQ_BLOCK) * 8 * bits;
-            const int32_t centroid = span.centroids[index_at(block, bits, i % CQ_BLOCK)];
+            const int32_t centroid = span.centroids[index_at(&row, w->type, i / CQ_BLOCK, i % CQ_BLOCK)];
             out[i] = (int8_t)(span.group_scale ? (centroid * *span.group_scale + 64) >> 7 : centroid);
         }
         if (span.end == row.n_blocks) return;
