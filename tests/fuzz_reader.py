@@ -61,7 +61,7 @@ def try_file(path: Path) -> str:
 
 
 def main(count: int, seed: int) -> Counter[str]:
-    """Run `count` mutations of four small models; returns how many ran and were refused."""
+    """Run `count` mutations of five small models; returns how many ran and were refused."""
     rng = np.random.default_rng(seed)
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -70,6 +70,7 @@ def main(count: int, seed: int) -> Counter[str]:
             (
                 Tiny(hidden=64, ffn=64, head_dim=16, vocab=64),
                 Tiny(hidden=64, ffn=64, head_dim=16, vocab=64, n_experts=3, cq=CQType.CQ3, group_size=64),
+                Tiny(hidden=64, ffn=64, head_dim=32, vocab=64, cq=CQType.CQ4T, codebook_rows=8),
                 Tiny(hidden=128, ffn=64, head_dim=32, vocab=64, cq=CQType.CQ2, scale_group=-1, biases=True),
                 Tiny(hidden=64, ffn=128, head_dim=16, vocab=64, n_experts=2, activation_bits=4, tied=True),
             )

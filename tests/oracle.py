@@ -41,18 +41,36 @@ def random_clustered(
     """A random [rows, cols] matrix over the whole range of its fields, or filled with one (index, centroid, scale)."""
     codebook_cols = codebook_cols or cols
     n_codebooks, n_groups = -(-cols // codebook_cols), -(-cols // scale_cols) if scale_cols else 0
-    indices = rng.integers(0, cq.n_centroids, (rows, cols), dtype=np.uint8)
+    indices = random_indices(rng, (rows, cols), cq, codebook_rows)
     centroids = rng.integers(-128, 128, (-(-rows // codebook_rows), n_codebooks * cq.n_centroids), dtype=np.int8)
     centroids[rng.random(centroids.shape) < 0.1] = -128
     group_scales = rng.integers(0, 128, (rows, n_groups), dtype=np.int8)
     for extreme in (0, 127):
         group_scales[rng.random(group_scales.shape) < 0.1] = extreme
     if fill is not None:
-        indices[:], centroids[:], group_scales[:] = fill
+        on_trellis = cq.n_centroids // 4 - 1 if cq.trellis else 255  # one part only: no row differs from those above
+        indices[:], centroids[:], group_scales[:] = fill[0] & on_trellis, *fill[1:]
     scales = rng.uniform(1e-4, 1e-2, rows).astype(np.float32)
-    packed = pack(indices, cq)
+    packed = pack(indices, cq, codebook_rows)
     groups = group_scales if n_groups else None
     return Clustered(cq, packed, centroids, scales, groups, codebook_cols, scale_cols, codebook_rows)
+
+
+def random_indices(
+    rng: np.random.Generator, shape: tuple[int, ...], cq: CQType, codebook_rows: int = 1
+) -> NDArray[np.uint8]:
+    """Indices [..., rows, cols] that the type can hold: with a trellis, what free bits u and other bits give."""
+    if not cq.trellis:
+        return rng.integers(0, cq.n_centroids, shape, dtype=np.uint8)
+    k = cq.bits
+    rest, u = rng.integers(0, 1 << k - 1, shape, dtype=np.uint8), rng.integers(0, 2, shape, dtype=np.uint8)
+    out = np.empty(shape, np.uint8)
+    for row in range(shape[-2]):
+        first = row // codebook_rows * codebook_rows
+        n = min(codebook_rows, shape[-2] - first)
+        above, above2 = (u[..., first + (row - first - up) % n, :] for up in (1, 2))
+        out[..., row, :] = rest[..., row, :] | (u[..., row, :] ^ above2) << k - 1 | above << k
+    return out
 
 
 class NativeMatrix:

@@ -5,15 +5,30 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pyggml_bridge.format import Clustered, CQType, hadamard, pack, packed_shape, quantize_activations, register, unpack
+from pyggml_bridge.format import (
+    CODEBOOK_ROWS,
+    Clustered,
+    CQType,
+    hadamard,
+    pack,
+    packed_shape,
+    quantize_activations,
+    register,
+    unpack,
+)
+from tests.oracle import random_indices
 
 
 @pytest.mark.parametrize("cq", CQType)
 def test_unpack_inverts_pack(cq):
-    indices = np.random.default_rng(0).integers(0, cq.n_centroids, (3, 5, 192), dtype=np.uint8)
-    packed = pack(indices, cq)
-    assert packed.shape == packed_shape(indices.shape, cq) == (3, 5, 3 * cq.block_bytes)
-    assert np.array_equal(unpack(packed, cq), indices)
+    rng = np.random.default_rng(0)
+    for codebook_rows in CODEBOOK_ROWS:
+        indices = random_indices(rng, (3, 11, 192), cq, codebook_rows)
+        packed = pack(indices, cq, codebook_rows)
+        assert packed.shape == packed_shape(indices.shape, cq) == (3, 11, 3 * cq.block_bytes)
+        assert np.array_equal(unpack(packed, cq, codebook_rows), indices)
+        anything = rng.integers(0, 256, packed.shape, dtype=np.uint8)  # every bit of a block means something
+        assert np.array_equal(pack(unpack(anything, cq, codebook_rows), cq, codebook_rows), anything)
 
 
 def test_every_index_lands_on_the_documented_bits():
@@ -34,9 +49,27 @@ def test_every_index_lands_on_the_documented_bits():
 @pytest.mark.parametrize("cq", CQType)
 def test_pack_refuses_what_does_not_fit(cq):
     with pytest.raises(ValueError, match="does not fit"):
-        pack(np.full(64, cq.n_centroids, np.uint8), cq)
+        pack(np.full((1, 64), cq.n_centroids, np.uint8), cq)
     with pytest.raises(ValueError, match="multiple of 64"):
-        pack(np.zeros(96, np.uint8), cq)
+        pack(np.zeros((1, 96), np.uint8), cq)
+
+
+def test_pack_refuses_indices_off_the_trellis():
+    indices = random_indices(np.random.default_rng(2), (8, 64), CQType.CQ3T, 8)
+    indices[3, 5] ^= 4
+    with pytest.raises(ValueError, match="not on the trellis"):
+        pack(indices, CQType.CQ3T, 8)
+
+
+def test_every_free_bit_of_a_trellis_reaches_three_rows():
+    for cq, plane in ((CQType.CQ2T, 8), (CQType.CQ3T, 16), (CQType.CQ4T, 24)):
+        for row in range(4):
+            packed = np.zeros((4, cq.block_bytes), np.uint8)
+            packed[row, plane + 1] = 1 << 3  # column 11
+            want = np.zeros((4, 64), np.uint8)
+            want[row, 11] = want[(row + 2) % 4, 11] = 1 << cq.bits - 1
+            want[(row + 1) % 4, 11] = 1 << cq.bits
+            assert np.array_equal(unpack(packed, cq, 4), want)
 
 
 def test_effective_weights_follow_the_formula():

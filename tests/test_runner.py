@@ -20,6 +20,8 @@ VARIANTS = {
     "dense": Tiny(hadamard=64),
     "moe": Tiny(n_experts=6, hadamard=32),
     "moe-cq3-codebooks": Tiny(cq=CQType.CQ3, n_experts=4, top_k=1, group_size=64, scale_group=-1),
+    "moe-cq3t": Tiny(cq=CQType.CQ3T, n_experts=3, codebook_rows=8, hidden=192, ffn=128),
+    "cq4t-biases": Tiny(cq=CQType.CQ4T, codebook_rows=4, biases=True),
     "moe-cq5-shared": Tiny(cq=CQType.CQ5, n_experts=3, codebook_rows=8, hidden=192, ffn=128),
     "dense-cq2-int4-bias": Tiny(
         cq=CQType.CQ2, activation_bits=4, biases=True, tied=True, scale_group=128, n_kv_heads=4

@@ -10,6 +10,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from pyggml_bridge.format import VERSION, Clustered, CQType, Sidecars, pack, register
+from tests.oracle import random_indices
 
 register()
 
@@ -42,7 +43,7 @@ def random_clustered(rng: np.random.Generator, shape: tuple[int, ...], t: Tiny) 
     *lead, cols = shape
     codebook_cols = min(cols, t.group_size) if t.group_size > 0 else cols
     n_codebooks = -(-cols // codebook_cols)
-    indices = rng.integers(0, t.cq.n_centroids, shape, dtype=np.uint8)
+    indices = random_indices(rng, shape, t.cq, t.codebook_rows)
     books = (*lead[:-1], -(-lead[-1] // t.codebook_rows))
     centroids = rng.integers(-127, 128, (*books, n_codebooks * t.cq.n_centroids)).astype(np.int8)
     scales = (rng.uniform(0.5, 2.0, lead) / (127 * np.sqrt(cols))).astype(np.float32)
@@ -51,7 +52,7 @@ def random_clustered(rng: np.random.Generator, shape: tuple[int, ...], t: Tiny) 
         scale_cols = min(cols, t.scale_group)
         groups = rng.integers(30, 128, (*lead, -(-cols // scale_cols))).astype(np.int8)
     sizes = codebook_cols, scale_cols, t.codebook_rows
-    return Clustered(t.cq, pack(indices, t.cq), centroids, scales, groups, *sizes)
+    return Clustered(t.cq, pack(indices, t.cq, t.codebook_rows), centroids, scales, groups, *sizes)
 
 
 def write_tiny(path: Path, t: Tiny, keys: dict[str, Any] | None = None) -> dict[str, np.ndarray]:

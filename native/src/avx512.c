@@ -60,7 +60,7 @@ typedef struct {
 CQ_INLINE int32_t n_halves(const int32_t type) { return cq_index_bits(type) == 5 ? 2 : 1; }
 
 CQ_INLINE entries span_table(const cq_span *span, const int32_t type) {
-    entries table;
+    entries table = {{_mm512_setzero_si512(), _mm512_setzero_si512()}};
 #pragma GCC unroll 2
     for (int32_t i = 0; i < n_halves(type); i++) {
         __m256i wide = _mm256_cvtepi8_epi16(load_centroids(span->centroids + 16 * i, cq_index_bits(type)));
@@ -102,7 +102,7 @@ CQ_INLINE entries four_tables(const cursor *c, const int32_t type, const enum ta
     const __m512i spread = _mm512_set_epi32(lane3, lane3, lane3, lane3, lane2, lane2, lane2, lane2, lane1, lane1, lane1,
                                             lane1, 0x00ff00ff, 0x00ff00ff, 0x00ff00ff, 0x00ff00ff);
     const __m512i scale = _mm512_shuffle_epi8(_mm512_set1_epi32(scales), spread);
-    entries four;
+    entries four = {{_mm512_setzero_si512(), _mm512_setzero_si512()}};
 #pragma GCC unroll 2
     for (int32_t i = 0; i < n_halves(type); i++) {
         const __m512i low = _mm512_mulhrs_epi16(c->low.half[i], scale),

@@ -205,8 +205,7 @@ static void assign_on_trellis(const cq_clustering *job, workspace *s) {
         }
         s->kernels->nearest_block(&block);
         for (int32_t r = 0; r < s->n; r++)
-            for (int32_t i = 0; i < block.n_cols; i++)
-                s->lanes[r].fit.indices[begin + i] = (uint8_t)block.index[i][r];
+            for (int32_t i = 0; i < block.n_cols; i++) s->lanes[r].fit.indices[begin + i] = (uint8_t)block.index[i][r];
     }
 }
 

@@ -68,8 +68,8 @@ CQ_INLINE index64 four_bits(const uint8_t *block) {
 
 CQ_INLINE index64 two_bits(const uint8_t *block) {
     const uint8x16_t bytes = vld1q_u8(block), mask = vdupq_n_u8(3);
-    return (index64){{vandq_u8(bytes, mask), vandq_u8(vshrq_n_u8(bytes, 2), mask),
-                      vandq_u8(vshrq_n_u8(bytes, 4), mask), vshrq_n_u8(bytes, 6)}};
+    return (index64){{vandq_u8(bytes, mask), vandq_u8(vshrq_n_u8(bytes, 2), mask), vandq_u8(vshrq_n_u8(bytes, 4), mask),
+                      vshrq_n_u8(bytes, 6)}};
 }
 
 /* index + value where the plane has a bit: byte i of a quarter takes byte i / 8 of two and keeps bit i % 8. */

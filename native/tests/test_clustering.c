@@ -86,6 +86,44 @@ static void check_column_block(int32_t n_values, int32_t feedback) {
     }
 }
 
+/* The choices of a column against all 2^n ways around each ring. */
+static void check_trellis(int32_t n_values, int32_t n_rows, int32_t ring) {
+    cq_column_block b = {.n_cols = 5, .n_values = n_values, .n_rows = n_rows, .ring = ring, .trellis = 1};
+    fill(b.values[0], CQ_MAX_CENTROIDS * CQ_ROWS, 1), fill(b.state[0], CQ_BLOCK * CQ_ROWS, 1);
+    for (int32_t r = 0; r < CQ_ROWS; r++) b.weight[r] = 0.1f * (float)random_between(1, 100);
+    cq_kernels_current()->nearest_block(&b);
+    const int32_t part_size = n_values / 4;
+    for (int32_t i = 0; i < b.n_cols; i++)
+        for (int32_t first = 0; first < n_rows; first += ring) {
+            const int32_t n = n_rows - first < ring ? n_rows - first : ring;
+            double best = INFINITY, got = 0;
+            int32_t allowed = 0;
+            for (int32_t u = 0; u < 1 << n; u++) {
+                double total = 0;
+                int32_t same = 1;
+                for (int32_t r = 0; r < n; r++) {
+                    const int32_t u0 = u >> r, u1 = u >> (r + n - 1) % n, u2 = u >> (r + 2 * n - 2) % n;
+                    const int32_t part = ((u0 ^ u2) & 1) + 2 * (u1 & 1), lane = first + r;
+                    double nearest_error = INFINITY;
+                    for (int32_t c = part * part_size; c < (part + 1) * part_size; c++)
+                        nearest_error = fmin(nearest_error, fabs((double)b.state[i][lane] - b.values[c][lane]));
+                    total += b.weight[lane] * nearest_error * nearest_error;
+                    same &= b.index[i][lane] / part_size == part;
+                }
+                best = fmin(best, total);
+                allowed |= same;
+            }
+            for (int32_t lane = first; lane < first + n; lane++) {
+                const double error = b.state[i][lane] - (double)b.values[b.index[i][lane]][lane];
+                got += b.weight[lane] * error * error;
+                CHECK(b.value[i][lane] == b.values[b.index[i][lane]][lane], "trellis: value of column %d row %d", i,
+                      lane);
+            }
+            CHECK(allowed && fabs(got - best) <= 1e-5 * (best + 1e-3),
+                  "trellis of %d, %d rows in rings of %d: %g, best %g", n_values, n_rows, ring, got, best);
+        }
+}
+
 /* Every end's split against all starts. */
 static void check_kmeans_layer(int32_t n, int32_t first) {
     const size_t m = (size_t)n + 1 + CQ_STRIDE;
@@ -116,5 +154,8 @@ void test_clustering(void) {
     for (int32_t n = 1; n <= 130; n += 43) check_rank_update(1 + n % 64, n);
     for (int32_t n_values = 1; n_values <= CQ_MAX_CENTROIDS; n_values += 5)
         for (int32_t feedback = 0; feedback < 2; feedback++) check_column_block(n_values, feedback);
+    for (int32_t n_values = 4; n_values <= CQ_MAX_CENTROIDS; n_values *= 2)
+        for (int32_t n_rows = 1; n_rows <= CQ_ROWS; n_rows++)
+            for (int32_t ring = 1; ring <= CQ_ROWS; ring *= 2) check_trellis(n_values, n_rows, ring);
     for (int32_t n = 2; n < 200; n += 7) check_kmeans_layer(n, 1), check_kmeans_layer(n, n / 2);
 }

@@ -9,19 +9,40 @@ typedef struct {
     guarded data, centroids, group_scales;
 } sample;
 
-static void put_index(uint8_t *block, int32_t bits, int32_t i, int32_t index) {
-    if (bits >= 4)
-        block[i % 32] |= (uint8_t)((index & 15) << (i < 32 ? 0 : 4));
-    else
-        block[i % 16] |= (uint8_t)((index & 3) << (i / 16 * 2));
-    if (bits == 3) block[16 + i / 8] |= (uint8_t)(index >> 2 << (i % 8));
-    if (bits == 5) block[32 + i / 8] |= (uint8_t)(index >> 4 << (i % 8));
+static void put_bit(uint8_t *plane, int32_t i, int32_t bit) { plane[i / 8] |= (uint8_t)((bit & 1) << (i % 8)); }
+
+/* stored: of a type with T the free bit u above the bits of the index that it stores itself. */
+static void put_index(uint8_t *block, int32_t type, int32_t i, int32_t stored) {
+    switch (type) {
+    case CQ_CQ2T:
+        put_bit(block, i, stored), put_bit(block + 8, i, stored >> 1);
+        return;
+    case CQ_CQ4T:
+        put_bit(block + 24, i, stored >> 3); /* then as CQ3 */
+        break;
+    case CQ_CQ4:
+    case CQ_CQ5:
+        block[i % 32] |= (uint8_t)((stored & 15) << (i < 32 ? 0 : 4));
+        if (type == CQ_CQ5) put_bit(block + 32, i, stored >> 4);
+        return;
+    }
+    block[i % 16] |= (uint8_t)((stored & 3) << (i / 16 * 2));
+    if (type != CQ_CQ2) put_bit(block + 16, i, stored >> 2);
+}
+
+/* The index that the stored bits of a row and of those above it mean, all rows of a ring at one column. */
+static int32_t index_of(int32_t type, const uint8_t *stored, int32_t n, int32_t r) {
+    const int32_t k = type % 10, own = stored[r], above = stored[(r + n - 1) % n], above2 = stored[(r + 2 * n - 2) % n];
+    if (type < CQ_CQ2T) return own;
+    const int32_t u = own >> (k - 1), u1 = above >> (k - 1), u2 = above2 >> (k - 1);
+    return (own & ((1 << (k - 1)) - 1)) | (u ^ u2) << (k - 1) | u1 << k;
 }
 
 /* Two experts of half the rows each where their number is even. */
-static sample sample_new(int32_t bits, int32_t n_rows, int32_t n_cols, int32_t codebook_cols, int32_t scale_cols,
+static sample sample_new(int32_t type, int32_t n_rows, int32_t n_cols, int32_t codebook_cols, int32_t scale_cols,
                          enum content content) {
-    const int32_t n_books = cq_ceil_div(n_cols, codebook_cols), k = 1 << bits, book_rows = 1 << random_between(0, 3);
+    const int32_t bits = type % 10, k = 1 << (bits + (type >= CQ_CQ2T));
+    const int32_t n_books = cq_ceil_div(n_cols, codebook_cols), book_rows = 1 << random_between(0, 3);
     const int32_t n_experts = n_rows % 2 ? 1 : 2, expert_rows = n_rows / n_experts;
     const int32_t expert_books = cq_ceil_div(expert_rows, book_rows) * n_books;
     const int32_t n_groups = scale_cols ? cq_ceil_div(n_cols, scale_cols) : 0;
@@ -36,17 +57,27 @@ static sample sample_new(int32_t bits, int32_t n_rows, int32_t n_cols, int32_t c
         scales[i] = (int8_t)(content == RANDOM && random_u32() % 8 ? random_between(0, 127) : 127);
     if (n_groups) scales[n_rows * n_groups - 1] = content == RANDOM ? 0 : 127;
     memset(s.data.data, 0, (size_t)n_rows * n_cols / 8 * bits);
+    uint8_t *stored = malloc((size_t)n_rows * n_cols); /* [n_cols][n_rows] */
     for (int32_t r = 0; r < n_rows; r++)
         for (int32_t c = 0; c < n_cols; c++) {
-            const int32_t index = content == RANDOM ? random_between(0, k - 1) : k - 1;
             uint8_t *block = (uint8_t *)s.data.data + ((int64_t)r * n_cols + c) / 64 * 8 * bits;
-            put_index(block, bits, c % 64, index);
-            const int32_t book = r / expert_rows * expert_books + r % expert_rows / book_rows * n_books;
+            stored[(int64_t)c * n_rows + r] =
+                (uint8_t)(content == RANDOM ? random_between(0, (1 << bits) - 1) : (1 << bits) - 1);
+            put_index(block, type, c % 64, stored[(int64_t)c * n_rows + r]);
+        }
+    for (int32_t r = 0; r < n_rows; r++)
+        for (int32_t c = 0; c < n_cols; c++) {
+            const int32_t in_expert = r % expert_rows, in_ring = in_expert % book_rows,
+                          rest = expert_rows - in_expert + in_ring;
+            const uint8_t *ring = stored + (int64_t)c * n_rows + r - in_ring;
+            const int32_t index = index_of(type, ring, rest < book_rows ? rest : book_rows, in_ring);
+            const int32_t book = r / expert_rows * expert_books + in_expert / book_rows * n_books;
             int32_t weight = centroids[(book + c / codebook_cols) * k + index];
             if (scale_cols) weight = (int32_t)floor((weight * scales[r * n_groups + c / scale_cols] + 64) / 128.0);
             s.weights[(int64_t)r * n_cols + c] = (int8_t)weight;
         }
-    s.w = (cq_matrix){17200 + bits,  n_experts,  expert_rows, n_cols,    book_rows,
+    free(stored);
+    s.w = (cq_matrix){type,          n_experts,  expert_rows, n_cols,    book_rows,
                       codebook_cols, scale_cols, s.data.data, centroids, scale_cols ? scales : NULL,
                       NULL};
     return s;
@@ -106,9 +137,9 @@ static void check_gemm(const sample *s, const int8_t *const *x, const int32_t *x
     free(panel), free(acc);
 }
 
-static void check_matrix(int32_t bits, int32_t n_rows, int32_t n_cols, int32_t codebook_cols, int32_t scale_cols,
+static void check_matrix(int32_t type, int32_t n_rows, int32_t n_cols, int32_t codebook_cols, int32_t scale_cols,
                          int32_t n_tokens, enum content content) {
-    sample s = sample_new(bits, n_rows, n_cols, codebook_cols, scale_cols, content);
+    sample s = sample_new(type, n_rows, n_cols, codebook_cols, scale_cols, content);
     guarded memory = guarded_new((size_t)n_tokens * n_cols);
     const int8_t *x[64];
     int32_t x_sum[64] = {0};
@@ -154,24 +185,26 @@ static void check_q8_0(int32_t n_blocks, int32_t extreme) {
 }
 
 void test_integers(void) {
+    static const int32_t types[] = {CQ_CQ2, CQ_CQ3, CQ_CQ4, CQ_CQ5, CQ_CQ2T, CQ_CQ3T, CQ_CQ4T};
     static const int32_t cols[] = {64, 128, 192, 576, 1088}, rows[] = {1, 2, 3, 4, 5, 31, 33};
     static const int32_t codebooks[] = {0, 64, 128, 1024}, scales[] = {0, 64, 128, 1024};
-    for (int32_t bits = 2; bits <= 5; bits++) {
+    for (int32_t t = 0; t < (int32_t)(sizeof types / sizeof *types); t++) {
+        const int32_t type = types[t];
         for (int32_t c = 0; c < 5; c++)
             for (int32_t variant = 0; variant < 16; variant++) {
                 const int32_t codebook = codebooks[variant % 4] ? codebooks[variant % 4] : cols[c];
-                check_matrix(bits, rows[(variant + c) % 7], cols[c], codebook, scales[variant / 4],
+                check_matrix(type, rows[(variant + c) % 7], cols[c], codebook, scales[variant / 4],
                              1 + (variant + 3 * c) % 13, RANDOM);
             }
         for (int32_t n_tokens = 1; n_tokens <= 13; n_tokens++)
-            check_matrix(bits, 3, 192, 192, n_tokens % 2 * 64, n_tokens, RANDOM);
+            check_matrix(type, 3, 192, 192, n_tokens % 2 * 64, n_tokens, RANDOM);
         for (enum content content = RANDOM; content < N_CONTENTS; content++)
             for (int32_t scale = 0; scale <= 64; scale += 64) {
-                check_matrix(bits, 1, CQ_MAX_COLS, CQ_MAX_COLS, scale, 2, content);
-                check_matrix(bits, 5, 320, 128, scale, 3, content);
+                check_matrix(type, 1, CQ_MAX_COLS, CQ_MAX_COLS, scale, 2, content);
+                check_matrix(type, 5, 320, 128, scale, 3, content);
             }
-        check_matrix(bits, 33, 1088, 1088, 64, 50, RANDOM);
-        check_matrix(bits, 2, 2112, 2112, 64, 13, RANDOM);
+        check_matrix(type, 33, 1088, 1088, 64, 50, RANDOM);
+        check_matrix(type, 2, 2112, 2112, 64, 13, RANDOM);
     }
     for (int32_t n_blocks = 1; n_blocks <= 40; n_blocks++) check_q8_0(n_blocks, n_blocks % 2);
 }
