@@ -25,6 +25,8 @@ DISTORTION = {
 }
 
 
+RING = 8  # rows around which the distortions of the types with T were measured
+
 # Defaults of --target-bpw: the size of llama.cpp's Q4_0, and a little less where experts fill the memory.
 DEFAULT_BPW, DEFAULT_EXPERTS_BPW = 4.5, 4.4
 
@@ -52,7 +54,7 @@ def allocate(plan: Plan, damage: list[dict[str, float]], settings: Settings, tar
         steps = [
             ((_loss(t, weights) - _loss(u, weights)) / (u.nbytes - t.nbytes), name, u)
             for name, t in chosen.items()
-            for u in _larger(t)
+            for u in _larger(t, settings)
             if u.nbytes - t.nbytes <= room
         ]
         if not steps:
@@ -76,8 +78,10 @@ def _loss(tensor: PlannedTensor, damage: dict[str, float]) -> float:
     return damage[tensor.name] * DISTORTION[tensor.type]
 
 
-def _larger(tensor: PlannedTensor) -> list[PlannedTensor]:
-    candidates = [replace(tensor, type=kind) for kind in DISTORTION if DISTORTION[kind] < DISTORTION[tensor.type]]
+def _larger(tensor: PlannedTensor, settings: Settings) -> list[PlannedTensor]:
+    trellis = settings.trellis and settings.grouping.codebook_rows == RING  # a shorter ring gains less than measured
+    kinds = [kind for kind in DISTORTION if trellis or not kind.endswith("t")]
+    candidates = [replace(tensor, type=kind) for kind in kinds if DISTORTION[kind] < DISTORTION[tensor.type]]
     return [candidate for candidate in candidates if candidate.nbytes > tensor.nbytes]
 
 

@@ -59,6 +59,7 @@ def parser() -> ArgumentParser:
         metavar="X",
         help=f"mix types by sensitivity to X bits per weight ({DEFAULT_BPW}; {DEFAULT_EXPERTS_BPW} with experts)",
     )
+    p.add_argument("--no-trellis", action="store_true", help="mix the plain types only")
     p.add_argument("--group-size", type=int, default=-1, metavar="N", help="columns that share a codebook; -1: the row")
     p.add_argument(
         "--codebook-rows",
@@ -140,6 +141,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         out=a.out,
         bits=a.bits or (4 if paper else None),
         target_bpw=a.target_bpw,
+        trellis=not a.no_trellis,
         grouping=Grouping(
             a.group_size, a.scale_group or (-1 if paper else 64), a.codebook_rows or (1 if paper else CODEBOOK_ROWS)
         ),

@@ -72,6 +72,7 @@ CASES = (
     Case("router", "lambda 0", ("--router-weight", "0"), model="moe"),
     Case("router", "no fine-tuning", ("--no-finetune",), model="moe"),
     Case("stages", "types not mixed: CQ4, attn_v in Q8_0", ("--bits", "4")),
+    Case("stages", "no types with a trellis", ("--no-trellis",)),
     Case("stages", "no sensitivity, types not mixed", ("--no-sensitivity",)),
     Case("stages", "no sensitivity, no error feedback", ("--no-feedback",)),
     Case("stages", "codebooks as k-means finds them", ("--no-finetune",)),
