@@ -113,7 +113,7 @@ def pack(indices: NDArray[np.uint8], cq: CQType, codebook_rows: int = 1) -> NDAr
         raise ValueError(f"index {int(indices.max())} does not fit {cq.name}")
     if not cq.trellis:
         return _pack_bits(indices, cq.bits)
-    rest, lower, upper = indices & (1 << cq.bits - 1) - 1, indices >> cq.bits - 1 & 1, indices >> cq.bits
+    rest, lower, upper = _field(indices, 0, cq.bits - 1), _field(indices, cq.bits - 1, 1), _field(indices, cq.bits, 1)
     free = _rows_above(upper, codebook_rows, -1)
     if (lower != free ^ _rows_above(free, codebook_rows, 2)).any():
         raise ValueError(f"{cq.name}: the indices are not on the trellis")
@@ -132,7 +132,12 @@ def unpack(packed: NDArray[np.uint8], cq: CQType, codebook_rows: int = 1) -> NDA
         for part, bits in ((blocks[..., :-8], cq.bits - 1), (blocks[..., -8:], 1))
     )
     above, above2 = (_rows_above(free, codebook_rows, up) for up in (1, 2))
-    return rest | (free ^ above2) << cq.bits - 1 | above << cq.bits
+    return rest | (free ^ above2) << np.uint8(cq.bits - 1) | above << np.uint8(cq.bits)
+
+
+def _field(values: NDArray[np.uint8], first: int, n: int) -> NDArray[np.uint8]:
+    """n bits from bit `first` on."""
+    return values >> np.uint8(first) & np.uint8((1 << n) - 1)
 
 
 def _rows_above(values: NDArray[np.uint8], codebook_rows: int, up: int) -> NDArray[np.uint8]:
