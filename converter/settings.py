@@ -41,8 +41,8 @@ class Settings:
 
     bits: one type for all ordinary linears. None: types by sensitivity, to target_bpw bits per weight (None: the
     default), or four bits where sensitivity is not measured. trellis: mix in the types with T. method: METHODS;
-    rotation: ROTATIONS, of the residual stream and the value heads. finetune: of centroids, where the method has it. router_weight: how much the divergence
-    of a router's choice counts beside that of the output.
+    rotation: ROTATIONS, of the residual stream and the value heads. finetune: of centroids, where the method has it.
+    router_weight: how much the divergence of a router's choice counts beside that of the output.
     """
 
     model: str
