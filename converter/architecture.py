@@ -1,6 +1,6 @@
 """How a checkpoint's architecture is described: its tensors, their names in both worlds, and what feeds what.
 
-A decoder layer is handled as a dict {GGUF stem: float32 tensor}: norms [n], linears [out, in], experts' linears
+A decoder layer is handled as a dict {name of the spec: float32 tensor}: norms [n], linears [out, in], experts' linears
 [n_experts, out, in], all in transformers' row order. Everything the stages need to know is in the specs below.
 """
 
@@ -24,6 +24,22 @@ class Norm:
     name: str  # GGUF stem: blk.N.<name>.weight
     parameter: str  # inside transformers' decoder layer
 
+    def in_file(self, layer: int) -> str:
+        """Name of the GGUF tensor."""
+        return f"blk.{layer}.{self.name}.weight"
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A bias, or a norm whose scale stays: kept as it is, in float32."""
+
+    name: str  # in GGUF: blk.N.<name>
+    parameter: str  # inside transformers' decoder layer
+
+    def in_file(self, layer: int) -> str:
+        """Name of the GGUF tensor."""
+        return f"blk.{layer}.{self.name}"
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -42,6 +58,10 @@ class Linear:
     hadamard: bool = False  # the runner can transform its input, which no norm feeds (docs/format.md)
     sensitive: bool = False  # worth more bits than others where the budget allows
 
+    def in_file(self, layer: int) -> str:
+        """Name of the GGUF tensor."""
+        return f"blk.{layer}.{self.name}.weight"
+
     def rows_of(self, parameter: Tensor) -> Tensor:
         """The view of this linear [..., out, in] in the parameter [..., n * out, in]."""
         index, count = self.part
@@ -58,10 +78,14 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """Rows of the value projection inside each KV head, with the columns of the output projection that read them."""
+    """Rows of the value projection inside each KV head, with the columns of the output projection that read them.
+
+    bias: of the value projection, [kv_heads * head_dim], where it has one.
+    """
 
     value: str
     output: str
+    bias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +102,17 @@ class Architecture:
     hparams: Callable[[Any], HParams]  # GGUF keys below `<gguf_name>.`
     n_experts: Callable[[Any], int] = lambda config: 0
     gguf_input: bool = True  # a GGUF file of this architecture can be converted
+    vectors: tuple[Vector, ...] = ()
 
     @property
-    def specs(self) -> list[Norm | Linear]:
+    def plain(self) -> list[Norm | Vector]:
+        """A layer's tensors that are never quantized, in file order."""
+        return [*self.norms, *self.vectors]
+
+    @property
+    def specs(self) -> list[Norm | Vector | Linear]:
         """All tensors of a layer, in file order."""
-        return [*self.norms, *self.linears]
+        return [*self.plain, *self.linears]
 
     @property
     def experts_site(self) -> str | None:
@@ -92,8 +122,8 @@ class Architecture:
     def install(self, module: torch.nn.Module, layer: Layer) -> None:
         """Copy a layer's tensors into transformers' decoder layer module."""
         with torch.no_grad():
-            for norm in self.norms:
-                module.get_parameter(norm.parameter).copy_(layer[norm.name])
+            for spec in self.plain:
+                module.get_parameter(spec.parameter).copy_(layer[spec.name])
             for linear in self.linears:
                 linear.rows_of(module.get_parameter(linear.parameter)).copy_(layer[linear.name])
 

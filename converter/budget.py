@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from pyggml_bridge.errors import CQError
 
@@ -45,24 +45,46 @@ def allocate(plan: Plan, damage: list[dict[str, float]], settings: Settings, tar
     first = _with_types(plan, {t.name: "cq2" for t in _free(plan, damage, settings)})
     if first.bpw > target_bpw:
         raise CQError(f"--target-bpw {target_bpw:g}: the smallest types take {first.bpw:.3f}")
-    tensors = {t.name: t for t in first.tensors}
-    chosen = {t.name: t for t in _free(first, damage, settings)}
-    weights = {f"blk.{i}.{stem}.weight": value for i, layer in enumerate(damage) for stem, value in layer.items()}
+    choices = {t.name: _choices(t, damage, settings) for t in _free(first, damage, settings)}
+    at = dict.fromkeys(choices, 0)
     n_weights = first.body_bytes * 8 / first.bpw
     room = int(target_bpw * n_weights / 8) - first.body_bytes
     while True:
         steps = [
-            ((_loss(t, weights) - _loss(u, weights)) / (u.nbytes - t.nbytes), name, u)
-            for name, t in chosen.items()
-            for u in _larger(t, settings)
-            if u.nbytes - t.nbytes <= room
+            ((own[at[name]].loss - larger.loss) / (larger.nbytes - own[at[name]].nbytes), name, i)
+            for name, own in choices.items()
+            for i, larger in enumerate(own[at[name] + 1 :], at[name] + 1)
+            if larger.nbytes - own[at[name]].nbytes <= room
         ]
         if not steps:
-            break
-        _, name, larger = max(steps, key=lambda step: step[:2])
-        room -= larger.nbytes - chosen[name].nbytes
-        chosen[name] = tensors[name] = larger
-    return _with_types(plan, {name: t.type for name, t in chosen.items()})
+            return _with_types(plan, {name: own[at[name]].type for name, own in choices.items()})
+        _, name, i = max(steps, key=lambda step: step[:2])
+        room -= choices[name][i].nbytes - choices[name][at[name]].nbytes
+        at[name] = i
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A type that a tensor can have. loss: predicted divergence in nats per token."""
+
+    type: str
+    nbytes: int
+    loss: float
+
+
+def _choices(smallest: PlannedTensor, damage: list[dict[str, float]], settings: Settings) -> list[_Choice]:
+    """From the smallest type up, each larger than the one before and better."""
+    _, layer, stem, _ = smallest.name.split(".")
+    weight = damage[int(layer)][stem]
+    trellis = settings.trellis and settings.grouping.codebook_rows == RING  # a shorter ring gains less than measured
+    kinds = [kind for kind in DISTORTION if trellis or not kind.endswith("t")]
+    sizes = {kind: replace(smallest, type=kind).nbytes for kind in kinds}
+    found: list[_Choice] = []
+    for kind in sorted(kinds, key=lambda kind: (sizes[kind], DISTORTION[kind])):
+        choice = _Choice(kind, sizes[kind], weight * DISTORTION[kind])
+        if not found or (choice.nbytes > found[-1].nbytes and DISTORTION[kind] < DISTORTION[found[-1].type]):
+            found.append(choice)
+    return found
 
 
 def _free(plan: Plan, damage: list[dict[str, float]], settings: Settings) -> Iterable[PlannedTensor]:
@@ -72,17 +94,6 @@ def _free(plan: Plan, damage: list[dict[str, float]], settings: Settings) -> Ite
             overridden = any(override.pattern.search(tensor.name) for override in settings.overrides)
             if stem in known and not tensor.note and not overridden:
                 yield tensor
-
-
-def _loss(tensor: PlannedTensor, damage: dict[str, float]) -> float:
-    return damage[tensor.name] * DISTORTION[tensor.type]
-
-
-def _larger(tensor: PlannedTensor, settings: Settings) -> list[PlannedTensor]:
-    trellis = settings.trellis and settings.grouping.codebook_rows == RING  # a shorter ring gains less than measured
-    kinds = [kind for kind in DISTORTION if trellis or not kind.endswith("t")]
-    candidates = [replace(tensor, type=kind) for kind in kinds if DISTORTION[kind] < DISTORTION[tensor.type]]
-    return [candidate for candidate in candidates if candidate.nbytes > tensor.nbytes]
 
 
 def _with_types(plan: Plan, types: dict[str, str]) -> Plan:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from pyggml_bridge.errors import CQError
 
 from . import arch
-from .architecture import Architecture, Layer, Linear, Norm, split_rope
+from .architecture import Architecture, Layer, Linear, Norm, Vector, split_rope
 from .sources import GgufSource, SafetensorsSource, Source
 
 transformers_logging.set_verbosity_error()  # what matters to the user is said by this package, in one line
@@ -92,7 +92,7 @@ class Checkpoint:
         """Arguments of transformers' from_pretrained."""
         return str(self.path), {}
 
-    def _disk_name(self, spec: Norm | Linear, layer: int) -> str:
+    def _disk_name(self, spec: Norm | Vector | Linear, layer: int) -> str:
         name = f"model.layers.{layer}.{spec.parameter}"
         if isinstance(spec, Linear) and spec.on_disk and self.source.shape(name) is None:
             return f"model.layers.{layer}.{spec.on_disk}"
@@ -101,7 +101,7 @@ class Checkpoint:
     def _model_name(self, name: str) -> str:
         return name
 
-    def _from_disk(self, spec: Norm | Linear, tensor: Tensor) -> Tensor:
+    def _from_disk(self, spec: Norm | Vector | Linear, tensor: Tensor) -> Tensor:
         """Undo what the file's conventions changed; tensor is the whole parameter."""
         return spec.rows_of(tensor) if isinstance(spec, Linear) else tensor
 
@@ -122,7 +122,7 @@ class Checkpoint:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
 
-    def expected_shape(self, spec: Norm | Linear) -> tuple[int, ...]:
+    def expected_shape(self, spec: Norm | Vector | Linear) -> tuple[int, ...]:
         """Shape of a layer's tensor according to the configuration."""
         parameter = self.skeleton.get_decoder().layers[0].get_parameter(spec.parameter)
         return tuple((spec.rows_of(parameter) if isinstance(spec, Linear) else parameter).shape)
@@ -135,7 +135,7 @@ class Checkpoint:
         for name in (EMBEDDING, FINAL_NORM, *([] if self.tied else [HEAD])):
             self._require(self._model_name(name), tuple(self.skeleton.get_parameter(name).shape))
 
-    def _check_shape(self, spec: Norm | Linear, layer: int) -> None:
+    def _check_shape(self, spec: Norm | Vector | Linear, layer: int) -> None:
         name, shape = self._disk_name(spec, layer), self.expected_shape(spec)
         if "{}" in name:
             for expert in range(shape[0]):
@@ -179,7 +179,7 @@ class Checkpoint:
         """All tensors of one decoder layer, as architecture.Layer describes."""
         return {spec.name: self._read_layer_tensor(spec, index) for spec in self.arch.specs}
 
-    def _read_layer_tensor(self, spec: Norm | Linear, layer: int) -> Tensor:
+    def _read_layer_tensor(self, spec: Norm | Vector | Linear, layer: int) -> Tensor:
         name = self._disk_name(spec, layer)
         if "{}" in name:
             return torch.stack([self._read(name.format(expert)) for expert in range(self.expected_shape(spec)[0])])
@@ -240,13 +240,13 @@ class GgufCheckpoint(Checkpoint):
     def _load_arguments(self) -> tuple[str, dict[str, str]]:
         return str(self.path.parent), {"gguf_file": self.path.name}
 
-    def _disk_name(self, spec: Norm | Linear, layer: int) -> str:
-        return f"blk.{layer}.{spec.name}.weight"
+    def _disk_name(self, spec: Norm | Vector | Linear, layer: int) -> str:
+        return spec.in_file(layer)
 
     def _model_name(self, name: str) -> str:
         return GGUF_NAMES[name]
 
-    def _from_disk(self, spec: Norm | Linear, tensor: Tensor) -> Tensor:
+    def _from_disk(self, spec: Norm | Vector | Linear, tensor: Tensor) -> Tensor:
         if isinstance(spec, Linear) and spec.rope_heads:
             return split_rope(tensor, getattr(self.config, spec.rope_heads))
         return tensor

@@ -70,10 +70,10 @@ class LayerQuantizer:
             weights = sensitivity.token_weights if sensitivity else None
             with capture(arch, module, arch.n_experts(config), weights) as statistics:
                 self.stream.forward(module, hidden.clone())
-        tensors, n_norms = {}, len(arch.norms)
-        for norm, tensor in zip(arch.norms, planned, strict=False):
-            tensors[norm.name] = quantize(tensor, layer[norm.name], None, None, self.settings.refinement, 1)
-        for linear, tensor in zip(arch.linears, planned[n_norms:], strict=True):
+        tensors, n_plain = {}, len(arch.plain)
+        for spec, tensor in zip(arch.plain, planned, strict=False):
+            tensors[spec.name] = quantize(tensor, layer[spec.name], None, None, self.settings.refinement, 1)
+        for linear, tensor in zip(arch.linears, planned[n_plain:], strict=True):
             tensors[linear.name] = self._linear(tensor, linear, layer[linear.name], statistics, outputs)
         tuned = None
         if hidden is not None:
@@ -110,7 +110,7 @@ class LayerQuantizer:
     def effective(self, tensors: dict[str, Quantized]) -> Layer:
         """The weights that the file stands for, in transformers' basis."""
         arch, n_threads = self.model.checkpoint.arch, self.settings.threads
-        layer = {norm.name: tensors[norm.name].weight(n_threads) for norm in arch.norms}
+        layer = {spec.name: tensors[spec.name].weight(n_threads) for spec in arch.plain}
         for linear in arch.linears:
             layer[linear.name] = self.basis(linear).from_file(tensors[linear.name].weight(n_threads))
         return layer

@@ -46,7 +46,7 @@ def permute_layer(arch: Architecture, layer: Layer, block: int, head_dim: int) -
         for expert in experts:
             _permute_channels(expert, names, outlier_order(expert[names[-1]], block))
         permuted |= {name: torch.stack([expert[name] for expert in experts]) for name in names}
-    return permuted | _permute_heads(layer[arch.heads.value], layer[arch.heads.output], arch, block, head_dim)
+    return permuted | _permute_heads(arch, layer, block, head_dim)
 
 
 def _permute_channels(layer: Layer, names: tuple[str, ...], order: Tensor) -> None:
@@ -56,11 +56,16 @@ def _permute_channels(layer: Layer, names: tuple[str, ...], order: Tensor) -> No
     layer[consumer] = layer[consumer][:, order]
 
 
-def _permute_heads(value: Tensor, output: Tensor, arch: Architecture, block: int, head_dim: int) -> Layer:
+def _permute_heads(arch: Architecture, layer: Layer, block: int, head_dim: int) -> Layer:
     """Value rows [kv_heads * head_dim, in] and output columns [out, heads * head_dim], reordered per KV head."""
+    value, output = layer[arch.heads.value], layer[arch.heads.output]
     v = value.unflatten(0, (-1, head_dim))  # [kv_heads, head_dim, in]
     o = output.unflatten(1, (v.shape[0], -1, head_dim))  # [out, kv_heads, queries per KV head, head_dim]
     orders = [outlier_order(o[:, head].flatten(0, 1), block) for head in range(v.shape[0])]
     v = torch.stack([v[head, order] for head, order in enumerate(orders)])
     o = torch.stack([o[:, head, :, order] for head, order in enumerate(orders)], dim=1)
-    return {arch.heads.value: v.reshape(value.shape), arch.heads.output: o.reshape(output.shape)}
+    permuted = {arch.heads.value: v.reshape(value.shape), arch.heads.output: o.reshape(output.shape)}
+    if arch.heads.bias:
+        rows = layer[arch.heads.bias].unflatten(0, (-1, head_dim))
+        permuted[arch.heads.bias] = torch.cat([row[order] for row, order in zip(rows, orders, strict=True)])
+    return permuted

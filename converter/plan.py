@@ -158,10 +158,10 @@ def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: str) -> Pl
     first.append(planner.matrix(GGUF_NAMES[EMBEDDING], head_shape, "q8_0"))
     layers = []
     for i in range(config.num_hidden_layers):
-        tensors = [planner.float32(f"blk.{i}.{norm.name}.weight", (config.hidden_size,)) for norm in arch.norms]
+        tensors = [planner.float32(spec.in_file(i), checkpoint.expected_shape(spec)) for spec in arch.plain]
         for linear in arch.linears:
             kind = "f32" if linear.router else sensitive if linear.sensitive else settings.cq.name.lower()
-            tensors.append(planner.matrix(f"blk.{i}.{linear.name}.weight", checkpoint.expected_shape(linear), kind))
+            tensors.append(planner.matrix(linear.in_file(i), checkpoint.expected_shape(linear), kind))
         layers.append(tuple(tensors))
     norm = planner.float32(GGUF_NAMES[FINAL_NORM], (config.hidden_size,))
     head = planner.matrix(GGUF_NAMES[HEAD], head_shape, "q8_0")

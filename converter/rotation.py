@@ -114,7 +114,10 @@ def rotate_heads(arch: Architecture, layer: Layer, rotation: Tensor) -> Layer:
     value, output = arch.heads.value, arch.heads.output
     heads = layer[value].unflatten(0, (-1, len(rotation)))
     columns = layer[output].unflatten(1, (-1, len(rotation)))
-    return layer | {value: (rotation.T @ heads).flatten(0, 1), output: (columns @ rotation).flatten(1)}
+    rotated = layer | {value: (rotation.T @ heads).flatten(0, 1), output: (columns @ rotation).flatten(1)}
+    if arch.heads.bias:
+        rotated[arch.heads.bias] = (layer[arch.heads.bias].unflatten(0, (-1, len(rotation))) @ rotation).flatten()
+    return rotated
 
 
 def rotate_layer(arch: Architecture, layer: Layer, rotation: Tensor) -> Layer:

@@ -95,8 +95,9 @@ class CPUBackend:
                 )
             case p.RmsNorm():
                 weight = self._array(op.weight, "const float *")
-                arguments = {"x": at(op.x), "weight": weight, "out": at(op.out), "n": op.x.width, "eps": op.eps}
-                return _native_op(lib.CQ_OP_RMS_NORM, op.x, "rms_norm", arguments)
+                arguments = {"x": at(op.x), "weight": weight, "out": at(op.out), "n": len(op.weight), "eps": op.eps}
+                parts = p.Value(len(op.weight), p.Rows.SLOTS, op.x.width // len(op.weight))
+                return _native_op(lib.CQ_OP_RMS_NORM, parts if parts.top_k > 1 else op.x, "rms_norm", arguments)
             case p.Rope():
                 n_heads, n_rot = op.x.width // op.head_dim, op.cos_sin.shape[1] * 2
                 table = self._array(op.cos_sin, "const float *")

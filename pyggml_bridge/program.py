@@ -52,7 +52,7 @@ class Embed:
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """out = x / sqrt(mean(x^2) + eps) * weight."""
+    """out = x / sqrt(mean(x^2) + eps) * weight, over each of a row's parts of len(weight) columns."""
 
     x: Value
     weight: NDArray[np.float32]
@@ -159,7 +159,7 @@ class Program:
         return out
 
     def rms_norm(self, x: Value, weight: NDArray[np.float32], eps: float) -> Value:
-        """RMSNorm (arXiv 1910.07467) of each row."""
+        """RMSNorm (arXiv 1910.07467) of each row, or of each of its heads if the weight is only as wide as one."""
         out = Value(x.width, x.rows, x.top_k)
         self.ops.append(RmsNorm(x, weight, eps, out))
         return out

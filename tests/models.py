@@ -47,6 +47,8 @@ class TinyModel:
             for name, parameter in model.named_parameters():
                 if "norm" in name:
                     parameter.uniform_(0.5, 1.5)
+                if "bias" in name:
+                    parameter.uniform_(-0.5, 0.5)
         return model
 
     def save(self, folder: Path, seed: int = 0) -> torch.nn.Module:
@@ -78,6 +80,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+QWEN3_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+
 MODELS = {
     "llama-tied": TinyModel("llama", {"tie_word_embeddings": True}),
     "llama-wide-heads-llama3": TinyModel("llama", {"rope_parameters": LLAMA3_ROPE}, head_dim=32),
@@ -94,4 +98,25 @@ MODELS = {
         "mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3, "tie_word_embeddings": True}, head_dim=64
     ),
     "mixtral-top-1": TinyModel("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "hidden_size": 192}),
+    "mistral": TinyModel("mistral", {"sliding_window": None}, head_dim=32),
+    "mistral-tied": TinyModel("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    "mistral-mha": TinyModel("mistral", {"sliding_window": None, "num_key_value_heads": 6}),
+    "qwen2": TinyModel("qwen2"),
+    "qwen2-tied": TinyModel("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 3}),
+    "qwen2-wide-linear": TinyModel(
+        "qwen2", {"hidden_size": 192, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}}
+    ),
+    "qwen3-tied": TinyModel("qwen3", {"tie_word_embeddings": True}, head_dim=16),
+    "qwen3-wide-heads": TinyModel("qwen3", {"num_key_value_heads": 1}, head_dim=64),
+    "qwen3-narrow-heads": TinyModel("qwen3", {"num_key_value_heads": 6}, head_dim=12),
+    "qwen3_moe": TinyModel("qwen3_moe", QWEN3_MOE, head_dim=32),
+    "qwen3_moe-tied": TinyModel("qwen3_moe", QWEN3_MOE | {"tie_word_embeddings": True, "num_experts": 5}, head_dim=16),
+    "qwen3_moe-top-1": TinyModel(
+        "qwen3_moe",
+        QWEN3_MOE | {"num_experts_per_tok": 1, "num_experts": 4, "hidden_size": 192, "num_key_value_heads": 1},
+        head_dim=32,
+    ),
+    "olmoe": TinyModel("olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
+    "olmoe-tied": TinyModel("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True}),
+    "olmoe-mha": TinyModel("olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 6}),
 }

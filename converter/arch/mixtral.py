@@ -11,40 +11,28 @@ from typing import Any
 from ..architecture import Architecture, ChannelGroup, HeadGroup, HParams, Linear
 from . import llama
 
-EXPERT = "block_sparse_moe.experts.{}"
 
-MOE = (
-    Linear(
-        "ffn_gate_inp", "mlp.gate.weight", "mlp.gate", "ffn_norm", on_disk="block_sparse_moe.gate.weight", router=True
-    ),
-    Linear(
-        "ffn_gate_exps",
-        "mlp.experts.gate_up_proj",
-        "mlp.experts",
-        "ffn_norm",
-        part=(0, 2),
-        experts=True,
-        on_disk=f"{EXPERT}.w1.weight",
-    ),
-    Linear(
-        "ffn_up_exps",
-        "mlp.experts.gate_up_proj",
-        "mlp.experts",
-        "ffn_norm",
-        part=(1, 2),
-        experts=True,
-        on_disk=f"{EXPERT}.w3.weight",
-    ),
-    Linear(
-        "ffn_down_exps",
-        "mlp.experts.down_proj",
-        "mlp.experts.hidden",
-        writes_residual=True,
-        hadamard=True,
-        experts=True,
-        on_disk=f"{EXPERT}.w2.weight",
-    ),
-)
+def moe(router: str, gate: str, up: str, down: str) -> tuple[Linear, ...]:
+    """Router and experts of a layer, by their names in checkpoints: `{}` stands for the expert, without `.weight`."""
+    gate_up, experts = "mlp.experts.gate_up_proj", "mlp.experts"
+    return (
+        Linear("ffn_gate_inp", "mlp.gate.weight", "mlp.gate", "ffn_norm", on_disk=router, router=True),
+        Linear("ffn_gate_exps", gate_up, experts, "ffn_norm", part=(0, 2), experts=True, on_disk=f"{gate}.weight"),
+        Linear("ffn_up_exps", gate_up, experts, "ffn_norm", part=(1, 2), experts=True, on_disk=f"{up}.weight"),
+        Linear(
+            "ffn_down_exps",
+            "mlp.experts.down_proj",
+            "mlp.experts.hidden",
+            writes_residual=True,
+            hadamard=True,
+            experts=True,
+            on_disk=f"{down}.weight",
+        ),
+    )
+
+
+EXPERT = "block_sparse_moe.experts.{}"
+MOE = moe("block_sparse_moe.gate.weight", f"{EXPERT}.w1", f"{EXPERT}.w3", f"{EXPERT}.w2")
 
 
 def check(config: Any) -> None:

@@ -24,6 +24,7 @@ class HParams:
     head_dim: int
     n_rot: int
     ffn_width: int
+    expert_ffn_width: int
     n_experts: int
     top_k: int
     eps: float
@@ -52,6 +53,7 @@ class HParams:
             head_dim=head_dim,
             n_rot=dimension("rope.dimension_count", head_dim),
             ffn_width=dimension("feed_forward_length"),
+            expert_ffn_width=dimension("expert_feed_forward_length", dimension("feed_forward_length")),
             n_experts=dimension("expert_count", 0),
             top_k=dimension("expert_used_count", 0),
             eps=file.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
@@ -62,7 +64,16 @@ class HParams:
         return h
 
     def _check(self, path: str) -> None:
-        for name in ("hidden", "n_layers", "n_heads", "n_kv_heads", "head_dim", "n_rot", "ffn_width"):
+        for name in (
+            "hidden",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "n_rot",
+            "ffn_width",
+            "expert_ffn_width",
+        ):
             if getattr(self, name) < 1:
                 raise CQError(f"{path}: {name} is {getattr(self, name)}")
         if self.n_heads % self.n_kv_heads or self.head_dim > MAX_HEAD_DIM:

@@ -1,0 +1,31 @@
+"""Qwen3: Llama with an RMS norm over each query and key head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..architecture import Architecture, ChannelGroup, HeadGroup, Vector
+from . import llama, qwen2
+
+# Between projection and rope, shared by all heads: their scales cannot be folded into rows that rope mixes.
+HEAD_NORMS = tuple(Vector(f"attn_{x}_norm.weight", f"self_attn.{x}_norm.weight") for x in "qk")
+
+
+def check(config: Any) -> None:
+    """Refuse what this file does not describe."""
+    llama.require(config, attention_bias=False)
+    qwen2.check(config)
+
+
+ARCHITECTURE = Architecture(
+    model_type="qwen3",
+    gguf_name="qwen3",
+    norms=llama.NORMS,
+    vectors=HEAD_NORMS,
+    linears=qwen2.ATTENTION + llama.FFN,
+    channels=ChannelGroup(("ffn_gate", "ffn_up"), "ffn_down"),
+    heads=HeadGroup("attn_v", "attn_output"),
+    check=check,
+    hparams=llama.hparams,
+    gguf_input=False,
+)

@@ -1,0 +1,79 @@
+"""The decoder that most architectures are: RMS norms, rope, grouped-query attention, SwiGLU, dense or with experts."""
+
+from __future__ import annotations
+
+from pyggml_bridge.errors import CQError
+from pyggml_bridge.models.hparams import HParams
+from pyggml_bridge.models.rope import rope_table
+from pyggml_bridge.program import Program, Routing, Value
+from pyggml_bridge.weights import Weights
+
+
+def build_decoder(weights: Weights, n_ctx: int, *, interleaved_rope: bool, normalize_top_k: bool = True) -> Program:
+    """Record the forward pass for up to n_ctx positions.
+
+    Biases and norms of queries and keys (per head, or over all heads) take part where the file has them.
+    interleaved_rope: pairs (2i, 2i + 1), else halves; normalize_top_k: the chosen experts' weights sum to 1.
+    """
+    h = HParams.read(weights)
+    if h.n_rot > h.head_dim:
+        raise CQError(f"{weights.file.path}: rope over {h.n_rot} of {h.head_dim} dimensions")
+    p = Program(n_ctx, h.n_layers, h.n_kv_heads, h.head_dim, h.vocab_size, weights.activation_bits)
+    cos_sin = rope_table(weights, h.arch, n_ctx, h.n_rot)
+    x = p.embed(embedding := weights.matrix("token_embd.weight", h.vocab_size, h.hidden))
+    for layer in range(h.n_layers):
+        block = f"blk.{layer}"
+
+        normed = p.rms_norm(x, weights.vector(f"{block}.attn_norm.weight", h.hidden), h.eps)
+        q = _projection(p, weights, normed, f"{block}.attn_q", h.n_heads * h.head_dim)
+        k = _projection(p, weights, normed, f"{block}.attn_k", h.n_kv_heads * h.head_dim)
+        v = _projection(p, weights, normed, f"{block}.attn_v", h.n_kv_heads * h.head_dim)
+        q, k = (_head_norm(p, weights, h, x, f"{block}.attn_{name}_norm.weight") for x, name in ((q, "q"), (k, "k")))
+        p.rope(q, h.head_dim, cos_sin, interleaved=interleaved_rope)
+        p.rope(k, h.head_dim, cos_sin, interleaved=interleaved_rope)
+        attended = p.attention(layer, q, k, v, scale=h.head_dim**-0.5)
+        _projection(p, weights, attended, f"{block}.attn_output", h.hidden, add_to=x)
+
+        normed = p.rms_norm(x, weights.vector(f"{block}.ffn_norm.weight", h.hidden), h.eps)
+        if h.n_experts:
+            _experts(p, weights, h, layer, normed, x, normalize_top_k)
+        else:
+            gate = _projection(p, weights, normed, f"{block}.ffn_gate", h.ffn_width)
+            up = _projection(p, weights, normed, f"{block}.ffn_up", h.ffn_width)
+            hidden = p.swiglu(gate, up, weights.hadamard("ffn_down", h.ffn_width))
+            _projection(p, weights, hidden, f"{block}.ffn_down", h.hidden, add_to=x)
+
+    last = p.rms_norm(p.select_outputs(x), weights.vector("output_norm.weight", h.hidden), h.eps)
+    tied = not weights.has("output.weight")
+    p.logits = p.linear(last, embedding if tied else weights.matrix("output.weight", h.vocab_size, h.hidden))
+    return p
+
+
+def _projection(p: Program, weights: Weights, x: Value, name: str, n_out: int, add_to: Value | None = None) -> Value:
+    bias = weights.vector(f"{name}.bias", n_out) if weights.has(f"{name}.bias") else None
+    return p.linear(x, weights.matrix(f"{name}.weight", n_out, x.width), bias, add_to=add_to)
+
+
+def _head_norm(p: Program, weights: Weights, h: HParams, x: Value, name: str) -> Value:
+    """Queries or keys after their norm, as wide as a head or as all of them; x itself where the file has none."""
+    tensor = weights.file.tensors.get(name)
+    if tensor is None:
+        return x
+    width = h.head_dim if tensor.shape == (h.head_dim,) else x.width
+    return p.rms_norm(x, weights.vector(name, width), h.eps)
+
+
+def _experts(
+    p: Program, weights: Weights, h: HParams, layer: int, normed: Value, residual: Value, normalize: bool
+) -> None:
+    """Sparse FFN: softmax over all experts, the top_k weighted by it."""
+    block = f"blk.{layer}"
+    logits = p.linear(normed, weights.matrix(f"{block}.ffn_gate_inp.weight", h.n_experts, h.hidden))
+    routing: Routing = p.route(logits, layer, h.top_k, normalize=normalize)
+    gate_w = weights.matrix(f"{block}.ffn_gate_exps.weight", h.expert_ffn_width, h.hidden, h.n_experts)
+    up_w = weights.matrix(f"{block}.ffn_up_exps.weight", h.expert_ffn_width, h.hidden, h.n_experts)
+    down_w = weights.matrix(f"{block}.ffn_down_exps.weight", h.hidden, h.expert_ffn_width, h.n_experts)
+    gate = p.expert_linear(normed, gate_w, routing)
+    up = p.expert_linear(normed, up_w, routing)
+    hidden = p.swiglu(gate, up, weights.hadamard("ffn_down", h.expert_ffn_width))
+    p.combine(p.expert_linear(hidden, down_w, routing), routing, add_to=residual)
