@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from codequant_converter import arch
 from codequant_converter.architecture import head_dim_of
 from codequant_converter.checkpoint import open_checkpoint
 from codequant_converter.fold import fold_norms
 from codequant_converter.rotation import random_rotation
 from codequant_converter.stream import LayerStream
 from codequant_converter.transform import TransformedModel
+from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
-from tests.models import MODELS, VOCAB
+from pyggml_bridge.errors import CQError
+from tests.models import MODELS, VOCAB, TinyModel
 
 TOLERANCE = 1e-3  # of the logit range
 TOKENS = torch.arange(60).mul(37).remainder(VOCAB)[None]
@@ -75,6 +80,36 @@ def test_all_stages_keep_logits(case):
     rotation = random_rotation(checkpoint.config.hidden_size, seed=4)
     head_rotation = random_rotation(head_dim_of(checkpoint.config), seed=5)
     assert_same(streamed_logits(TransformedModel(checkpoint, rotation, head_rotation, permute_block=16)), original)
+
+
+@pytest.mark.parametrize("model_type", arch.supported())
+def test_tensor_names_are_those_of_llama_cpp(model_type):
+    """gguf-py lists the tensors that llama.cpp reads for each of its architectures."""
+    described = arch.find(model_type)
+    (known,) = [key for key, name in MODEL_ARCH_NAMES.items() if name == described.gguf_name]
+    names = {TENSOR_NAMES[tensor].format(bid=0) for tensor in MODEL_TENSORS[known]}
+    for spec in described.specs:
+        assert spec.in_file(0).rpartition(".")[0] in names
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "named"),
+    [
+        ("mistral", {"sliding_window": 64}, "sliding_window = 64"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_window = 64"),
+        ("qwen3", {"attention_bias": True}, "attention_bias = True"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers = [0]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+        ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob = True"),
+    ],
+)
+def test_features_that_are_not_described_are_named(model_type, fields, named):
+    common = {"norm_topk_prob": True} if model_type == "qwen3_moe" else {}
+    config = TinyModel(model_type, common | fields).config()
+    with pytest.raises(CQError, match=re.escape(named)):
+        arch.find(model_type).check(config)
 
 
 def test_missing_inverse_would_be_noticed(case):
