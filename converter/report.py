@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from pyggml_bridge.cli.common import peak_memory_bytes
 
 from .plan import Plan, PlannedTensor
 from .rotation import LearnedRotation
@@ -118,9 +119,3 @@ def tensor_table(plan: Plan, rel_errors: dict[str, float]) -> Table:
             shape = " x ".join(map(str, tensor.shape))
             table.add_row(tensor.name, shape, tensor.type, f"{tensor.bpw:.3f}", error, tensor.note)
     return table
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from gguf.quants import dequantize
 
 from pyggml_bridge.format import hadamard
 from pyggml_bridge.models import load_model
+from pyggml_bridge.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from tests.byte_tokenizer import byte_keys
 from tests.tiny_gguf import Tiny, write_tiny
 
@@ -110,6 +112,16 @@ def test_info_counts_every_byte(files):
     assert "CQ4" in run("info", folder / "moe.gguf").stdout
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_synthetic_models_run_and_have_the_size_that_is_announced(tmp_path, name):
+    """The same architectures with everything narrower."""
+    shape = replace(SHAPES[name], hidden=128, heads=4, kv_heads=2, head_dim=64, ffn=192, vocab=320)
+    write_synthetic(tmp_path / "m.gguf", shape, 2)
+    assert 0 < (tmp_path / "m.gguf").stat().st_size - synthetic_bytes(shape, 2) < 20_000
+    logits = load_model(tmp_path / "m.gguf", n_ctx=16, n_threads=1).forward(np.arange(9, dtype=np.int32), 0, 9)
+    assert np.isfinite(logits).all() and logits.std() > 0
+
+
 def test_bench_measures_both_tests_and_the_kernels(files):
     folder, _ = files
     results = run_json("bench", folder / "moe.gguf", "-p", 20, "-n", 5, "-r", 2, "-d", 3, "-o", "json")
@@ -136,6 +148,11 @@ def test_bad_usage_and_bad_input(files, tmp_path):
     assert_refused(run("perplexity", model, "-f", text, "-c", N_CTX, "--base", tmp_path / "none"), "none")
     assert_refused(run("bench", model, "-r", 0), "-r")
     assert_refused(run("bench", model, "--cuda"), "--cuda")
+    assert_refused(run("bench"), "FILE")
+    assert_refused(run("bench", model, "--synthetic", "mixtral-8x7b"), "--synthetic")
+    assert_refused(run("bench", model, "--layers", 2), "--layers")
+    assert_refused(run("bench", "--synthetic", "phi-mini-moe"), "phi-mini-moe")
+    assert_refused(run("bench", "--synthetic", "qwen3-30b-a3b", "--layers", 49), "49")
     assert_refused(run("info", tmp_path), str(tmp_path))
     assert_refused(run("export", model, "--out", "/nonexistent/x.gguf"), "/nonexistent")
     assert_refused(run("export", text, "--out", tmp_path / "x.gguf"), "not a GGUF file")

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pyggml_bridge.bench import cpu_name, measure_kernels, measure_tests
-from pyggml_bridge.cli.common import ArgumentParser, print_json, run_main
+from pyggml_bridge.cli.common import ArgumentParser, peak_memory_bytes, print_json, run_main
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import load_model
 from pyggml_bridge.native import choose_isa, default_threads
 from pyggml_bridge.reader import GGUFFile
+from pyggml_bridge.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from pyggml_bridge.weights import Weights
 
 
@@ -24,7 +30,11 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = ArgumentParser(prog="cq-bench", description=__doc__)
-    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("file", metavar="FILE", nargs="?")
+    parser.add_argument(
+        "--synthetic", metavar="NAME", help=f"instead of FILE, random weights in the shapes of {' or '.join(SHAPES)}"
+    )
+    parser.add_argument("--layers", type=int, metavar="N", help="with --synthetic: only so many layers")
     parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="tokens of the prefill test (512)")
     parser.add_argument("-n", "--n-gen", type=int, default=128, metavar="N", help="tokens of the decode test (128)")
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="runs of each test (5)")
@@ -45,7 +55,9 @@ def _command() -> None:
     if min(args.n_prompt, args.n_gen, args.n_depth) < 0 or args.repetitions < 1 or (args.threads or 1) < 1:
         raise CQError("-p, -n and -d must be at least 0, -r and -t at least 1")
     choose_isa(args.isa)
-    results = _kernels(args) if args.kernels else _tests(args)
+    with _file(args) as file:
+        args.file = file
+        results = _kernels(args) if args.kernels else _tests(args)
     if args.json or args.output == "json":
         print_json(results)
     elif args.kernels:
@@ -56,6 +68,32 @@ def _command() -> None:
         )
 
 
+@contextmanager
+def _file(args: argparse.Namespace) -> Iterator[str]:
+    """The file to measure; one of random weights is gone afterwards."""
+    if (args.file is None) == (args.synthetic is None):
+        raise CQError("expected either FILE or --synthetic NAME")
+    if args.synthetic is None:
+        if args.layers is not None:
+            raise CQError("--layers: only with --synthetic")
+        yield args.file
+        return
+    shape = SHAPES.get(args.synthetic)
+    if shape is None:
+        raise CQError(f"--synthetic {args.synthetic}: not supported (only {', '.join(SHAPES)})")
+    layers = shape.layers if args.layers is None else args.layers
+    if not 1 <= layers <= shape.layers:
+        raise CQError(f"--layers {layers}: expected 1 .. {shape.layers}")
+    with tempfile.TemporaryDirectory() as folder:
+        needed, free = synthetic_bytes(shape, layers), shutil.disk_usage(folder).free
+        if free < needed:
+            raise CQError(f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed")
+        path = Path(folder, f"{args.synthetic}.gguf")
+        print(f"writing {needed / 1e9:.2f} GB of random weights to {path}", file=sys.stderr)
+        write_synthetic(path, shape, layers)
+        yield str(path)
+
+
 def _tests(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not args.n_prompt and not args.n_gen:
         raise CQError("-p and -n are both 0: nothing to measure")
@@ -63,7 +101,8 @@ def _tests(args: argparse.Namespace) -> list[dict[str, Any]]:
     model = load_model(args.file, n_ctx=longest, n_threads=args.threads)
     common = _description(model)
     tests = measure_tests(model, args.n_prompt, args.n_gen, args.n_depth, args.repetitions)
-    return [common | {"n_depth": args.n_depth} | test for test in tests]
+    common |= {"n_depth": args.n_depth, "peak_memory_bytes": peak_memory_bytes()}
+    return [common | test for test in tests]
 
 
 def _description(model: Model) -> dict[str, Any]:

@@ -49,6 +49,14 @@ def fail(message: str) -> NoReturn:
     sys.exit(EXIT_BAD_INPUT)
 
 
+def peak_memory_bytes() -> int:
+    """The process's largest resident size so far, the mapped file's touched pages included."""
+    import resource  # Unix only, like the memory map's advice
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def print_json(document: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Write the one JSON document of --json to standard output."""
     print(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1))

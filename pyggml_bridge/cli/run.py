@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pyggml_bridge.chat import ChatTemplate, Message
-from pyggml_bridge.cli.common import ArgumentParser, print_json, run_main
+from pyggml_bridge.cli.common import ArgumentParser, peak_memory_bytes, print_json, run_main
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.generate import Chunk, Context, Finish, StopFilter, generate
 from pyggml_bridge.models import load_model
@@ -199,14 +199,6 @@ def _document(text: str, finish: Finish, load_seconds: float, backend: str) -> d
         "peak_memory_bytes": peak_memory_bytes(),
         "backend": backend,
     }
-
-
-def peak_memory_bytes() -> int:
-    """The process's largest resident size so far, the mapped file's touched pages included."""
-    import resource  # Unix only, like the memory map's advice
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":
