@@ -15,10 +15,11 @@ from .calibration import Statistics, capture
 from .layer_pair import LayerPair
 from .moments import Moments
 from .plan import Plan, PlannedTensor
-from .quantize import Quantized, quantize
+from .quantize import Quantized, quantize, quantize_plain
 from .report import Tuned, progress
 from .sensitivity import Sensitivity
 from .settings import Settings
+from .side_by_side import Task, run_tasks
 from .stream import LayerStream
 from .transform import TransformedModel
 
@@ -72,9 +73,12 @@ class LayerQuantizer:
                 self.stream.forward(module, hidden.clone())
         tensors, n_plain = {}, len(arch.plain)
         for spec, tensor in zip(arch.plain, planned, strict=False):
-            tensors[spec.name] = quantize(tensor, layer[spec.name], None, None, self.settings.refinement, 1)
+            tensors[spec.name] = quantize_plain(tensor, layer[spec.name])
+        tasks: list[Task] = []
         for linear, tensor in zip(arch.linears, planned[n_plain:], strict=True):
-            tensors[linear.name] = self._linear(tensor, linear, layer[linear.name], statistics, outputs)
+            tensors[linear.name], own = self._linear(tensor, linear, layer[linear.name], statistics, outputs)
+            tasks += own
+        run_tasks(tasks, self.settings.threads)
         tuned = None
         if hidden is not None:
             if self.tuner:
@@ -100,12 +104,12 @@ class LayerQuantizer:
         weight: Tensor,
         statistics: Statistics,
         outputs: dict[str, list[Moments]],
-    ) -> Quantized:
+    ) -> tuple[Quantized, list[Task]]:
         basis = self.basis(linear)
         by_output = [entry.of_outputs(basis) for entry in outputs.get(linear.name, ())]
         moments = [entry.in_basis(basis) for entry in statistics.get(linear.site, ())]
         stored = basis.to_file(weight).contiguous()
-        return quantize(planned, stored, moments, by_output, self.settings.refinement, self.settings.threads)
+        return quantize(planned, stored, moments, by_output, self.settings.refinement)
 
     def effective(self, tensors: dict[str, Quantized]) -> Layer:
         """The weights that the file stands for, in transformers' basis."""

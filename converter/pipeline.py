@@ -30,6 +30,7 @@ from .rope import rope_freqs
 from .rotation import learn_rotation, random_rotation
 from .sensitivity import Sensitivity, folder_bytes, measure
 from .settings import Settings
+from .side_by_side import run_tasks
 from .stream import LayerStream
 from .transform import TransformedModel
 from .write import OutputFile, check_output, require_free
@@ -163,7 +164,9 @@ class _Job:
         self._write_tensor(file, self._quantize(planned_head, self.model.head()))
 
     def _quantize(self, planned: PlannedTensor, weight: Tensor) -> Quantized:
-        return quantize(planned, weight, None, None, self.settings.refinement, self.settings.threads)
+        quantized, tasks = quantize(planned, weight, None, None, self.settings.refinement)
+        run_tasks(tasks, self.settings.threads)
+        return quantized
 
     def _write_tensor(self, file: OutputFile, quantized: Quantized) -> None:
         file.write(quantized.planned, quantized.arrays())

@@ -27,6 +27,7 @@ from .clustering import (
 from .moments import Moments
 from .plan import PlannedTensor
 from .row_feedback import cluster_in_turn, sweep
+from .side_by_side import Task
 
 F16_MAX = 65504.0
 
@@ -72,34 +73,47 @@ class Quantized:
         return relative_error(self.original, self.weight(n_threads), self.moments)
 
 
+def quantize_plain(planned: PlannedTensor, weight: Tensor) -> Quantized:
+    """A weight whose planned type is not clustered."""
+    return Quantized(planned, weight, None, [], _plain(planned, weight))
+
+
 def quantize(
     planned: PlannedTensor,
     weight: Tensor,
     moments: list[Moments] | None,
     outputs: list[Moments] | None,
     refinement: Refinement,
-    n_threads: int,
-) -> Quantized:
-    """Quantize weight [out, in] or [n_experts, out, in] to its planned type.
+) -> tuple[Quantized, list[Task]]:
+    """Weight [out, in] or [n_experts, out, in] in its planned type, once the tasks have run: one per clustered matrix.
 
     moments, outputs: statistics of its inputs and of its outputs' gradients, one entry or one per expert; an entry
     that has seen no token counts as none. One entry of outputs may serve all experts.
     """
     if planned.cq is None:
-        return Quantized(planned, weight, moments, [], _plain(planned, weight))
+        return Quantized(planned, weight, moments, [], _plain(planned, weight)), []
     matrices = weight if weight.dim() == 3 else weight[None]
     entries: Sequence[Moments | None] = moments or [None] * len(matrices)
     by_output: Sequence[Moments | None] = outputs or [None]
     if len(by_output) == 1:
         by_output = [*by_output] * len(matrices)
-    fits = []
+    fits, tasks = [], []
     for matrix, entry, output in zip(matrices, entries, by_output, strict=True):
         seen = entry if entry is not None and entry.tokens else None
         importance = seen.damped.diagonal().numpy() if seen else np.ones(matrix.shape[1], np.float32)
         fit = new_fit(matrix.numpy(), importance, planned.cq, planned.grouping)
-        _cluster(fit, seen, output if output is not None and output.tokens else None, refinement, n_threads)
+        tasks.append(_clustering_task(fit, seen, output if output is not None and output.tokens else None, refinement))
         fits.append(fit)
-    return Quantized(planned, weight, moments, fits, None)
+    return Quantized(planned, weight, moments, fits, None), tasks
+
+
+def _clustering_task(fit: Fit, moments: Moments | None, output: Moments | None, refinement: Refinement) -> Task:
+    if refinement.feedback:
+        for entry in (moments, output):
+            if entry is not None:
+                _ = entry.feedback_factor  # cached: here all of torch's threads work on it
+    rows, cols = fit.w.shape
+    return Task(rows * cols * cols, lambda n_threads: _cluster(fit, moments, output, refinement, n_threads))
 
 
 def _plain(planned: PlannedTensor, weight: Tensor) -> NDArray[Any]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .clustering import Fit, weights_of
+from .side_by_side import stop_point
 
 ROWS = 16  # quantized side by side, without feedback among them: two tasks for threads (docs/decisions.md)
 
@@ -30,6 +31,7 @@ def cluster_in_turn(fit: Fit, factor: Tensor, cluster_rows: Callable[[Fit], None
     targets = torch.from_numpy(fit.w)
     n_rows = len(targets)
     for begin in range(0, n_rows, ROWS):
+        stop_point()
         end = min(begin + ROWS, n_rows)
         block = fit.rows(begin, end)
         cluster_rows(block)
@@ -55,6 +57,7 @@ def sweep(
     fit.row_weight[:] = relative(outputs.diagonal())
     error = torch.from_numpy(weights_of(fit, n_threads)) - weight
     for begin in range(0, len(weight), ROWS):
+        stop_point()
         rows = slice(begin, min(begin + ROWS, len(weight)))
         own = outputs[rows, rows]
         pull = outputs[rows] @ error - own @ error[rows]

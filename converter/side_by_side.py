@@ -1,0 +1,51 @@
+"""Independent pieces of work on several threads, the largest first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Event
+
+import torch
+
+
+@dataclass(frozen=True)
+class Task:
+    """run(n_threads) does it; cost: how long it takes, in any unit."""
+
+    cost: float
+    run: Callable[[int], None]
+
+
+_cancelled = Event()
+
+
+def stop_point() -> None:
+    """Called by long tasks now and then: ends them where another task failed or the user interrupted."""
+    if _cancelled.is_set():
+        raise CancelledError
+
+
+def run_tasks(tasks: list[Task], n_threads: int) -> None:
+    """Run all of them; the first exception of any is raised.
+
+    One matrix at a time on all threads would wait at a barrier after every few rows. What a task computes must not
+    depend on its number of threads; torch's own is 1 inside.
+    """
+    workers = min(n_threads, len(tasks))
+    if not workers:
+        return
+    _cancelled.clear()
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1))
+    try:
+        ordered = sorted(tasks, key=lambda task: -task.cost)
+        for done in [pool.submit(task.run, n_threads // workers) for task in ordered]:
+            done.result()
+    except BaseException:
+        _cancelled.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
