@@ -50,70 +50,50 @@ CQ_INLINE entries table_of(entries codebook, const int32_t type, const int8_t *s
     return (entries){low, cq_index_bits(type) == 5 ? scaled_table(codebook.high, scale) : low};
 }
 
-/* 64 bytes of any kind. */
 typedef struct {
     __m256i first, second;
-} bytes64;
+} indices64, weights64;
 
-/* The lower bits of 64 indices: four in 32 bytes, two in 16. */
-CQ_INLINE bytes64 four_bits(const uint8_t *block) {
+CQ_INLINE indices64 no_bits(void) { return (indices64){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+
+CQ_INLINE indices64 four_bits(const uint8_t *block) {
     const __m256i bytes = _mm256_loadu_si256((const __m256i *)block), mask = _mm256_set1_epi8(15);
-    return (bytes64){_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
+    return (indices64){_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
 }
 
-CQ_INLINE bytes64 two_bits(const uint8_t *block) {
+CQ_INLINE indices64 two_bits(const uint8_t *block) {
     const __m256i lanes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)block));
     const __m256i mask = _mm256_set1_epi8(3);
-    return (bytes64){_mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(2, 2, 0, 0)), mask),
-                     _mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(6, 6, 4, 4)), mask)};
+    return (indices64){_mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(2, 2, 0, 0)), mask),
+                       _mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(6, 6, 4, 4)), mask)};
 }
 
 /* Every bit of the plane, as a byte of ones or zeros: byte i of a half takes byte i / 8 and keeps bit i % 8. */
-CQ_INLINE bytes64 bit_masks(uint64_t plane) {
+CQ_INLINE indices64 bit_masks(uint64_t plane) {
     const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
     const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
     const __m256i first = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)plane), spread);
     const __m256i second = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)(plane >> 32)), spread);
-    return (bytes64){_mm256_cmpeq_epi8(_mm256_and_si256(first, bit), bit),
-                     _mm256_cmpeq_epi8(_mm256_and_si256(second, bit), bit)};
+    return (indices64){_mm256_cmpeq_epi8(_mm256_and_si256(first, bit), bit),
+                       _mm256_cmpeq_epi8(_mm256_and_si256(second, bit), bit)};
 }
 
-/* index + value where the plane has a bit */
-CQ_INLINE bytes64 add_bit(bytes64 index, uint64_t plane, const char value) {
-    const bytes64 mask = bit_masks(plane);
+CQ_INLINE indices64 add_bit(indices64 index, uint64_t plane, const char value) {
+    const indices64 mask = bit_masks(plane);
     const __m256i bit = _mm256_set1_epi8(value);
-    return (bytes64){_mm256_or_si256(index.first, _mm256_and_si256(mask.first, bit)),
-                     _mm256_or_si256(index.second, _mm256_and_si256(mask.second, bit))};
+    return (indices64){_mm256_or_si256(index.first, _mm256_and_si256(mask.first, bit)),
+                       _mm256_or_si256(index.second, _mm256_and_si256(mask.second, bit))};
 }
 
-/* upper: which indices take the second half of a table of 32. */
-CQ_INLINE bytes64 look_up(const int32_t type, entries table, bytes64 index, uint64_t upper) {
-    const bytes64 low = {_mm256_shuffle_epi8(table.low, index.first), _mm256_shuffle_epi8(table.low, index.second)};
+CQ_INLINE weights64 look_up(const int32_t type, entries table, indices64 index, uint64_t upper) {
+    const weights64 low = {_mm256_shuffle_epi8(table.low, index.first), _mm256_shuffle_epi8(table.low, index.second)};
     if (cq_index_bits(type) < 5) return low;
-    const bytes64 mask = bit_masks(upper);
-    return (bytes64){_mm256_blendv_epi8(low.first, _mm256_shuffle_epi8(table.high, index.first), mask.first),
-                     _mm256_blendv_epi8(low.second, _mm256_shuffle_epi8(table.high, index.second), mask.second)};
+    const indices64 mask = bit_masks(upper);
+    return (weights64){_mm256_blendv_epi8(low.first, _mm256_shuffle_epi8(table.high, index.first), mask.first),
+                       _mm256_blendv_epi8(low.second, _mm256_shuffle_epi8(table.high, index.second), mask.second)};
 }
 
-/* Block b of a row -> 64 weights in column order. */
-CQ_INLINE bytes64 decode_block(const cq_row *row, const int32_t type, int32_t b, entries table) {
-    const uint8_t *block = row->indices + (int64_t)b * 8 * cq_stored_bits(type);
-    if (!cq_has_trellis(type)) {
-        if (type == CQ_CQ2) return look_up(type, table, two_bits(block), 0);
-        if (type == CQ_CQ3) return look_up(type, table, add_bit(two_bits(block), cq_plane(block + 16), 4), 0);
-        return look_up(type, table, four_bits(block), type == CQ_CQ5 ? cq_plane(block + 32) : 0);
-    }
-    const cq_path path = cq_path_at(row, type, b);
-    if (type == CQ_CQ2T) {
-        const bytes64 none = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-        const bytes64 index = add_bit(add_bit(none, cq_plane(block), 1), path.lower, 2);
-        return look_up(type, table, add_bit(index, path.upper, 4), 0);
-    }
-    if (type == CQ_CQ3T)
-        return look_up(type, table, add_bit(add_bit(two_bits(block), path.lower, 4), path.upper, 8), 0);
-    const bytes64 index = add_bit(two_bits(block), cq_plane(block + 16), 4);
-    return look_up(type, table, add_bit(index, path.lower, 8), path.upper);
-}
+#include "decode.h"
 
 /* scale_every 1 or 2: the blocks that share a scale, so that spans are those of the codebook alone; 0: any grouping. */
 CQ_INLINE int32_t gemv_row(const int32_t type, const int32_t scale_every, const cq_matrix *w, int64_t row_index,
@@ -127,7 +107,7 @@ CQ_INLINE int32_t gemv_row(const int32_t type, const int32_t scale_every, const 
         for (int32_t b = span.begin; b < span.end; b++) {
             _mm_prefetch((const char *)row.indices + (int64_t)b * 8 * cq_stored_bits(type) + 2048, _MM_HINT_T0);
             if (scale_every) table = table_of(codebook, type, row.group_scales + b / scale_every);
-            const bytes64 weights = decode_block(&row, type, b, table);
+            const weights64 weights = decode_block(&row, type, b, table);
             const __m256i *activations = (const __m256i *)(x + (int64_t)b * CQ_BLOCK);
             even = _mm256_add_epi32(even, multiply_i8(weights.first, _mm256_loadu_si256(activations)));
             odd = _mm256_add_epi32(odd, multiply_i8(weights.second, _mm256_loadu_si256(activations + 1)));
@@ -192,7 +172,7 @@ CQ_INLINE void decode_blocks(const int32_t type, const cq_row *row, cq_span *spa
         if (b == span->end) cq_next_span(row, type, span);
         const entries table = table_of(load_codebook(span->centroids, type), type, span->group_scale);
         for (const int32_t stop = cq_min(end, span->end); b < stop; b++, out += CQ_BLOCK) {
-            const bytes64 weights = decode_block(row, type, b, table);
+            const weights64 weights = decode_block(row, type, b, table);
             _mm256_store_si256((__m256i *)out, weights.first);
             _mm256_store_si256((__m256i *)(out + 32), weights.second);
         }

@@ -142,48 +142,32 @@ CQ_INLINE void tables_at(cursor *c, const int32_t type, const enum table_source 
     }
 }
 
-/* The lower bits of 64 indices: four in 32 bytes, two in 16. */
-CQ_INLINE __m512i four_bits(const uint8_t *block) {
+typedef __m512i indices64, weights64; /* weights: W + 128 */
+
+CQ_INLINE indices64 no_bits(void) { return _mm512_setzero_si512(); }
+
+CQ_INLINE indices64 four_bits(const uint8_t *block) {
     const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)block));
     const __m512i shifted = _mm512_srlv_epi64(both, _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0));
     return _mm512_and_si512(shifted, _mm512_set1_epi8(15));
 }
 
-CQ_INLINE __m512i two_bits(const uint8_t *block) {
+CQ_INLINE indices64 two_bits(const uint8_t *block) {
     const __m512i lanes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)block));
     const __m512i shifted = _mm512_srlv_epi64(lanes, _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0));
     return _mm512_and_si512(shifted, _mm512_set1_epi8(3));
 }
 
-/* index + value where the plane has a bit */
-CQ_INLINE __m512i add_bit(__m512i index, uint64_t plane, const char value) {
+CQ_INLINE indices64 add_bit(indices64 index, uint64_t plane, const char value) {
     return _mm512_mask_add_epi8(index, plane, index, _mm512_set1_epi8(value));
 }
 
-/* upper: which indices take the second half of a table of 32. */
-CQ_INLINE __m512i look_up(const int32_t type, entries table, __m512i index, uint64_t upper) {
+CQ_INLINE weights64 look_up(const int32_t type, entries table, indices64 index, uint64_t upper) {
     const __m512i low = _mm512_shuffle_epi8(table.half[0], index);
     return cq_index_bits(type) == 5 ? _mm512_mask_shuffle_epi8(low, upper, table.half[1], index) : low;
 }
 
-/* Block b of a row -> 64 bytes W + 128 in column order. */
-CQ_INLINE __m512i decode_block(const cq_row *row, const int32_t type, int32_t b, entries table) {
-    const uint8_t *block = row->indices + (int64_t)b * 8 * cq_stored_bits(type);
-    if (!cq_has_trellis(type)) {
-        if (type == CQ_CQ2) return look_up(type, table, two_bits(block), 0);
-        if (type == CQ_CQ3) return look_up(type, table, add_bit(two_bits(block), cq_plane(block + 16), 4), 0);
-        return look_up(type, table, four_bits(block), type == CQ_CQ5 ? cq_plane(block + 32) : 0);
-    }
-    const cq_path path = cq_path_at(row, type, b);
-    if (type == CQ_CQ2T) {
-        const __m512i rest = _mm512_maskz_set1_epi8(cq_plane(block), 1);
-        return look_up(type, table, add_bit(add_bit(rest, path.lower, 2), path.upper, 4), 0);
-    }
-    if (type == CQ_CQ3T)
-        return look_up(type, table, add_bit(add_bit(two_bits(block), path.lower, 4), path.upper, 8), 0);
-    const __m512i rest = add_bit(two_bits(block), cq_plane(block + 16), 4);
-    return look_up(type, table, add_bit(rest, path.lower, 8), path.upper);
-}
+#include "decode.h"
 
 /* sum[r] += blocks b .. b + n - 1 of N rows. x is loaded once for all of them. */
 CQ_INLINE void gemv_step(const int32_t N, const int32_t type, const enum table_source source, cursor *c, int32_t b,

@@ -32,16 +32,17 @@ static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
 
 #include "float_ops.h"
 
-/* 64 weights in column order. */
 typedef struct {
     int8x16_t v[4];
-} block_i8;
+} weights64;
 
 /* A codebook or a table: up to 16 entries in val[0], entries 16 to 31 in val[1]. */
-CQ_INLINE int8x16x2_t load_codebook(const int8_t *centroids, const int32_t type) {
+typedef int8x16x2_t entries;
+
+CQ_INLINE entries load_codebook(const int8_t *centroids, const int32_t type) {
     int8_t bytes[32] = {0};
     memcpy(bytes, centroids, 1u << cq_index_bits(type));
-    return (int8x16x2_t){{vld1q_s8(bytes), vld1q_s8(bytes + 16)}};
+    return (entries){{vld1q_s8(bytes), vld1q_s8(bytes + 16)}};
 }
 
 CQ_INLINE int8x16_t scaled(int8x16_t codebook, int16x8_t factor) {
@@ -49,31 +50,32 @@ CQ_INLINE int8x16_t scaled(int8x16_t codebook, int16x8_t factor) {
                        vmovn_s16(vqrdmulhq_s16(vmovl_s8(vget_high_s8(codebook)), factor)));
 }
 
-CQ_INLINE int8x16x2_t table_of(int8x16x2_t codebook, const int32_t type, const int8_t *scale) { /* NULL for none */
+CQ_INLINE entries table_of(entries codebook, const int32_t type, const int8_t *scale) { /* NULL for none */
     if (!scale) return codebook;
     const int16x8_t factor = vdupq_n_s16((int16_t)(*scale << 8));
     const int large = cq_index_bits(type) == 5;
-    return (int8x16x2_t){{scaled(codebook.val[0], factor), large ? scaled(codebook.val[1], factor) : codebook.val[1]}};
+    return (entries){{scaled(codebook.val[0], factor), large ? scaled(codebook.val[1], factor) : codebook.val[1]}};
 }
 
 typedef struct {
     uint8x16_t v[4];
-} index64;
+} indices64;
 
-/* The lower bits of 64 indices: four in 32 bytes, two in 16. */
-CQ_INLINE index64 four_bits(const uint8_t *block) {
+CQ_INLINE indices64 no_bits(void) { return (indices64){{vdupq_n_u8(0), vdupq_n_u8(0), vdupq_n_u8(0), vdupq_n_u8(0)}}; }
+
+CQ_INLINE indices64 four_bits(const uint8_t *block) {
     const uint8x16_t bytes = vld1q_u8(block), more = vld1q_u8(block + 16), mask = vdupq_n_u8(15);
-    return (index64){{vandq_u8(bytes, mask), vandq_u8(more, mask), vshrq_n_u8(bytes, 4), vshrq_n_u8(more, 4)}};
+    return (indices64){{vandq_u8(bytes, mask), vandq_u8(more, mask), vshrq_n_u8(bytes, 4), vshrq_n_u8(more, 4)}};
 }
 
-CQ_INLINE index64 two_bits(const uint8_t *block) {
+CQ_INLINE indices64 two_bits(const uint8_t *block) {
     const uint8x16_t bytes = vld1q_u8(block), mask = vdupq_n_u8(3);
-    return (index64){{vandq_u8(bytes, mask), vandq_u8(vshrq_n_u8(bytes, 2), mask), vandq_u8(vshrq_n_u8(bytes, 4), mask),
-                      vshrq_n_u8(bytes, 6)}};
+    return (indices64){{vandq_u8(bytes, mask), vandq_u8(vshrq_n_u8(bytes, 2), mask),
+                        vandq_u8(vshrq_n_u8(bytes, 4), mask), vshrq_n_u8(bytes, 6)}};
 }
 
-/* index + value where the plane has a bit: byte i of a quarter takes byte i / 8 of two and keeps bit i % 8. */
-CQ_INLINE index64 add_bit(index64 index, uint64_t plane, uint8_t value) {
+/* Byte i of a quarter takes byte i / 8 of two and keeps bit i % 8. */
+CQ_INLINE indices64 add_bit(indices64 index, uint64_t plane, uint8_t value) {
     const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
     for (int32_t i = 0; i < 4; i++, plane >>= 16) {
         const uint8x16_t two = vcombine_u8(vdup_n_u8((uint8_t)plane), vdup_n_u8((uint8_t)(plane >> 8)));
@@ -82,29 +84,15 @@ CQ_INLINE index64 add_bit(index64 index, uint64_t plane, uint8_t value) {
     return index;
 }
 
-CQ_INLINE index64 indices_of(const cq_row *row, const int32_t type, int32_t b) {
-    const uint8_t *block = row->indices + (int64_t)b * 8 * cq_stored_bits(type);
-    if (!cq_has_trellis(type)) {
-        if (type == CQ_CQ2) return two_bits(block);
-        if (type == CQ_CQ3) return add_bit(two_bits(block), cq_plane(block + 16), 4);
-        return type == CQ_CQ4 ? four_bits(block) : add_bit(four_bits(block), cq_plane(block + 32), 16);
-    }
-    const int32_t bits = cq_stored_bits(type);
-    const cq_path path = cq_path_at(row, type, b);
-    const index64 none = {{vdupq_n_u8(0), vdupq_n_u8(0), vdupq_n_u8(0), vdupq_n_u8(0)}};
-    index64 rest = type == CQ_CQ2T ? add_bit(none, cq_plane(block), 1) : two_bits(block);
-    if (type == CQ_CQ4T) rest = add_bit(rest, cq_plane(block + 16), 4);
-    return add_bit(add_bit(rest, path.lower, (uint8_t)(1 << (bits - 1))), path.upper, (uint8_t)(1 << bits));
-}
-
-/* Block b of a row -> 64 weights in column order. */
-CQ_INLINE block_i8 decode_block(const cq_row *row, const int32_t type, int32_t b, int8x16x2_t table) {
-    const index64 index = indices_of(row, type, b);
-    block_i8 out;
+CQ_INLINE weights64 look_up(const int32_t type, entries table, indices64 index, uint64_t upper) {
+    weights64 out;
+    if (cq_index_bits(type) == 5) index = add_bit(index, upper, 16);
     for (int32_t i = 0; i < 4; i++)
         out.v[i] = cq_index_bits(type) == 5 ? vqtbl2q_s8(table, index.v[i]) : vqtbl1q_s8(table.val[0], index.v[i]);
     return out;
 }
+
+#include "decode.h"
 
 enum { PANEL_ROWS = 8, QUAD_ROWS = 4 };
 
@@ -113,8 +101,8 @@ CQ_INLINE void decode_quad(const int32_t type, const cq_matrix *w, int64_t row, 
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
     cq_row rows[QUAD_ROWS];
     cq_span spans[QUAD_ROWS];
-    int8x16x2_t tables[QUAD_ROWS];
-    block_i8 decoded[QUAD_ROWS];
+    entries tables[QUAD_ROWS];
+    weights64 decoded[QUAD_ROWS];
     memset(decoded, 0, sizeof decoded);
     for (int32_t r = 0; r < n_rows; r++) {
         rows[r] = cq_row_at(w, row + r);
