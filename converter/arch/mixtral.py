@@ -41,10 +41,14 @@ def check(config: Any) -> None:
     llama.require(config, sliding_window=None)
 
 
+def expert_hparams(config: Any, n_experts: int) -> HParams:
+    """llama.cpp's keys of a Mixture of Experts."""
+    return {"expert_count": n_experts, "expert_used_count": config.num_experts_per_tok}
+
+
 def hparams(config: Any) -> HParams:
     """llama.cpp's keys of a Mixtral model, below `llama.`."""
-    experts = {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
-    return {**llama.hparams(config), **experts}
+    return {**llama.hparams(config), **expert_hparams(config, config.num_local_experts)}
 
 
 ARCHITECTURE = Architecture(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from ..architecture import Architecture, ChannelGroup, HeadGroup, HParams
+from ..architecture import HParams
 from ..rope import rope_hparams
-from . import llama, qwen2, qwen3, qwen3_moe
+from . import llama, mixtral, qwen3_moe
 
 
 def check(config: Any) -> None:
@@ -17,20 +18,9 @@ def check(config: Any) -> None:
 
 def hparams(config: Any) -> HParams:
     """llama.cpp's keys of an OLMoE model, below `olmoe.`."""
-    experts = {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
-    return {**llama.hparams(config), **experts}
+    return {**llama.hparams(config), **mixtral.expert_hparams(config, config.num_experts)}
 
 
-ARCHITECTURE = Architecture(
-    model_type="olmoe",
-    gguf_name="olmoe",
-    norms=llama.NORMS,
-    vectors=qwen3.HEAD_NORMS,  # by name; here [heads * head_dim]
-    linears=qwen2.ATTENTION + qwen3_moe.MOE,
-    channels=ChannelGroup(("ffn_gate_exps", "ffn_up_exps"), "ffn_down_exps"),
-    heads=HeadGroup("attn_v", "attn_output"),
-    check=check,
-    hparams=hparams,
-    n_experts=lambda config: config.num_experts,
-    gguf_input=False,
-)
+ARCHITECTURE = replace(
+    qwen3_moe.ARCHITECTURE, model_type="olmoe", gguf_name="olmoe", check=check, hparams=hparams
+)  # norms of queries and keys by qwen3's names, here [heads * head_dim]

@@ -20,8 +20,7 @@ def hparams(config: Any) -> HParams:
     """llama.cpp's keys of a Qwen3-MoE model, below `qwen3moe.`."""
     return {
         **llama.hparams(config),
-        "expert_count": config.num_experts,
-        "expert_used_count": config.num_experts_per_tok,
+        **mixtral.expert_hparams(config, config.num_experts),
         "expert_feed_forward_length": config.moe_intermediate_size,
     }
 
