@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Event
 
@@ -41,7 +41,8 @@ def run_tasks(tasks: list[Task], n_threads: int) -> None:
     pool = ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1))
     try:
         ordered = sorted(tasks, key=lambda task: -task.cost)
-        for done in [pool.submit(task.run, n_threads // workers) for task in ordered]:
+        running = [pool.submit(task.run, n_threads // workers) for task in ordered]
+        for done in wait(running, return_when=FIRST_EXCEPTION).done:
             done.result()
     except BaseException:
         _cancelled.set()

@@ -113,7 +113,7 @@ MODELS = {
     "qwen3_moe-tied": TinyModel("qwen3_moe", QWEN3_MOE | {"tie_word_embeddings": True, "num_experts": 5}, head_dim=16),
     "qwen3_moe-top-1": TinyModel(
         "qwen3_moe",
-        QWEN3_MOE | {"num_experts_per_tok": 1, "num_experts": 4, "hidden_size": 192, "num_key_value_heads": 1},
+        QWEN3_MOE | {"num_experts_per_tok": 1, "hidden_size": 192, "num_key_value_heads": 1},
         head_dim=32,
     ),
     "olmoe": TinyModel("olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),

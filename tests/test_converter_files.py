@@ -13,7 +13,7 @@ from codequant_converter import cli
 from codequant_converter.calibration import tokenize
 from codequant_converter.checkpoint import open_checkpoint
 from codequant_converter.pipeline import CHECK_TEXT
-from codequant_converter.reference import load
+from codequant_converter.reference import Reference, load
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -66,32 +66,35 @@ def relative_difference(logits: np.ndarray, original: np.ndarray) -> float:
     return float(np.abs(logits - original).max() / (original.max() - original.min()))
 
 
-def divergence_where_routed_alike(folder: Path, runner: Model) -> np.ndarray:
-    """KLD per token of the converter's check text; tokens whose experts differ, near ties, are left out and few."""
-    reference = load(str(folder))
-    tokens = np.array(tokenize(open_checkpoint(str(folder)), CHECK_TEXT, special=True), np.int32)
-    logits = (reference.logits(tokens), runner.forward(tokens, 0, len(tokens)))
-    p, q = (torch.from_numpy(x.copy()).double().log_softmax(-1) for x in logits)
-    kld = (p.exp() * (p - q)).sum(-1).numpy()
-    ours, theirs = routing_of(runner, len(tokens)), reference.router_top_k()
-    if ours is None or theirs is None:
-        return kld
-    alike = (np.sort(ours, -1) == np.sort(theirs, -1)).all(axis=(0, 2))
-    assert alike.mean() > 0.99
-    return kld[alike]
+def where_routed_alike(runner: Model, reference: Reference, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The runner's logits and the original's; tokens whose experts differ, near ties, are left out and few."""
+    ours, original = runner.forward(tokens, 0, len(tokens)).copy(), reference.logits(tokens)
+    chosen, wanted = routing_of(runner, len(tokens)), reference.router_top_k()
+    if chosen is None or wanted is None:
+        return ours, original
+    alike = (np.sort(chosen, -1) == np.sort(wanted, -1)).all(axis=(0, 2))
+    assert (~alike).sum() <= max(1, len(tokens) // 100)
+    return ours[alike], original[alike]
+
+
+def divergence(ours: np.ndarray, original: np.ndarray) -> float:
+    """Mean KLD per token."""
+    p, q = (torch.from_numpy(x).double().log_softmax(-1) for x in (original, ours))
+    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_float32_file_gives_the_original_logits_in_the_runner(checkpoints, tmp_path, name):
     """Rotation and permutation on, nothing quantized: names, row orders, rope, metadata are what the runner reads."""
-    folder, model = checkpoints(name)
+    folder, _ = checkpoints(name)
     document = convert(folder, tmp_path / "m.gguf", "--tensor-type", ".=f32", "--group-size", "64")
-    with torch.no_grad():
-        original = model(input_ids=torch.from_numpy(TOKENS.astype(np.int64))[None]).logits[0].numpy()
-    runner = load_model(str(tmp_path / "m.gguf"), n_ctx=512, n_threads=2)
-    assert relative_difference(runner.forward(TOKENS, 0, len(TOKENS)), original) <= 1e-3
-    assert np.mean(divergence_where_routed_alike(folder, runner)) < 1e-4
-    if name != "mixtral-top-1":  # where a near tie moves a whole FFN's output, which the converter's own check counts
+    runner, reference = load_model(str(tmp_path / "m.gguf"), n_ctx=512, n_threads=2), load(str(folder))
+    assert relative_difference(*where_routed_alike(runner, reference, TOKENS)) <= 1e-3
+    text = np.array(tokenize(open_checkpoint(str(folder)), CHECK_TEXT, special=True), np.int32)
+    assert divergence(*where_routed_alike(runner, reference, text)) < 1e-4
+    if not name.endswith(
+        "-top-1"
+    ):  # where a near tie moves a whole FFN's output, which the converter's own check counts
         assert document["check"]["kld"] < 1e-4
 
 

@@ -31,7 +31,8 @@ def test_the_largest_comes_first():
     assert order == [9, 7, 3, 1]
 
 
-def test_an_error_is_raised_and_ends_what_still_runs():
+@pytest.mark.parametrize("cost_of_failing", [0, 2])
+def test_an_error_is_raised_and_ends_what_still_runs(cost_of_failing):
     started, ended = threading.Event(), threading.Event()
 
     def endless(n_threads: int) -> None:
@@ -48,6 +49,6 @@ def test_an_error_is_raised_and_ends_what_still_runs():
         raise ValueError("this one")
 
     with pytest.raises(ValueError, match="this one"):
-        run_tasks([Task(1, fails), Task(0, endless)], 2)
+        run_tasks([Task(cost_of_failing, fails), Task(1, endless)], 2)
     assert ended.is_set()
     run_tasks([Task(1, lambda n: stop_point())], 1)  # and the next ones run again

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from ..architecture import Architecture, ChannelGroup, HeadGroup, Vector
+from ..architecture import Vector
 from . import llama, qwen2
 
 # Between projection and rope, shared by all heads: their scales cannot be folded into rows that rope mixes.
@@ -17,15 +18,12 @@ def check(config: Any) -> None:
     qwen2.check(config)
 
 
-ARCHITECTURE = Architecture(
+ARCHITECTURE = replace(
+    llama.ARCHITECTURE,
     model_type="qwen3",
     gguf_name="qwen3",
-    norms=llama.NORMS,
     vectors=HEAD_NORMS,
     linears=qwen2.ATTENTION + llama.FFN,
-    channels=ChannelGroup(("ffn_gate", "ffn_up"), "ffn_down"),
-    heads=HeadGroup("attn_v", "attn_output"),
     check=check,
-    hparams=llama.hparams,
     gguf_input=False,
 )

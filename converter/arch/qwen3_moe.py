@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from ..architecture import Architecture, ChannelGroup, HeadGroup, HParams
+from ..architecture import HParams
 from . import llama, mixtral, qwen2, qwen3
 
 MOE = mixtral.moe("mlp.gate.weight", "mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj")
@@ -25,16 +26,13 @@ def hparams(config: Any) -> HParams:
     }
 
 
-ARCHITECTURE = Architecture(
+ARCHITECTURE = replace(
+    mixtral.ARCHITECTURE,
     model_type="qwen3_moe",
     gguf_name="qwen3moe",
-    norms=llama.NORMS,
     vectors=qwen3.HEAD_NORMS,
     linears=qwen2.ATTENTION + MOE,
-    channels=ChannelGroup(("ffn_gate_exps", "ffn_up_exps"), "ffn_down_exps"),
-    heads=HeadGroup("attn_v", "attn_output"),
     check=check,
     hparams=hparams,
     n_experts=lambda config: config.num_experts,
-    gguf_input=False,
 )

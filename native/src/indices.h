@@ -33,16 +33,21 @@ typedef struct {
         CQ_TYPE_CASE(CQ_CQ4T, __VA_ARGS__)                                                                             \
     }
 
+/* Whether no expert's last rows are fewer than share codebooks: then nothing needs a division. */
+static inline int cq_full_rings(const cq_matrix *w) { return (w->n_rows & (w->codebook_rows - 1)) == 0; }
+
 /* Which row of codebooks a row (counted over all experts) looks up. */
 static inline int64_t cq_codebook_row(const cq_matrix *w, int64_t row) {
     const int32_t shift = __builtin_ctz((unsigned)w->codebook_rows);
-    if (w->n_experts == 1 || w->n_rows % w->codebook_rows == 0) return row >> shift;
+    if (w->n_experts == 1 || cq_full_rings(w)) return row >> shift;
     const int64_t expert = row / w->n_rows;
     return expert * cq_ceil_div(w->n_rows, w->codebook_rows) + ((row - expert * w->n_rows) >> shift);
 }
 
 /* The row `up` rows above (1 or 2), in the ring of rows that share their codebooks: the first row follows the last. */
 static inline int64_t cq_row_above(const cq_matrix *w, int64_t row, int32_t up) {
+    const int64_t last = w->codebook_rows - 1;
+    if (cq_full_rings(w)) return (row & ~last) | ((row - up) & last);
     const int32_t in_expert = (int32_t)(row % w->n_rows), position = in_expert & (w->codebook_rows - 1);
     const int32_t size = cq_min(w->codebook_rows, w->n_rows - (in_expert - position));
     return row - position + (position + 2 * size - up) % size;
@@ -50,7 +55,8 @@ static inline int64_t cq_row_above(const cq_matrix *w, int64_t row, int32_t up) 
 
 static inline cq_row cq_row_at(const cq_matrix *w, int64_t row) {
     const int32_t index_bits = cq_index_bits(w->type), scale_cols = w->scale_cols ? w->scale_cols : w->n_cols;
-    const int64_t n_codebooks = cq_ceil_div(w->n_cols, w->codebook_cols), n_groups = cq_ceil_div(w->n_cols, scale_cols);
+    const int64_t n_codebooks = w->codebook_cols >= w->n_cols ? 1 : cq_ceil_div(w->n_cols, w->codebook_cols);
+    const int64_t n_groups = scale_cols == CQ_BLOCK ? w->n_cols / CQ_BLOCK : cq_ceil_div(w->n_cols, scale_cols);
     const int64_t row_bytes = (int64_t)w->n_cols / 8 * cq_stored_bits(w->type);
     const int trellis = cq_has_trellis(w->type);
     return (cq_row){
@@ -92,7 +98,7 @@ static inline uint64_t cq_plane(const uint8_t *bytes) {
 }
 
 /* Types with T: the two upper bits of the indices of block b. Each row stores one bit per column, its last eight bytes
- * of a block; `upper` is the row above's, `lower` the row's own times (xor) that of two rows above. */
+ * of a block; `upper` is the row above's, `lower` the row's own xor that of two rows above. */
 typedef struct {
     uint64_t lower, upper;
 } cq_path;
