@@ -104,8 +104,8 @@ def pack(indices: NDArray[np.uint8], cq: CQType, codebook_rows: int = 1) -> NDAr
 
     CQ4: byte j = index j | index j+32 << 4. CQ2: byte j holds indices j, j+16, j+32, j+48, lowest bits first.
     CQ3, CQ5: the lower bits of each index as CQ2 and CQ4, then 8 bytes with the high bits, bit j % 8 of byte j / 8.
-    Types with T: the lowest bits of each index, one fewer than are stored, like those of a plain type, then 8 bytes
-    with the free bits u; the index's bit above those is u ^ u of two rows above, the highest is u of the row above.
+    Types with T store, as the type without T does, the lowest bits of each index and above them a free bit u; the
+    index has u ^ u of two rows above in that place, and above it u of the row above.
     ValueError if an index does not fit the type, or no choice of u gives the indices.
     """
     packed_shape(indices.shape, cq)
@@ -113,31 +113,20 @@ def pack(indices: NDArray[np.uint8], cq: CQType, codebook_rows: int = 1) -> NDAr
         raise ValueError(f"index {int(indices.max())} does not fit {cq.name}")
     if not cq.trellis:
         return _pack_bits(indices, cq.bits)
-    rest, lower, upper = _field(indices, 0, cq.bits - 1), _field(indices, cq.bits - 1, 1), _field(indices, cq.bits, 1)
-    free = _rows_above(upper, codebook_rows, -1)
-    if (lower != free ^ _rows_above(free, codebook_rows, 2)).any():
+    one, free_bit = np.uint8(1), np.uint8(1 << cq.bits - 1)
+    free = _rows_above(indices >> one & free_bit, codebook_rows, -1)
+    if ((indices & free_bit) != free ^ _rows_above(free, codebook_rows, 2)).any():
         raise ValueError(f"{cq.name}: the indices are not on the trellis")
-    blocks = [_pack_bits(part, bits) for part, bits in ((rest, cq.bits - 1), (free, 1))]
-    split = [block.reshape(*indices.shape[:-1], indices.shape[-1] // BLOCK, -1) for block in blocks]
-    return np.concatenate(split, axis=-1).reshape(packed_shape(indices.shape, cq))
+    return _pack_bits(indices & free_bit - one | free, cq.bits)
 
 
 def unpack(packed: NDArray[np.uint8], cq: CQType, codebook_rows: int = 1) -> NDArray[np.uint8]:
     """Inverse of pack: bytes [..., rows, n * block_bytes] -> indices [..., rows, n * 64]."""
+    stored = _unpack_bits(packed, cq.bits)
     if not cq.trellis:
-        return _unpack_bits(packed, cq.bits)
-    blocks = packed.reshape(*packed.shape[:-1], -1, cq.block_bytes)
-    rest, free = (
-        _unpack_bits(part.reshape(*packed.shape[:-1], -1), bits)
-        for part, bits in ((blocks[..., :-8], cq.bits - 1), (blocks[..., -8:], 1))
-    )
-    above, above2 = (_rows_above(free, codebook_rows, up) for up in (1, 2))
-    return rest | (free ^ above2) << np.uint8(cq.bits - 1) | above << np.uint8(cq.bits)
-
-
-def _field(values: NDArray[np.uint8], first: int, n: int) -> NDArray[np.uint8]:
-    """n bits from bit `first` on."""
-    return values >> np.uint8(first) & np.uint8((1 << n) - 1)
+        return stored
+    free = stored & np.uint8(1 << cq.bits - 1)
+    return stored ^ _rows_above(free, codebook_rows, 2) | _rows_above(free, codebook_rows, 1) << np.uint8(1)
 
 
 def _rows_above(values: NDArray[np.uint8], codebook_rows: int, up: int) -> NDArray[np.uint8]:
@@ -150,12 +139,10 @@ def _rows_above(values: NDArray[np.uint8], codebook_rows: int, up: int) -> NDArr
 
 
 def _pack_bits(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """[..., cols] of 1 to 5 bits -> blocks of 64: four or two bits side by side, then the plane of an odd bit."""
+    """[..., cols] of 2 to 5 bits -> blocks of 64: four or two bits side by side, then the plane of an odd bit."""
     block, even = values.reshape(-1, BLOCK), bits & ~1
-    parts = []
-    if even:
-        lanes = (block & (1 << even) - 1).reshape(-1, 8 // even, BLOCK * even // 8)
-        parts.append(np.bitwise_or.reduce([lanes[:, i] << i * even for i in range(8 // even)]).astype(np.uint8))
+    lanes = (block & (1 << even) - 1).reshape(-1, 8 // even, BLOCK * even // 8)
+    parts = [np.bitwise_or.reduce([lanes[:, i] << i * even for i in range(8 // even)]).astype(np.uint8)]
     if bits != even:
         parts.append(np.packbits(block >> even, axis=1, bitorder="little"))
     return np.concatenate(parts, axis=1).reshape(*values.shape[:-1], values.shape[-1] * bits // 8)
@@ -164,9 +151,7 @@ def _pack_bits(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 def _unpack_bits(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     block, even = packed.reshape(-1, BLOCK * bits // 8), bits & ~1
     low = block[:, : BLOCK * even // 8]
-    out = np.zeros((len(block), BLOCK), np.uint8)
-    if even:
-        out |= np.concatenate([low >> shift & (1 << even) - 1 for shift in range(0, 8, even)], axis=1)
+    out = np.concatenate([low >> shift & (1 << even) - 1 for shift in range(0, 8, even)], axis=1)
     if bits != even:
         out |= np.unpackbits(block[:, low.shape[1] :], axis=1, bitorder="little") << even
     return out.reshape(*packed.shape[:-1], packed.shape[-1] * 8 // bits)

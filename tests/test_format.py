@@ -62,10 +62,11 @@ def test_pack_refuses_indices_off_the_trellis():
 
 
 def test_every_free_bit_of_a_trellis_reaches_three_rows():
-    for cq, plane in ((CQType.CQ2T, 8), (CQType.CQ3T, 16), (CQType.CQ4T, 24)):
+    column_11 = {CQType.CQ2T: (11, 1 << 1), CQType.CQ3T: (16 + 1, 1 << 3), CQType.CQ4T: (11, 1 << 3)}
+    for cq, (byte, bit) in column_11.items():
         for row in range(4):
             packed = np.zeros((4, cq.block_bytes), np.uint8)
-            packed[row, plane + 1] = 1 << 3  # column 11
+            packed[row, byte] = bit
             want = np.zeros((4, 64), np.uint8)
             want[row, 11] = want[(row + 2) % 4, 11] = 1 << cq.bits - 1
             want[(row + 1) % 4, 11] = 1 << cq.bits

@@ -54,43 +54,73 @@ typedef struct {
     __m256i first, second;
 } indices64, weights64;
 
-CQ_INLINE indices64 no_bits(void) { return (indices64){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+typedef indices64 halves64; /* the top bit of each byte */
 
-CQ_INLINE indices64 four_bits(const uint8_t *block) {
-    const __m256i bytes = _mm256_loadu_si256((const __m256i *)block), mask = _mm256_set1_epi8(15);
-    return (indices64){_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
+CQ_INLINE __m256i load32(const uint8_t *block) { return _mm256_loadu_si256((const __m256i *)block); }
+
+CQ_INLINE __m256i load_both_lanes(const uint8_t *block) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)block));
 }
 
-CQ_INLINE indices64 two_bits(const uint8_t *block) {
-    const __m256i lanes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)block));
-    const __m256i mask = _mm256_set1_epi8(3);
-    return (indices64){_mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(2, 2, 0, 0)), mask),
-                       _mm256_and_si256(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(6, 6, 4, 4)), mask)};
+CQ_INLINE indices64 and_all(__m256i first, __m256i second, const char bits) {
+    const __m256i mask = _mm256_set1_epi8(bits);
+    return (indices64){_mm256_and_si256(first, mask), _mm256_and_si256(second, mask)};
+}
+
+CQ_INLINE indices64 fours_of(__m256i bytes) { return and_all(bytes, _mm256_srli_epi16(bytes, 4), 15); }
+
+CQ_INLINE indices64 twos_of(__m256i lanes) {
+    return and_all(_mm256_srlv_epi64(lanes, _mm256_set_epi64x(2, 2, 0, 0)),
+                   _mm256_srlv_epi64(lanes, _mm256_set_epi64x(6, 6, 4, 4)), 3);
+}
+
+CQ_INLINE indices64 four_bits(const uint8_t *block) { return fours_of(load32(block)); }
+CQ_INLINE indices64 two_bits(const uint8_t *block) { return twos_of(load_both_lanes(block)); }
+
+CQ_INLINE __m256i xor_masked(__m256i a, __m256i b, const char mask) { /* a ^ (b & mask) */
+    return _mm256_xor_si256(a, _mm256_and_si256(b, _mm256_set1_epi8(mask)));
+}
+
+CQ_INLINE indices64 four_bits_on_trellis(const uint8_t *block, const uint8_t *above2) {
+    return fours_of(xor_masked(load32(block), load32(above2), (char)0x88));
+}
+
+CQ_INLINE indices64 two_bits_on_trellis(const uint8_t *block, const uint8_t *above, const uint8_t *above2) {
+    const indices64 lower = twos_of(xor_masked(load_both_lanes(block), load_both_lanes(above2), (char)0xaa));
+    const indices64 stored = two_bits(above), upper = and_all(stored.first, stored.second, 2);
+    return (indices64){_mm256_or_si256(lower.first, _mm256_slli_epi16(upper.first, 1)),
+                       _mm256_or_si256(lower.second, _mm256_slli_epi16(upper.second, 1))};
 }
 
 /* Every bit of the plane, as a byte of ones or zeros: byte i of a half takes byte i / 8 and keeps bit i % 8. */
-CQ_INLINE indices64 bit_masks(uint64_t plane) {
+CQ_INLINE halves64 halves_of_plane(uint64_t plane) {
     const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
     const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
     const __m256i first = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)plane), spread);
     const __m256i second = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)(plane >> 32)), spread);
-    return (indices64){_mm256_cmpeq_epi8(_mm256_and_si256(first, bit), bit),
-                       _mm256_cmpeq_epi8(_mm256_and_si256(second, bit), bit)};
+    return (halves64){_mm256_cmpeq_epi8(_mm256_and_si256(first, bit), bit),
+                      _mm256_cmpeq_epi8(_mm256_and_si256(second, bit), bit)};
+}
+
+CQ_INLINE halves64 halves_of_fours(const uint8_t *above) {
+    const __m256i bytes = load32(above);
+    return (halves64){_mm256_slli_epi16(bytes, 4), bytes};
 }
 
 CQ_INLINE indices64 add_bit(indices64 index, uint64_t plane, const char value) {
-    const indices64 mask = bit_masks(plane);
-    const __m256i bit = _mm256_set1_epi8(value);
-    return (indices64){_mm256_or_si256(index.first, _mm256_and_si256(mask.first, bit)),
-                       _mm256_or_si256(index.second, _mm256_and_si256(mask.second, bit))};
+    const halves64 mask = halves_of_plane(plane);
+    const indices64 bits = and_all(mask.first, mask.second, value);
+    return (indices64){_mm256_or_si256(index.first, bits.first), _mm256_or_si256(index.second, bits.second)};
 }
 
-CQ_INLINE weights64 look_up(const int32_t type, entries table, indices64 index, uint64_t upper) {
-    const weights64 low = {_mm256_shuffle_epi8(table.low, index.first), _mm256_shuffle_epi8(table.low, index.second)};
-    if (cq_index_bits(type) < 5) return low;
-    const indices64 mask = bit_masks(upper);
-    return (weights64){_mm256_blendv_epi8(low.first, _mm256_shuffle_epi8(table.high, index.first), mask.first),
-                       _mm256_blendv_epi8(low.second, _mm256_shuffle_epi8(table.high, index.second), mask.second)};
+CQ_INLINE weights64 look_up(entries table, indices64 index) {
+    return (weights64){_mm256_shuffle_epi8(table.low, index.first), _mm256_shuffle_epi8(table.low, index.second)};
+}
+
+CQ_INLINE weights64 look_up_32(entries table, indices64 index, halves64 halves) {
+    const weights64 low = look_up(table, index);
+    return (weights64){_mm256_blendv_epi8(low.first, _mm256_shuffle_epi8(table.high, index.first), halves.first),
+                       _mm256_blendv_epi8(low.second, _mm256_shuffle_epi8(table.high, index.second), halves.second)};
 }
 
 #include "decode.h"

@@ -144,27 +144,61 @@ CQ_INLINE void tables_at(cursor *c, const int32_t type, const enum table_source 
 
 typedef __m512i indices64, weights64; /* weights: W + 128 */
 
-CQ_INLINE indices64 no_bits(void) { return _mm512_setzero_si512(); }
+typedef __mmask64 halves64;
 
-CQ_INLINE indices64 four_bits(const uint8_t *block) {
-    const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)block));
+CQ_INLINE __m512i load_both_halves(const uint8_t *block) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)block));
+}
+
+CQ_INLINE __m512i load_all_lanes(const uint8_t *block) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)block));
+}
+
+CQ_INLINE indices64 fours_of(__m512i both) {
     const __m512i shifted = _mm512_srlv_epi64(both, _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0));
     return _mm512_and_si512(shifted, _mm512_set1_epi8(15));
 }
 
+CQ_INLINE __m512i align_twos(__m512i lanes) {
+    return _mm512_srlv_epi64(lanes, _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0));
+}
+
+CQ_INLINE indices64 four_bits(const uint8_t *block) { return fours_of(load_both_halves(block)); }
+
 CQ_INLINE indices64 two_bits(const uint8_t *block) {
-    const __m512i lanes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)block));
-    const __m512i shifted = _mm512_srlv_epi64(lanes, _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0));
-    return _mm512_and_si512(shifted, _mm512_set1_epi8(3));
+    return _mm512_and_si512(align_twos(load_all_lanes(block)), _mm512_set1_epi8(3));
+}
+
+CQ_INLINE __m512i xor_masked(__m512i a, __m512i b, const char mask) { /* a ^ (b & mask) */
+    return _mm512_ternarylogic_epi64(a, b, _mm512_set1_epi8(mask), 0x78);
+}
+
+CQ_INLINE indices64 four_bits_on_trellis(const uint8_t *block, const uint8_t *above2) {
+    return fours_of(xor_masked(load_both_halves(block), load_both_halves(above2), (char)0x88));
+}
+
+CQ_INLINE indices64 two_bits_on_trellis(const uint8_t *block, const uint8_t *above, const uint8_t *above2) {
+    const __m512i lower = align_twos(xor_masked(load_all_lanes(block), load_all_lanes(above2), (char)0xaa));
+    const __m512i upper = _mm512_rolv_epi64(load_all_lanes(above), _mm512_set_epi64(59, 59, 61, 61, 63, 63, 1, 1));
+    const __m512i selected = _mm512_ternarylogic_epi64(lower, upper, _mm512_set1_epi8(4), 0xd8); /* 4: of upper */
+    return _mm512_and_si512(selected, _mm512_set1_epi8(7));
 }
 
 CQ_INLINE indices64 add_bit(indices64 index, uint64_t plane, const char value) {
     return _mm512_mask_add_epi8(index, plane, index, _mm512_set1_epi8(value));
 }
 
-CQ_INLINE weights64 look_up(const int32_t type, entries table, indices64 index, uint64_t upper) {
-    const __m512i low = _mm512_shuffle_epi8(table.half[0], index);
-    return cq_index_bits(type) == 5 ? _mm512_mask_shuffle_epi8(low, upper, table.half[1], index) : low;
+CQ_INLINE halves64 halves_of_plane(uint64_t plane) { return plane; }
+
+CQ_INLINE halves64 halves_of_fours(const uint8_t *above) {
+    const __m512i fourth_bits = _mm512_inserti64x4(_mm512_set1_epi8(8), _mm256_set1_epi8((char)0x80), 1);
+    return _mm512_test_epi8_mask(load_both_halves(above), fourth_bits);
+}
+
+CQ_INLINE weights64 look_up(entries table, indices64 index) { return _mm512_shuffle_epi8(table.half[0], index); }
+
+CQ_INLINE weights64 look_up_32(entries table, indices64 index, halves64 halves) {
+    return _mm512_mask_shuffle_epi8(look_up(table, index), halves, table.half[1], index);
 }
 
 #include "decode.h"
@@ -193,8 +227,10 @@ CQ_INLINE void gemv_rows(const int32_t N, const int32_t type, const enum table_s
     for (int32_t r = 0; r < N; r++) c[r] = cursor_at(w, row + r, type, source), sum[r] = _mm512_setzero_si512();
     int32_t b = 0;
     for (; b + 4 <= n_blocks; b += 4) {
-        /* the same place N rows on: the next call of this function reads it */
-        const int64_t ahead = (int64_t)(N * n_blocks + b) * 8 * cq_stored_bits(type);
+        /* the same place N rows on, which the next call of this function reads; with a trellis a ring on, as the first
+         * rows of a ring read its last ones */
+        const int32_t rows_on = cq_has_trellis(type) ? CQ_ROWS : N;
+        const int64_t ahead = (int64_t)(rows_on * n_blocks + b) * 8 * cq_stored_bits(type);
 #pragma GCC unroll 2
         for (int32_t r = 0; r < N; r++)
 #pragma GCC unroll 2

@@ -96,16 +96,4 @@ static inline uint64_t cq_plane(const uint8_t *bytes) {
     memcpy(&plane, bytes, 8);
     return plane;
 }
-
-/* Types with T: the two upper bits of the indices of block b. Each row stores one bit per column, its last eight bytes
- * of a block; `upper` is the row above's, `lower` the row's own xor that of two rows above. */
-typedef struct {
-    uint64_t lower, upper;
-} cq_path;
-
-static inline cq_path cq_path_at(const cq_row *row, const int32_t type, int32_t b) {
-    const int32_t bits = cq_stored_bits(type);
-    const int64_t at = (int64_t)b * 8 * bits + 8 * (bits - 1);
-    return (cq_path){cq_plane(row->indices + at) ^ cq_plane(row->above2 + at), cq_plane(row->above + at)};
-}
 #endif

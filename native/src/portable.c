@@ -61,20 +61,19 @@ static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
 
 #include "float_ops.h"
 
-/* Of 1 to 5 bits per index; an odd number of bits: the plane of high bits follows the others. */
-static int32_t stored_index(const uint8_t *block, int32_t bits, int32_t i) {
-    const int32_t plane = bits & ~1, high = bits == plane ? 0 : block[8 * plane + i / 8] >> (i % 8) & 1;
-    if (plane == 0) return high;
-    return (plane == 4 ? block[i % 32] >> (i / 32 * 4) & 15 : block[i % 16] >> (i / 16 * 2) & 3) | high << plane;
+/* Of 2 to 5 bits; an odd number of bits: the plane of high bits follows the others. */
+static int32_t stored_bits(const uint8_t *block, int32_t bits, int32_t i) {
+    const int32_t even = bits & ~1, high = bits == even ? 0 : block[8 * even + i / 8] >> (i % 8) & 1;
+    return (even == 4 ? block[i % 32] >> (i / 32 * 4) & 15 : block[i % 16] >> (i / 16 * 2) & 3) | high << even;
 }
 
 static int32_t index_at(const cq_row *row, int32_t type, int32_t b, int32_t i) {
-    const int32_t bits = cq_stored_bits(type);
-    const uint8_t *block = row->indices + (int64_t)b * 8 * bits;
-    if (!cq_has_trellis(type)) return stored_index(block, bits, i);
-    const cq_path path = cq_path_at(row, type, b);
-    return stored_index(block, bits - 1, i) | (int32_t)(path.lower >> i & 1) << (bits - 1) |
-           (int32_t)(path.upper >> i & 1) << bits;
+    const int32_t bits = cq_stored_bits(type), free_bit = 1 << (bits - 1);
+    const int64_t at = (int64_t)b * 8 * bits;
+    const int32_t stored = stored_bits(row->indices + at, bits, i);
+    if (!cq_has_trellis(type)) return stored;
+    const int32_t above = stored_bits(row->above + at, bits, i), above2 = stored_bits(row->above2 + at, bits, i);
+    return (stored ^ (above2 & free_bit)) | (above & free_bit) << 1;
 }
 
 static void decode_row(const cq_matrix *w, int64_t row_index, int8_t *out) {

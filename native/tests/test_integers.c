@@ -13,21 +13,13 @@ static void put_bit(uint8_t *plane, int32_t i, int32_t bit) { plane[i / 8] |= (u
 
 /* stored: of a type with T the free bit u above the bits of the index that it stores itself. */
 static void put_index(uint8_t *block, int32_t type, int32_t i, int32_t stored) {
-    switch (type) {
-    case CQ_CQ2T:
-        put_bit(block, i, stored), put_bit(block + 8, i, stored >> 1);
-        return;
-    case CQ_CQ4T:
-        put_bit(block + 24, i, stored >> 3); /* then as CQ3 */
-        break;
-    case CQ_CQ4:
-    case CQ_CQ5:
+    const int32_t k = type % 10;
+    if (k >= 4)
         block[i % 32] |= (uint8_t)((stored & 15) << (i < 32 ? 0 : 4));
-        if (type == CQ_CQ5) put_bit(block + 32, i, stored >> 4);
-        return;
-    }
-    block[i % 16] |= (uint8_t)((stored & 3) << (i / 16 * 2));
-    if (type != CQ_CQ2) put_bit(block + 16, i, stored >> 2);
+    else
+        block[i % 16] |= (uint8_t)((stored & 3) << (i / 16 * 2));
+    if (k == 3) put_bit(block + 16, i, stored >> 2);
+    if (k == 5) put_bit(block + 32, i, stored >> 4);
 }
 
 /* The index that the stored bits of a row and of those above it mean, all rows of a ring at one column. */
