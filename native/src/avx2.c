@@ -137,7 +137,7 @@ CQ_INLINE int32_t gemv_row(const int32_t type, const int32_t scale_every, const 
         for (int32_t b = span.begin; b < span.end; b++) {
             _mm_prefetch((const char *)row.indices + (int64_t)b * 8 * cq_stored_bits(type) + 2048, _MM_HINT_T0);
             if (scale_every) table = table_of(codebook, type, row.group_scales + b / scale_every);
-            const weights64 weights = decode_block(&row, type, b, table);
+            const weights64 weights = decode_row_block(&row, type, b, table);
             const __m256i *activations = (const __m256i *)(x + (int64_t)b * CQ_BLOCK);
             even = _mm256_add_epi32(even, multiply_i8(weights.first, _mm256_loadu_si256(activations)));
             odd = _mm256_add_epi32(odd, multiply_i8(weights.second, _mm256_loadu_si256(activations + 1)));
@@ -202,7 +202,7 @@ CQ_INLINE void decode_blocks(const int32_t type, const cq_row *row, cq_span *spa
         if (b == span->end) cq_next_span(row, type, span);
         const entries table = table_of(load_codebook(span->centroids, type), type, span->group_scale);
         for (const int32_t stop = cq_min(end, span->end); b < stop; b++, out += CQ_BLOCK) {
-            const weights64 weights = decode_block(row, type, b, table);
+            const weights64 weights = decode_row_block(row, type, b, table);
             _mm256_store_si256((__m256i *)out, weights.first);
             _mm256_store_si256((__m256i *)(out + 32), weights.second);
         }

@@ -50,12 +50,20 @@ typedef struct {
     __m512i half[2];
 } entries;
 
+/* ROW_TABLE and SPANS: a row and the table of its current span. */
 typedef struct {
     cq_row row;
     cq_span span;
-    entries table;     /* ROW_TABLE and SPANS: of the span */
-    entries low, high; /* BLOCK_SCALES and PAIR_SCALES: centroids 0..7 and 8..15 as int16 in every lane */
+    entries table;
 } cursor;
+
+/* BLOCK_SCALES and PAIR_SCALES: a codebook, entries 0..7 and 8..15 as int16 in every lane, for the scales to multiply.
+ */
+typedef struct {
+    const int8_t *centroids;
+    int32_t end; /* the first block of the next codebook */
+    entries low, high;
+} codebook;
 
 CQ_INLINE int32_t n_halves(const int32_t type) { return cq_index_bits(type) == 5 ? 2 : 1; }
 
@@ -71,57 +79,62 @@ CQ_INLINE entries span_table(const cq_span *span, const int32_t type) {
     return table;
 }
 
-CQ_INLINE void load_codebook(cursor *c, const int32_t type) {
+CQ_INLINE int scales_codebook(const enum table_source source) {
+    return source == BLOCK_SCALES || source == PAIR_SCALES;
+}
+
+CQ_INLINE codebook load_codebook(const int8_t *centroids, int32_t end, const int32_t type) {
+    codebook book = {centroids, end, {{_mm512_setzero_si512()}}, {{_mm512_setzero_si512()}}};
 #pragma GCC unroll 2
     for (int32_t i = 0; i < n_halves(type); i++) {
-        const __m128i centroids = load_centroids(c->span.centroids + 16 * i, cq_index_bits(type));
-        c->low.half[i] = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(centroids));
-        c->high.half[i] = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(_mm_srli_si128(centroids, 8)));
+        const __m128i half = load_centroids(centroids + 16 * i, cq_index_bits(type));
+        book.low.half[i] = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(half));
+        book.high.half[i] = _mm512_broadcast_i32x4(_mm_cvtepi8_epi16(_mm_srli_si128(half, 8)));
     }
+    return book;
+}
+
+/* The codebook of block b, the one after the last block asked for at most. */
+CQ_INLINE void move_codebook(codebook *book, const cq_row *row, const int32_t type, int32_t b) {
+    if (b == book->end)
+        *book = load_codebook(book->centroids + (1 << cq_index_bits(type)), book->end + row->codebook_blocks, type);
 }
 
 CQ_INLINE cursor cursor_at(const cq_matrix *w, int64_t row, const int32_t type, const enum table_source source) {
     cursor c = {.row = cq_row_at(w, row)};
+    if (scales_codebook(source)) return c;
     c.span = cq_first_span(&c.row);
-    if (source == BLOCK_SCALES || source == PAIR_SCALES)
-        load_codebook(&c, type);
-    else
-        c.table = span_table(&c.span, type);
+    c.table = span_table(&c.span, type);
     return c;
 }
 
 /* Four tables in the four lanes. Lane i takes the high byte of its int16 from scale i, or i / 2: the scale times 256.
  */
-CQ_INLINE entries four_tables(const cursor *c, const int32_t type, const enum table_source source, int32_t b,
-                              const int32_t n) {
+CQ_INLINE entries four_tables(const codebook *book, const int8_t *group_scales, const int32_t type,
+                              const enum table_source source, int32_t b, const int32_t n) {
     const int32_t blocks_per_scale = source == PAIR_SCALES ? 2 : 1, step = source == PAIR_SCALES ? 0 : 0x01000100;
     const int32_t lane1 = 0x00ff00ff + step, lane2 = source == PAIR_SCALES ? 0x01ff01ff : 0x02ff02ff,
                   lane3 = lane2 + step;
     int32_t scales = 0;
-    memcpy(&scales, c->row.group_scales + b / blocks_per_scale, (size_t)cq_ceil_div(n, blocks_per_scale));
+    memcpy(&scales, group_scales + b / blocks_per_scale, (size_t)cq_ceil_div(n, blocks_per_scale));
     const __m512i spread = _mm512_set_epi32(lane3, lane3, lane3, lane3, lane2, lane2, lane2, lane2, lane1, lane1, lane1,
                                             lane1, 0x00ff00ff, 0x00ff00ff, 0x00ff00ff, 0x00ff00ff);
     const __m512i scale = _mm512_shuffle_epi8(_mm512_set1_epi32(scales), spread);
     entries four = {{_mm512_setzero_si512(), _mm512_setzero_si512()}};
 #pragma GCC unroll 2
     for (int32_t i = 0; i < n_halves(type); i++) {
-        const __m512i low = _mm512_mulhrs_epi16(c->low.half[i], scale),
-                      high = _mm512_mulhrs_epi16(c->high.half[i], scale);
+        const __m512i low = _mm512_mulhrs_epi16(book->low.half[i], scale),
+                      high = _mm512_mulhrs_epi16(book->high.half[i], scale);
         four.half[i] = _mm512_xor_si512(_mm512_packs_epi16(low, high), _mm512_set1_epi8(-128));
     }
     return four;
 }
 
 /* Tables of blocks b .. b + n - 1: n <= 4 from a multiple of 4, or one. */
-CQ_INLINE void tables_at(cursor *c, const int32_t type, const enum table_source source, int32_t b, const int32_t n,
-                         entries tables[4]) {
-    if (source == BLOCK_SCALES || source == PAIR_SCALES) {
-        if (b == c->span.codebook_end) {
-            c->span.codebook_end += c->row.codebook_blocks;
-            c->span.centroids += 1 << cq_index_bits(type);
-            load_codebook(c, type);
-        }
-        const entries four = four_tables(c, type, source, b, n);
+CQ_INLINE void tables_at(cursor *c, const codebook *book, const int32_t type, const enum table_source source, int32_t b,
+                         const int32_t n, entries tables[4]) {
+    if (scales_codebook(source)) {
+        const entries four = four_tables(book, c->row.group_scales, type, source, b, n);
 #pragma GCC unroll 2
         for (int32_t i = 0; i < n_halves(type); i++) {
             const __m512i lanes = four.half[i];
@@ -203,52 +216,7 @@ CQ_INLINE weights64 look_up_32(entries table, indices64 index, halves64 halves) 
 
 #include "decode.h"
 
-/* sum[r] += blocks b .. b + n - 1 of N rows. x is loaded once for all of them. */
-CQ_INLINE void gemv_step(const int32_t N, const int32_t type, const enum table_source source, cursor *c, int32_t b,
-                         const int32_t n, const int8_t *x, __m512i *sum) {
-#pragma GCC unroll 2
-    for (int32_t r = 0; r < N; r++) {
-        entries tables[4];
-        tables_at(&c[r], type, source, b, n, tables);
-#pragma GCC unroll 4
-        for (int32_t i = 0; i < n; i++)
-            sum[r] = _mm512_dpbusd_epi32(sum[r], decode_block(&c[r].row, type, b + i, tables[i]),
-                                         _mm512_loadu_si512(x + (b + i) * CQ_BLOCK));
-    }
-}
-
-/* N rows at once: their independent sums and streams hide latency. */
-CQ_INLINE void gemv_rows(const int32_t N, const int32_t type, const enum table_source source, const cq_matrix *w,
-                         int64_t row, const int8_t *x, int32_t x_sum, int32_t *acc) {
-    const int32_t n_blocks = w->n_cols / CQ_BLOCK;
-    cursor c[2];
-    __m512i sum[2];
-#pragma GCC unroll 2
-    for (int32_t r = 0; r < N; r++) c[r] = cursor_at(w, row + r, type, source), sum[r] = _mm512_setzero_si512();
-    int32_t b = 0;
-    for (; b + 4 <= n_blocks; b += 4) {
-        /* the same place N rows on, which the next call of this function reads; with a trellis a ring on, as the first
-         * rows of a ring read its last ones */
-        const int32_t rows_on = cq_has_trellis(type) ? CQ_ROWS : N;
-        const int64_t ahead = (int64_t)(rows_on * n_blocks + b) * 8 * cq_stored_bits(type);
-#pragma GCC unroll 2
-        for (int32_t r = 0; r < N; r++)
-#pragma GCC unroll 2
-            for (int32_t line = 0; line < 32 * cq_stored_bits(type); line += 64)
-                _mm_prefetch((const char *)c[r].row.indices + ahead + line, _MM_HINT_T0);
-        gemv_step(N, type, source, c, b, 4, x, sum);
-    }
-    for (; b < n_blocks; b++) gemv_step(N, type, source, c, b, 1, x, sum);
-#pragma GCC unroll 2
-    for (int32_t r = 0; r < N; r++) acc[r] = _mm512_reduce_add_epi32(sum[r]) - 128 * x_sum;
-}
-
-CQ_INLINE void gemv_all(const int32_t type, const enum table_source source, const cq_matrix *w, int64_t row,
-                        int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc) {
-    int32_t r = 0;
-    for (; r + 2 <= n_rows; r += 2) gemv_rows(2, type, source, w, row + r, x, x_sum, acc + r);
-    for (; r < n_rows; r++) gemv_rows(1, type, source, w, row + r, x, x_sum, acc + r);
-}
+#include "avx512_gemv.h"
 
 /* Calls function(type, source, ...) with both as compile-time constants. */
 #define CQ_SOURCE_CASE(type, source, function, ...)                                                                    \
@@ -273,15 +241,21 @@ CQ_INLINE void decode_half(const int32_t type, const enum table_source source, c
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
     uint8_t rows[HALF_ROWS * CHUNK] __attribute__((aligned(64)));
     cursor c[HALF_ROWS];
+    codebook books[HALF_ROWS];
     memset(rows, 128, sizeof rows); /* rows beyond the matrix: weight zero */
-    for (int32_t r = 0; r < n_rows; r++) c[r] = cursor_at(w, row + r, type, source);
+    for (int32_t r = 0; r < n_rows; r++) {
+        c[r] = cursor_at(w, row + r, type, source);
+        if (scales_codebook(source)) books[r] = load_codebook(c[r].row.centroids, c[r].row.codebook_blocks, type);
+    }
     for (int32_t b = 0; b < n_blocks; b += 4) {
         const int32_t n = cq_min(4, n_blocks - b);
         for (int32_t r = 0; r < n_rows; r++) {
             entries tables[4];
-            tables_at(&c[r], type, source, b, n, tables);
+            if (scales_codebook(source)) move_codebook(&books[r], &c[r].row, type, b);
+            tables_at(&c[r], &books[r], type, source, b, n, tables);
             for (int32_t i = 0; i < n; i++)
-                _mm512_store_si512(rows + r * CHUNK + i * CQ_BLOCK, decode_block(&c[r].row, type, b + i, tables[i]));
+                _mm512_store_si512(rows + r * CHUNK + i * CQ_BLOCK,
+                                   decode_row_block(&c[r].row, type, b + i, tables[i]));
         }
         for (int32_t i = 0; i < n; i++)
             transpose_block(rows + i * CQ_BLOCK, CHUNK, panel + (int64_t)(b + i) * CQ_BLOCK * PANEL_ROWS);

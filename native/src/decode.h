@@ -13,10 +13,9 @@
 #define CQ_DECODE_H
 #include "indices.h"
 
-/* Block b of a row, all its bits as docs/format.md lays them out. */
-CQ_INLINE weights64 decode_block(const cq_row *row, const int32_t type, int32_t b, entries table) {
-    const int64_t at = (int64_t)b * 8 * cq_stored_bits(type);
-    const uint8_t *block = row->indices + at, *above = row->above + at, *above2 = row->above2 + at;
+/* A block, all its bits as docs/format.md lays them out; above, above2: the same block one and two rows above. */
+CQ_INLINE weights64 decode_block(const uint8_t *block, const uint8_t *above, const uint8_t *above2, const int32_t type,
+                                 entries table) {
     if (type == CQ_CQ2) return look_up(table, two_bits(block));
     if (type == CQ_CQ3) return look_up(table, add_bit(two_bits(block), cq_plane(block + 16), 4));
     if (type == CQ_CQ4) return look_up(table, four_bits(block));
@@ -25,5 +24,10 @@ CQ_INLINE weights64 decode_block(const cq_row *row, const int32_t type, int32_t 
     if (type == CQ_CQ4T) return look_up_32(table, four_bits_on_trellis(block, above2), halves_of_fours(above));
     const indices64 lower = add_bit(two_bits(block), cq_plane(block + 16) ^ cq_plane(above2 + 16), 4);
     return look_up(table, add_bit(lower, cq_plane(above + 16), 8));
+}
+
+CQ_INLINE weights64 decode_row_block(const cq_row *row, const int32_t type, int32_t b, entries table) {
+    const int64_t at = (int64_t)b * 8 * cq_stored_bits(type);
+    return decode_block(row->indices + at, row->above + at, row->above2 + at, type, table);
 }
 #endif

@@ -149,7 +149,7 @@ CQ_INLINE void decode_quad(const int32_t type, const cq_matrix *w, int64_t row, 
                 cq_next_span(&rows[r], type, &spans[r]);
                 tables[r] = table_of(load_codebook(spans[r].centroids, type), type, spans[r].group_scale);
             }
-            decoded[r] = decode_block(&rows[r], type, b, tables[r]);
+            decoded[r] = decode_row_block(&rows[r], type, b, tables[r]);
         }
         for (int32_t i = 0; i < 4; i++, out += 64) {
             const uint32x4x4_t four = {{vreinterpretq_u32_s8(decoded[0].v[i]), vreinterpretq_u32_s8(decoded[1].v[i]),

@@ -22,7 +22,7 @@ CQ_INLINE int32_t CQ_NEON(gemv_row)(const int32_t type, const int32_t scale_ever
         for (int32_t b = span.begin; b < span.end; b++) {
             __builtin_prefetch(row.indices + (int64_t)b * 8 * cq_stored_bits(type) + 1024);
             if (scale_every) table = table_of(codebook, type, row.group_scales + b / scale_every);
-            const weights64 weights = decode_block(&row, type, b, table);
+            const weights64 weights = decode_row_block(&row, type, b, table);
             for (int32_t i = 0; i < 4; i++)
                 sum[i] = CQ_NEON(dot16)(sum[i], weights.v[i], vld1q_s8(x + (int64_t)b * CQ_BLOCK + 16 * i));
         }
