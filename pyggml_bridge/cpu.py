@@ -158,8 +158,8 @@ class CPUBackend:
     def _activation(self, x: p.Value, group: int) -> Any:
         n_rows = self.n_batch * x.top_k
         q = self._buffers.take(np.int8, (n_rows, x.width))
-        scales = self._buffers.take(np.float32, (n_rows, x.width // group if group else 1))
-        sums = self._buffers.take(np.int32, (n_rows, 1))
+        n_scales = x.width // group if group else 1
+        scales, sums = (self._buffers.take(kind, (n_rows, n_scales)) for kind in (np.float32, np.int32))
         # Blocks of 32 belong to Q8_0 tensors, which keep 8 bits whatever the file's activation bits.
         activation = ffi.new("cq_activation *", {"bits": 8 if group else self._bits, "group": group})
         activation.q, activation.scales = pointer(q, "int8_t *"), pointer(scales, "float *")

@@ -148,7 +148,7 @@ def test_quantize_is_the_formats_quantizer(bits: int, n: int) -> None:
         grouped = x if group == 0 else x.reshape(-1, group)
         with np.errstate(all="ignore"):
             want_q, want_scales = quantize_activations(grouped, bits)
-        q, scales, sums = np.empty((6, n), np.int8), np.empty(len(grouped), np.float32), np.empty(6, np.int32)
+        q, scales, sums = np.empty((6, n), np.int8), np.empty(len(grouped), np.float32), np.empty(len(grouped), np.int32)
         act = ffi.new("cq_activation *", {"bits": bits, "group": group, "q": pointer(q, "int8_t *")})
         act.scales, act.sums = floats(scales), pointer(sums, "int32_t *")
         run(lib.CQ_OP_QUANTIZE, "quantize", {"x": floats(x), "out": act, "n": n}, 6)
@@ -156,8 +156,33 @@ def test_quantize_is_the_formats_quantizer(bits: int, n: int) -> None:
         finite = np.ones(6, bool)
         finite[3] = False  # 1 / scale overflows: NumPy casts NaN to int8, which no standard defines
         np.testing.assert_array_equal(q[finite], want_q.reshape(6, n)[finite])
-        np.testing.assert_array_equal(sums, q.astype(np.int32).sum(-1))
+        np.testing.assert_array_equal(sums, q.reshape(grouped.shape).astype(np.int32).sum(-1))
         assert np.abs(q).max() == (1 << (bits - 1)) - 1
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 49, 100])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 32), (33, 96), (70, 576)])
+def test_q8_0_multiplies_any_number_of_tokens(tokens: int, rows: int, cols: int) -> None:
+    rng = np.random.default_rng(tokens + rows)
+    n_blocks = cols // 32
+    blocks = np.zeros((rows, n_blocks), np.dtype([("scale", "<f2"), ("q", "i1", 32)]))
+    blocks["scale"], blocks["q"] = rng.uniform(1e-3, 2, blocks.shape), rng.integers(-128, 128, (rows, n_blocks, 32))
+    q = guarded(activations(rng, tokens, cols))
+    scales = guarded(rng.uniform(1e-3, 2, (tokens, n_blocks)).astype(np.float32))
+    sums = guarded(q.reshape(tokens, n_blocks, 32).sum(-1, dtype=np.int32))
+    data, bias = guarded(blocks.view(np.uint8).reshape(-1)), guarded(rng.normal(size=rows).astype(np.float32))
+    before = rng.normal(size=(tokens, rows)).astype(np.float32)
+    out = before.copy()
+    matrix = ffi.new("cq_matrix *", {"type": lib.CQ_Q8_0, "n_experts": 1, "n_rows": rows, "n_cols": cols})
+    matrix.data = pointer(data, "const uint8_t *")
+    act = ffi.new("cq_activation *", {"bits": 8, "group": 32, "q": pointer(q, "int8_t *"), "scales": floats(scales)})
+    act.sums = pointer(sums, "int32_t *")
+    arguments = {"w": matrix, "act": act, "out": floats(out), "bias": floats(bias), "accumulate": 1}
+    run(lib.CQ_OP_LINEAR, "linear", arguments, tokens)
+    x, weights = q.reshape(tokens, n_blocks, 32).astype(np.float64), blocks["q"].astype(np.float64)
+    terms = np.einsum("tbi,rbi->trb", x, weights) * scales[:, None] * blocks["scale"].astype(np.float64)
+    bound = EPS * (n_blocks + 11) * (np.abs(terms).sum(-1) + np.abs(before) + np.abs(bias))
+    assert (np.abs(out - (before + terms.sum(-1) + bias)) <= bound).all()
 
 
 def test_swiglu() -> None:

@@ -34,7 +34,7 @@ typedef struct {
     int32_t bits, group; /* bits 8: -127..127, bits 4: -7..7 */
     int8_t *q;           /* [n_rows][n_cols] */
     float *scales;       /* [n_rows][1, or n_cols / 32] */
-    int32_t *sums;       /* [n_rows]: sum of q over the row */
+    int32_t *sums;       /* as scales: of the q that share one */
 } cq_activation;
 
 /* Which experts each token goes to. A slot is token * top_k + rank. */

@@ -233,6 +233,11 @@ static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_
     }
 }
 
+static void pack_panel(const int8_t *rows, int32_t n_cols, uint8_t *panel) {
+    for (int32_t r = 0; r < PANEL_ROWS; r++)
+        for (int32_t k = 0; k < n_cols; k += 4) memcpy(panel + k * PANEL_ROWS + 4 * r, rows + r * n_cols + k, 4);
+}
+
 /* acc[N][PANEL_ROWS] (+)= panel times N tokens: 2 N accumulators and two weights with their magnitudes fill 16
  * registers. */
 CQ_INLINE void tile(const int32_t N, const uint8_t *panel, const int8_t *const *x, int32_t col, int32_t n_cols,
@@ -303,7 +308,7 @@ static int supported(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-const cq_kernels cq_kernels_avx2 = {"avx2",     supported, gemv,      PANEL_ROWS,      decode_panel,
+const cq_kernels cq_kernels_avx2 = {"avx2",     supported, gemv,      PANEL_ROWS,      decode_panel, pack_panel,
                                     gemm_panel, dot_q8_0,  peak_macs, CQ_FLOAT_KERNELS};
 #if defined(__clang__)
 #pragma clang attribute pop

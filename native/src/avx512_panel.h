@@ -37,6 +37,16 @@ static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t 
     }
 }
 
+static void pack_panel(const int8_t *rows, int32_t n_cols, uint8_t *panel) {
+    for (int32_t r = 0; r < PANEL_ROWS; r++)
+        for (int32_t k = 0; k < n_cols; k += 4) {
+            uint32_t four;
+            memcpy(&four, rows + r * n_cols + k, 4);
+            four ^= 0x80808080;
+            memcpy(panel + k * PANEL_ROWS + 4 * r, &four, 4);
+        }
+}
+
 /* acc[N][PANEL_ROWS] (+)= panel times N tokens: 2 N accumulators, two weight registers, one broadcast. N is a constant
  * and everything is unrolled, else the compiler keeps the accumulators in memory. */
 CQ_INLINE void tile(const int32_t N, const uint8_t *panel, const int8_t *const *tokens, int32_t col, int32_t n_cols,

@@ -91,11 +91,10 @@ static int32_t quantize_group(const float *x, int32_t n, float top, int8_t *q, f
     return sum;
 }
 
-static void quantize(const float *x, int32_t n, int32_t bits, int32_t group, int8_t *q, float *scales, int32_t *sum) {
+static void quantize(const float *x, int32_t n, int32_t bits, int32_t group, int8_t *q, float *scales, int32_t *sums) {
     const float top = (float)((1 << (bits - 1)) - 1);
     const int32_t step = group ? group : n;
-    *sum = 0;
-    for (int32_t i = 0; i < n; i += step) *sum += quantize_group(x + i, step, top, q + i, scales + i / step);
+    for (int32_t i = 0, g = 0; i < n; i += step, g++) sums[g] = quantize_group(x + i, step, top, q + i, scales + g);
 }
 
 /* silu(gate) * up. exp saturates, so a very negative gate needs its own bound to reach zero instead of -inf * tiny. */

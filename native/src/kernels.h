@@ -33,7 +33,10 @@ typedef struct cq_kernels {
     int32_t panel_rows;
     void (*decode_panel)(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel);
 
-    /* acc[n_tokens][panel_rows], any n_tokens; x: a pointer per token, x_sum: a sum per token. */
+    /* The same panel of int8 [panel_rows][n_cols]; n_cols is a multiple of 16. */
+    void (*pack_panel)(const int8_t *rows, int32_t n_cols, uint8_t *panel);
+
+    /* acc[n_tokens][panel_rows], any n_tokens; n_cols a multiple of 16; x: a pointer per token, x_sum: a sum per token. */
     void (*gemm_panel)(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
                        int32_t n_tokens, int32_t *acc);
 
@@ -45,7 +48,7 @@ typedef struct cq_kernels {
 
     /* ---- floats: float_ops.h compiled for this instruction set ---- */
     void (*rms_norm)(const float *x, const float *weight, float *out, int32_t n, float eps);
-    void (*quantize)(const float *x, int32_t n, int32_t bits, int32_t group, int8_t *q, float *scales, int32_t *sum);
+    void (*quantize)(const float *x, int32_t n, int32_t bits, int32_t group, int8_t *q, float *scales, int32_t *sums);
     void (*swiglu)(const float *gate, const float *up, float *out, int32_t n);
     void (*hadamard)(float *x, int32_t n, int32_t block);       /* in place, each block of columns */
     void (*axpy)(float a, const float *x, float *y, int32_t n); /* y += a x */

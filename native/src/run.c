@@ -22,7 +22,7 @@ static void run_quantize(const cq_worker *worker, const cq_quantize *op, int32_t
     int32_t n_scales = op->out->group ? op->n / op->out->group : 1;
     for (int64_t t = range.begin; t < range.end; t++)
         worker->kernels->quantize(op->x + t * op->n, op->n, op->out->bits, op->out->group, op->out->q + t * op->n,
-                                  op->out->scales + t * n_scales, op->out->sums + t);
+                                  op->out->scales + t * n_scales, op->out->sums + t * n_scales);
 }
 
 static void rotate_head(float *x, const float *cos_sin, int32_t n_rot, int32_t interleaved) {

@@ -103,6 +103,19 @@ static void check_gemv(const sample *s, const int8_t *x, int32_t x_sum) {
     free(acc);
 }
 
+/* Packing what a panel's bytes mean gives the same panel. */
+static void check_pack(const sample *s, int32_t first, int32_t n, const uint8_t *panel) {
+    const size_t bytes = (size_t)cq_kernels_current()->panel_rows * s->w.n_cols;
+    guarded rows = guarded_new(bytes);
+    uint8_t *packed = aligned_alloc(64, bytes);
+    memset(rows.data, 0, bytes);
+    memcpy(rows.data, s->weights + (int64_t)first * s->w.n_cols, (size_t)n * s->w.n_cols);
+    cq_kernels_current()->pack_panel(rows.data, s->w.n_cols, packed);
+    CHECK(memcmp(packed, panel, bytes) == 0, "pack_panel differs from decode_panel: type %d, %d rows from %d",
+          s->w.type, n, first);
+    guarded_free(rows), free(packed);
+}
+
 static void check_gemm(const sample *s, const int8_t *const *x, const int32_t *x_sum, int32_t n_tokens) {
     const cq_kernels *kernels = cq_kernels_current();
     const int32_t panel_rows = kernels->panel_rows, n_rows = s->w.n_experts * s->w.n_rows;
@@ -114,6 +127,7 @@ static void check_gemm(const sample *s, const int8_t *const *x, const int32_t *x
         acc[n_tokens * panel_rows] = 12345;
         kernels->decode_panel(&s->w, first, n, panel);
         CHECK(panel[(size_t)panel_rows * s->w.n_cols] == 99, "decode_panel wrote past the panel");
+        check_pack(s, first, n, panel);
         kernels->gemm_panel(panel, s->w.n_cols, x, x_sum, n_tokens, acc);
         for (int32_t t = 0; t < n_tokens; t++)
             for (int32_t r = 0; r < panel_rows; r++) {

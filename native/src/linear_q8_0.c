@@ -1,0 +1,92 @@
+/* Q8_0 matrices: each block of 32 columns has a scale of its own in the weights and in the activations.
+ *
+ * A few tokens: dot products. More: each block of columns of a panel of rows is a small integer GEMM of its own, whose
+ * accumulators are scaled and added up as floats. Rows are packed into panels once for all tokens. */
+#include "linear.h"
+#include <string.h>
+
+static int64_t align64(int64_t n) { return (n + 63) & ~(int64_t)63; }
+
+/* The panels of all blocks of columns, then their scales [n_cols / 32][panel_rows]. */
+int64_t cq_q8_0_scratch_bytes(const cq_kernels *kernels, const cq_matrix *w) {
+    const int64_t weights = (int64_t)kernels->panel_rows * w->n_cols;
+    return align64(weights) + weights / CQ_Q8_0_COLS * (int64_t)sizeof(float);
+}
+
+static void dot_rows(const cq_worker *worker, const cq_items *it, int64_t row, int32_t n_rows, int32_t out_col) {
+    const cq_linear *op = it->op;
+    const cq_matrix *w = op->w;
+    for (int32_t r = 0; r < n_rows; r++) {
+        const uint8_t *blocks = w->data + (row + r) * cq_row_bytes(w);
+        for (int32_t i = 0; i < it->n; i++) {
+            const int64_t in = cq_input_row(it, i);
+            const float dot = worker->kernels->dot_q8_0(blocks, op->act->q + in * w->n_cols,
+                                                        op->act->scales + in * (w->n_cols / CQ_Q8_0_COLS), w->n_cols);
+            float *out = cq_output(it, i, out_col + r);
+            *out = (op->accumulate ? *out : 0.0f) + dot;
+            cq_add_bias(op, row + r, 1, out);
+        }
+    }
+}
+
+/* n_rows <= panel_rows rows; those beyond are zero. */
+static void pack_rows(const cq_kernels *kernels, const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel,
+                      float *scales) {
+    int8_t block[CQ_MAX_PANEL_ROWS * CQ_Q8_0_COLS];
+    uint16_t halves[CQ_MAX_PANEL_ROWS] = {0};
+    memset(block, 0, sizeof block);
+    for (int32_t b = 0; b < w->n_cols / CQ_Q8_0_COLS; b++) {
+        for (int32_t r = 0; r < n_rows; r++) {
+            const uint8_t *from = w->data + (row + r) * cq_row_bytes(w) + (int64_t)b * CQ_Q8_0_BYTES;
+            memcpy(halves + r, from, 2);
+            memcpy(block + r * CQ_Q8_0_COLS, from + 2, CQ_Q8_0_COLS);
+        }
+        kernels->pack_panel(block, CQ_Q8_0_COLS, panel + (int64_t)b * CQ_Q8_0_COLS * kernels->panel_rows);
+        kernels->f16_to_f32(halves, scales + (int64_t)b * kernels->panel_rows, kernels->panel_rows);
+    }
+}
+
+/* dots[n_tokens][panel_rows] of one panel with items first .. first + n_tokens - 1. */
+static void multiply_panel(const cq_worker *worker, const cq_items *it, int32_t first, int32_t n_tokens,
+                           const uint8_t *panel, const float *scales, float *dots) {
+    const cq_kernels *kernels = worker->kernels;
+    const cq_activation *act = it->op->act;
+    const int32_t n_cols = it->op->w->n_cols, n_blocks = n_cols / CQ_Q8_0_COLS, rows = kernels->panel_rows;
+    int32_t acc[CQ_TOKEN_TILE * CQ_MAX_PANEL_ROWS] __attribute__((aligned(64))), sums[CQ_TOKEN_TILE];
+    int64_t in[CQ_TOKEN_TILE];
+    const int8_t *x[CQ_TOKEN_TILE];
+    for (int32_t i = 0; i < n_tokens; i++) in[i] = cq_input_row(it, first + i);
+    for (int32_t b = 0; b < n_blocks; b++, panel += (int64_t)rows * CQ_Q8_0_COLS, scales += rows) {
+        for (int32_t i = 0; i < n_tokens; i++) {
+            x[i] = act->q + in[i] * n_cols + b * CQ_Q8_0_COLS;
+            sums[i] = act->sums[in[i] * n_blocks + b];
+        }
+        kernels->gemm_panel(panel, CQ_Q8_0_COLS, x, sums, n_tokens, acc);
+        for (int32_t i = 0; i < n_tokens; i++)
+            kernels->scale_acc(acc + i * rows, scales, act->scales[in[i] * n_blocks + b], dots + i * rows, rows, b > 0);
+    }
+}
+
+static void gemm_rows(const cq_worker *worker, const cq_items *it, int64_t row, int32_t n_rows, int32_t out_col) {
+    const cq_linear *op = it->op;
+    const int32_t panel_rows = worker->kernels->panel_rows;
+    float *scales = (float *)(worker->scratch + align64((int64_t)panel_rows * op->w->n_cols));
+    float dots[CQ_TOKEN_TILE * CQ_MAX_PANEL_ROWS];
+    for (int32_t done = 0; done < n_rows; done += panel_rows) {
+        const int32_t n = cq_min(panel_rows, n_rows - done);
+        pack_rows(worker->kernels, op->w, row + done, n, worker->scratch, scales);
+        for (int32_t first = 0; first < it->n; first += CQ_TOKEN_TILE) {
+            const int32_t n_tokens = cq_min(CQ_TOKEN_TILE, it->n - first);
+            multiply_panel(worker, it, first, n_tokens, worker->scratch, scales, dots);
+            for (int32_t i = 0; i < n_tokens; i++) {
+                float *out = cq_output(it, first + i, out_col + done);
+                for (int32_t r = 0; r < n; r++) out[r] = (op->accumulate ? out[r] : 0.0f) + dots[i * panel_rows + r];
+                cq_add_bias(op, row + done, n, out);
+            }
+        }
+    }
+}
+
+void cq_q8_0_rows(const cq_worker *worker, const cq_items *it, int64_t row, int32_t n_rows, int32_t out_col) {
+    (it->n <= CQ_GEMV_MAX_TOKENS ? dot_rows : gemm_rows)(worker, it, row, n_rows, out_col);
+}
