@@ -148,7 +148,8 @@ def test_quantize_is_the_formats_quantizer(bits: int, n: int) -> None:
         grouped = x if group == 0 else x.reshape(-1, group)
         with np.errstate(all="ignore"):
             want_q, want_scales = quantize_activations(grouped, bits)
-        q, scales, sums = np.empty((6, n), np.int8), np.empty(len(grouped), np.float32), np.empty(len(grouped), np.int32)
+        q, scales = np.empty((6, n), np.int8), np.empty(len(grouped), np.float32)
+        sums = np.empty(len(grouped), np.int32)
         act = ffi.new("cq_activation *", {"bits": bits, "group": group, "q": pointer(q, "int8_t *")})
         act.scales, act.sums = floats(scales), pointer(sums, "int32_t *")
         run(lib.CQ_OP_QUANTIZE, "quantize", {"x": floats(x), "out": act, "n": n}, 6)

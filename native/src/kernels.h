@@ -36,7 +36,8 @@ typedef struct cq_kernels {
     /* The same panel of int8 [panel_rows][n_cols]; n_cols is a multiple of 16. */
     void (*pack_panel)(const int8_t *rows, int32_t n_cols, uint8_t *panel);
 
-    /* acc[n_tokens][panel_rows], any n_tokens; n_cols a multiple of 16; x: a pointer per token, x_sum: a sum per token. */
+    /* acc[n_tokens][panel_rows], any n_tokens; n_cols a multiple of 16; x: a pointer per token, x_sum: a sum per token.
+     */
     void (*gemm_panel)(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
                        int32_t n_tokens, int32_t *acc);
 

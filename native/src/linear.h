@@ -4,7 +4,8 @@
 #include "worker.h"
 
 enum {
-    CQ_TOKEN_TILE = 48, /* tokens whose accumulators are kept before they are scaled: a multiple of every kernel's tile */
+    CQ_TOKEN_TILE =
+        48, /* tokens whose accumulators are kept before they are scaled: a multiple of every kernel's tile */
     CQ_GEMV_MAX_TOKENS = 4, /* up to here reading the weights once per token costs less than decoding a panel */
     CQ_MAX_PANEL_ROWS = 64,
     CQ_Q8_0_COLS = 32, /* columns of a Q8_0 block: an F16 scale and as many int8 */

@@ -64,27 +64,30 @@ static void check_rms_norm(int32_t n) {
 }
 
 static void check_quantize(int32_t n, int32_t bits, int32_t group, float magnitude) {
-    guarded mx, mq = guarded_new((size_t)n), ms = guarded_new(sizeof(float) * (size_t)(group ? n / group : 1));
+    const size_t n_groups = (size_t)(group ? n / group : 1);
+    guarded mx, mq = guarded_new((size_t)n), ms = guarded_new(sizeof(float) * n_groups),
+                msum = guarded_new(sizeof(int32_t) * n_groups);
     float *x = random_floats(&mx, n, magnitude), top = bits == 8 ? 127 : 7;
     const int8_t *q = mq.data;
     const float *scales = ms.data;
     for (int32_t i = 0; i < n / 3; i++)
         x[i] = magnitude * (float)((int32_t)(random_u32() % 255) - 127) / 254; /* ties */
-    int32_t sum = -1, want_sum = 0;
-    cq_kernels_current()->quantize(x, n, bits, group, mq.data, ms.data, &sum);
+    const int32_t *sums = msum.data;
+    cq_kernels_current()->quantize(x, n, bits, group, mq.data, ms.data, msum.data);
     for (int32_t first = 0, step = group ? group : n; first < n; first += step) {
         float largest = 0;
+        int32_t sum = 0;
         for (int32_t i = first; i < first + step; i++) largest = fmaxf(largest, fabsf(x[i]));
         const float scale = largest / top, inverse = scale > 0 ? 1 / scale : 0;
         CHECK(scales[first / step] == scale, "quantize scale n %d: %g, want %g", n, scales[first / step], scale);
         for (int32_t i = first; i < first + step; i++) {
             const float product = x[i] * inverse, want = isnan(product) ? 0 : fmaxf(-top, fminf(top, rintf(product)));
-            want_sum += (int32_t)want;
+            sum += (int32_t)want;
             CHECK(q[i] == want, "quantize n %d bits %d [%d] of %g: %d, want %g", n, bits, i, x[i], q[i], want);
         }
+        CHECK(sums[first / step] == sum, "quantize sum %d, want %d", sums[first / step], sum);
     }
-    CHECK(sum == want_sum, "quantize sum %d, want %d", sum, want_sum);
-    guarded_free(mx), guarded_free(mq), guarded_free(ms);
+    guarded_free(mx), guarded_free(mq), guarded_free(ms), guarded_free(msum);
 }
 
 static void check_swiglu(int32_t n, float range) {
