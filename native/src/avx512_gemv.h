@@ -47,9 +47,9 @@ CQ_INLINE void gemv_step(const int32_t N, const int32_t type, const enum table_s
 CQ_INLINE void gemv_rows(const int32_t N, const int32_t type, const enum table_source source, const cq_matrix *w,
                          int64_t row, const int8_t *x, __m512i *sum) {
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
-    /* The same place N rows on, which the next call reads; with a trellis a ring on, as the first rows of a ring read
-     * its last ones. */
-    const int64_t ahead = (int64_t)(cq_has_trellis(type) ? CQ_ROWS : N) * n_blocks * 8 * cq_stored_bits(type);
+    /* The same place whole rings on, as the first rows of a ring with a trellis read its last ones; at least a page. */
+    const int32_t ring_bytes = CQ_ROWS * n_blocks * 8 * cq_stored_bits(type);
+    const int64_t ahead = (int64_t)ring_bytes * cq_ceil_div(4096, ring_bytes);
     row_group g = group_at(N, type, source, w, row);
 #pragma GCC unroll 4
     for (int32_t r = 0; r < N; r++) sum[r] = _mm512_setzero_si512();

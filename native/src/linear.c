@@ -1,12 +1,12 @@
 /* Linear layers: every matrix type, dense or routed to experts, for one token or many.
  *
- * The rows of a matrix are cut into units of panel_rows rows (several for narrow matrices, so that a unit reads at
- * least CQ_UNIT_BYTES); threads take units as they become free. Few tokens: GEMV straight from the packed indices.
+ * The rows of a matrix are cut into units of whole panels, as many for each thread; threads take units as they become
+ * free, so that a slower one does fewer. Few tokens: GEMV straight from the packed indices.
  * More: the unit is decoded once to int8 and multiplied with all tokens. */
 #include "linear.h"
 #include <string.h>
 
-enum { CQ_UNIT_BYTES = 16384 };
+enum { CQ_UNIT_BYTES = 65536 }; /* at most: the first rows of a unit come from memory without a prefetch */
 
 int64_t cq_linear_scratch_bytes(const cq_kernels *kernels, const cq_matrix *w) {
     if (w->type == CQ_Q8_0) return cq_q8_0_scratch_bytes(kernels, w);
@@ -78,11 +78,16 @@ static void float_rows(const cq_worker *worker, const cq_items *it, int64_t row,
     }
 }
 
+static int32_t rows_per_unit(const cq_worker *worker, const cq_matrix *w) {
+    const int64_t round = (int64_t)CQ_UNIT_BYTES * worker->n_threads,
+                  n = (cq_row_bytes(w) * w->n_rows + round - 1) / round;
+    const int32_t panel = worker->kernels->panel_rows, n_panels = cq_ceil_div(w->n_rows, panel);
+    return panel * cq_ceil_div(n_panels, cq_min(n_panels, (int32_t)n * worker->n_threads));
+}
+
 void cq_run_linear(const cq_worker *worker, const cq_linear *op, int32_t n_rows) {
     const cq_matrix *w = op->w;
-    int32_t panel = worker->kernels->panel_rows;
-    int32_t panels_per_unit = (int32_t)(CQ_UNIT_BYTES / (cq_row_bytes(w) * panel));
-    int32_t unit_rows = panel * (panels_per_unit > 1 ? panels_per_unit : 1);
+    int32_t unit_rows = rows_per_unit(worker, w);
     int32_t units = cq_ceil_div(w->n_rows, unit_rows), first = 0, unit = cq_next_unit(worker);
     for (int32_t expert = 0; expert < w->n_experts; expert++) {
         cq_items it = {op, NULL, n_rows};

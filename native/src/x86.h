@@ -45,14 +45,24 @@ static inline float sum_f32(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
+/* Eight partial sums of a block's scaled products. */
+static inline __m256 add_block(__m256 sum, const uint8_t *block, const int8_t *q, float scale) {
+    const __m256i w = _mm256_loadu_si256((const __m256i *)(block + 2));
+    const __m256i x = _mm256_loadu_si256((const __m256i *)q);
+    scale *= _cvtsh_ss((uint16_t)(block[0] | block[1] << 8));
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(multiply_i8(w, x)), _mm256_set1_ps(scale), sum);
+}
+
 static float dot_q8_0(const uint8_t *blocks, const int8_t *q, const float *scales, int32_t n_cols) {
-    __m256 sum = _mm256_setzero_ps();
-    for (int32_t b = 0; b < n_cols / 32; b++, blocks += 34) {
-        const float scale = _cvtsh_ss((uint16_t)(blocks[0] | blocks[1] << 8)) * scales[b];
-        const __m256i w = _mm256_loadu_si256((const __m256i *)(blocks + 2));
-        const __m256i x = _mm256_loadu_si256((const __m256i *)(q + b * 32));
-        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(multiply_i8(w, x)), _mm256_set1_ps(scale), sum);
+    const int32_t n_blocks = n_cols / 32;
+    __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
+    int32_t b = 0;
+    for (; b + 2 <= n_blocks; b += 2, blocks += 68) {
+        _mm_prefetch((const char *)blocks + 4096, _MM_HINT_T0);
+        even = add_block(even, blocks, q + b * 32, scales[b]);
+        odd = add_block(odd, blocks + 34, q + b * 32 + 32, scales[b + 1]);
     }
-    return sum_f32(sum);
+    if (b < n_blocks) even = add_block(even, blocks, q + b * 32, scales[b]);
+    return sum_f32(_mm256_add_ps(even, odd));
 }
 #endif
