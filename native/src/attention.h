@@ -28,28 +28,45 @@ static void transpose_queries(const attention_tile *a, const float *q) {
         for (int32_t d = 0; d < dim; d++) a->queries[d * CQ_QUERY_TILE + i] = q[i * stride + d] * a->op->scale;
 }
 
-/* scores[key][query] = key . query, CQ_SCORE_KEYS keys at a time; rows past
- * n_keys, up to a multiple of it, come out of stale floats and are never read. */
-static void batch_scores(const attention_tile *a, int32_t n_keys) {
-    enum { VECS = CQ_QUERY_TILE / CQ_LANES };
-    const int32_t dim = a->op->head_dim;
-    for (int32_t first = 0; first < n_keys; first += CQ_SCORE_KEYS) {
-        const float *keys = a->tile + first * dim;
-        vec acc[CQ_SCORE_KEYS][VECS] = {0};
-        for (int32_t d = 0; d < dim; d++)
-#pragma GCC unroll 16
-            for (int32_t v = 0; v < VECS; v++) {
-                const vec query = load_vec(a->queries + d * CQ_QUERY_TILE + v * CQ_LANES);
-#pragma GCC unroll 16
-                for (int32_t k = 0; k < CQ_SCORE_KEYS; k++) acc[k][v] += keys[k * dim + d] * query;
-            }
-#pragma GCC unroll 16
-        for (int32_t k = 0; k < CQ_SCORE_KEYS; k++)
-#pragma GCC unroll 16
-            for (int32_t v = 0; v < VECS; v++)
-                store_vec(a->scores + (first + k) * CQ_QUERY_TILE + v * CQ_LANES, acc[k][v]);
+/* Calls function(dim, ...), for the usual sizes with a constant: addresses then need no registers of their own. */
+#define CQ_WITH_HEAD_DIM(dim, function, ...)                                                                           \
+    switch (dim) {                                                                                                     \
+    case 64:                                                                                                           \
+        function(64, __VA_ARGS__);                                                                                     \
+        break;                                                                                                         \
+    case 128:                                                                                                          \
+        function(128, __VA_ARGS__);                                                                                    \
+        break;                                                                                                         \
+    default:                                                                                                           \
+        function(dim, __VA_ARGS__);                                                                                    \
     }
+
+/* scores[key][query] = key . query for CQ_SCORE_KEYS keys and CQ_SCORE_VECS vectors of queries. */
+CQ_INLINE void score_tile(const int32_t dim, const float *keys, const float *queries, float *scores) {
+    vec acc[CQ_SCORE_KEYS][CQ_SCORE_VECS] = {0};
+    for (int32_t d = 0; d < dim; d++)
+#pragma GCC unroll 16
+        for (int32_t v = 0; v < CQ_SCORE_VECS; v++) {
+            const vec query = load_vec(queries + d * CQ_QUERY_TILE + v * CQ_LANES);
+#pragma GCC unroll 16
+            for (int32_t k = 0; k < CQ_SCORE_KEYS; k++) acc[k][v] += keys[k * dim + d] * query;
+        }
+#pragma GCC unroll 16
+    for (int32_t k = 0; k < CQ_SCORE_KEYS; k++)
+#pragma GCC unroll 16
+        for (int32_t v = 0; v < CQ_SCORE_VECS; v++) store_vec(scores + k * CQ_QUERY_TILE + v * CQ_LANES, acc[k][v]);
 }
+
+/* Rows past n_keys, up to a multiple of CQ_SCORE_KEYS, come out of stale floats and are never read; so do lanes past
+ * n_queries. */
+CQ_INLINE void score_tiles(const int32_t dim, const attention_tile *a, int32_t n_keys) {
+    for (int32_t first = 0; first < n_keys; first += CQ_SCORE_KEYS)
+        for (int32_t lane = 0; lane < a->n_queries; lane += CQ_SCORE_VECS * CQ_LANES)
+            score_tile(dim, a->tile + first * dim, a->queries + lane, a->scores + first * CQ_QUERY_TILE + lane);
+}
+
+static void batch_scores(const attention_tile *a,
+                         int32_t n_keys){CQ_WITH_HEAD_DIM(a -> op->head_dim, score_tiles, a, n_keys)}
 
 /* -1 in the lanes whose query sees the key: it is not in the query's future, nor before its window. */
 CQ_INLINE int_vec visible(const attention_tile *a, int32_t key, int32_t first_lane) {
@@ -59,21 +76,27 @@ CQ_INLINE int_vec visible(const attention_tile *a, int32_t key, int32_t first_la
     return (distance >= 0) & (distance < (a->op->window > 0 ? a->op->window : INT32_MAX));
 }
 
-/* Scores -> exp(score - max), or zero where the key is not visible; for the queries in lanes first .. */
-CQ_INLINE void softmax_lanes(const attention_tile *a, int32_t first_key, int32_t n_keys, int32_t first) {
+/* Scores -> exp(score - max), or zero where the key is not visible; for the queries in lanes first .. masked 0: all
+ * keys are visible to all queries. */
+CQ_INLINE void softmax_lanes(const int32_t masked, const attention_tile *a, int32_t first_key, int32_t n_keys,
+                             int32_t first) {
     const int_vec hidden = (int_vec)all_lanes(CQ_HIDDEN);
     const vec previous = load_vec(a->max + first);
     float *scores = a->scores + first;
     vec max = previous;
     for (int32_t k = 0; k < n_keys; k++) {
-        const int_vec mask = visible(a, first_key + k, first), score = (int_vec)load_vec(scores + k * CQ_QUERY_TILE);
-        max = max_vec(max, (vec)((score & mask) | (hidden & ~mask)));
+        vec score = load_vec(scores + k * CQ_QUERY_TILE);
+        if (masked) {
+            const int_vec mask = visible(a, first_key + k, first);
+            score = (vec)(((int_vec)score & mask) | (hidden & ~mask));
+        }
+        max = max_vec(max, score);
     }
     const vec shrink = exp_vec(previous - max);
     vec sum = load_vec(a->sum + first) * shrink;
     for (int32_t k = 0; k < n_keys; k++) {
-        const int_vec mask = visible(a, first_key + k, first);
-        const vec p = (vec)((int_vec)exp_vec(load_vec(scores + k * CQ_QUERY_TILE) - max) & mask);
+        vec p = exp_vec(load_vec(scores + k * CQ_QUERY_TILE) - max);
+        if (masked) p = (vec)((int_vec)p & visible(a, first_key + k, first));
         store_vec(scores + k * CQ_QUERY_TILE, p);
         sum += p;
     }
@@ -81,7 +104,14 @@ CQ_INLINE void softmax_lanes(const attention_tile *a, int32_t first_key, int32_t
 }
 
 static void batch_softmax(const attention_tile *a, int32_t first_key, int32_t n_keys) {
-    for (int32_t first = 0; first < CQ_QUERY_TILE; first += CQ_LANES) softmax_lanes(a, first_key, n_keys, first);
+    const int32_t window = a->op->window > 0 ? a->op->window : INT32_MAX;
+    const int32_t all_visible =
+        first_key + n_keys - 1 <= a->position && a->position + a->n_queries - 1 - first_key < window;
+    for (int32_t first = 0; first < a->n_queries; first += CQ_LANES)
+        if (all_visible)
+            softmax_lanes(0, a, first_key, n_keys, first);
+        else
+            softmax_lanes(1, a, first_key, n_keys, first);
 }
 
 static void single_scores(const attention_tile *a, const float *q, int32_t n_keys) {
@@ -109,10 +139,10 @@ static void single_softmax(const attention_tile *a, int32_t n_keys) {
     *a->max = largest;
 }
 
-/* out[i][d ..] = out * shrink[i] + sum over keys of p[key][i] * value[key][d ..], N queries times V vectors. */
-CQ_INLINE void value_tile(const int32_t N, const int32_t V, const attention_tile *a, int32_t n_keys, int32_t i,
-                          int32_t d, float *out) {
-    const int32_t dim = a->op->head_dim, stride = a->n_queries == 1 ? 1 : CQ_QUERY_TILE;
+/* out[i][d ..] = out * shrink[i] + sum over keys of p[key][i] * value[key][d ..], N queries times V vectors. stride:
+ * from a key's scores to the next one's. */
+CQ_INLINE void value_tile(const int32_t dim, const int32_t stride, const int32_t N, const int32_t V,
+                          const attention_tile *a, int32_t n_keys, int32_t i, int32_t d, float *out) {
     const int64_t out_stride = (int64_t)a->op->n_heads * dim;
     vec acc[4][CQ_TILE_VECS];
 #pragma GCC unroll 16
@@ -133,12 +163,12 @@ CQ_INLINE void value_tile(const int32_t N, const int32_t V, const attention_tile
         for (int32_t v = 0; v < V; v++) store_vec(out + (i + n) * out_stride + d + v * CQ_LANES, acc[n][v]);
 }
 
-CQ_INLINE void value_rows(const int32_t N, const attention_tile *a, int32_t n_keys, int32_t i, float *out) {
-    const int32_t dim = a->op->head_dim, stride = a->n_queries == 1 ? 1 : CQ_QUERY_TILE;
+CQ_INLINE void value_rows(const int32_t dim, const int32_t stride, const int32_t N, const attention_tile *a,
+                          int32_t n_keys, int32_t i, float *out) {
     int32_t d = 0;
     for (; d + CQ_TILE_VECS * CQ_LANES <= dim; d += CQ_TILE_VECS * CQ_LANES)
-        value_tile(N, CQ_TILE_VECS, a, n_keys, i, d, out);
-    for (; d + CQ_LANES <= dim; d += CQ_LANES) value_tile(N, 1, a, n_keys, i, d, out);
+        value_tile(dim, stride, N, CQ_TILE_VECS, a, n_keys, i, d, out);
+    for (; d + CQ_LANES <= dim; d += CQ_LANES) value_tile(dim, stride, N, 1, a, n_keys, i, d, out);
     for (; d < dim; d++)
         for (int32_t n = 0; n < N; n++) {
             float *element = out + (int64_t)(i + n) * a->op->n_heads * dim + d, sum = *element * a->shrink[i + n];
@@ -147,10 +177,18 @@ CQ_INLINE void value_rows(const int32_t N, const attention_tile *a, int32_t n_ke
         }
 }
 
-static void add_values(const attention_tile *a, int32_t n_keys, float *out) {
+CQ_INLINE void value_tiles(const int32_t dim, const attention_tile *a, int32_t n_keys, float *out) {
     int32_t i = 0;
-    for (; i + 4 <= a->n_queries; i += 4) value_rows(4, a, n_keys, i, out);
-    for (; i < a->n_queries; i++) value_rows(1, a, n_keys, i, out);
+    if (a->n_queries == 1) {
+        value_rows(dim, 1, 1, a, n_keys, 0, out);
+        return;
+    }
+    for (; i + 4 <= a->n_queries; i += 4) value_rows(dim, CQ_QUERY_TILE, 4, a, n_keys, i, out);
+    for (; i < a->n_queries; i++) value_rows(dim, CQ_QUERY_TILE, 1, a, n_keys, i, out);
+}
+
+static void add_values(const attention_tile *a, int32_t n_keys, float *out) {
+    CQ_WITH_HEAD_DIM(a->op->head_dim, value_tiles, a, n_keys, out)
 }
 
 static attention_tile carve_scratch(const cq_attention *op, int32_t position, int32_t n_queries, float *scratch) {

@@ -17,6 +17,7 @@
 #define CQ_LANES 8
 #define CQ_TILE_VECS 2
 #define CQ_SCORE_KEYS 4
+#define CQ_SCORE_VECS 2
 typedef __m256 vec;
 
 static inline vec min_vec(vec a, vec b) { return _mm256_min_ps(a, b); }

@@ -24,7 +24,8 @@
 
 #define CQ_LANES 16
 #define CQ_TILE_VECS 4
-#define CQ_SCORE_KEYS 16
+#define CQ_SCORE_KEYS 8
+#define CQ_SCORE_VECS 2
 typedef __m512 vec;
 
 static inline vec min_vec(vec a, vec b) { return _mm512_min_ps(a, b); }

@@ -5,7 +5,7 @@
  *   sum_lanes(vec)    their sum
  *   min_vec, max_vec  elementwise; where the second operand is NaN, NaN
  *   f16_to_f32, f32_to_f16   as in cq_kernels
- *   CQ_TILE_VECS, CQ_SCORE_KEYS   register tiles of attention.h
+ *   CQ_TILE_VECS, CQ_SCORE_KEYS, CQ_SCORE_VECS   register tiles of attention.h
  * and lists CQ_FLOAT_KERNELS at the end of its cq_kernels. */
 #ifndef CQ_FLOAT_OPS_H
 #define CQ_FLOAT_OPS_H

@@ -91,7 +91,7 @@ static inline int32_t cq_min(int32_t a, int32_t b) { return a < b ? a : b; }
 static inline int32_t cq_ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 /* Floats that attention_head needs for scratch. */
-enum { CQ_QUERY_TILE = 16, CQ_KEY_TILE = 64 };
+enum { CQ_QUERY_TILE = 32, CQ_KEY_TILE = 64 };
 static inline size_t cq_attention_scratch_floats(int32_t head_dim) {
     return (size_t)(CQ_KEY_TILE + CQ_QUERY_TILE) * head_dim + (size_t)CQ_QUERY_TILE * CQ_KEY_TILE + 3 * CQ_QUERY_TILE;
 }

@@ -12,6 +12,7 @@
 #define CQ_LANES 4
 #define CQ_TILE_VECS 4
 #define CQ_SCORE_KEYS 4
+#define CQ_SCORE_VECS 4
 typedef float32x4_t vec;
 
 static inline vec min_vec(vec a, vec b) { return vminq_f32(a, b); } /* NaN if either is */

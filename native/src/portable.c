@@ -4,7 +4,8 @@
 
 #define CQ_LANES 4
 #define CQ_TILE_VECS 2  /* 4 queries x 2 vectors of accumulators fit 16 registers of SSE2 */
-#define CQ_SCORE_KEYS 2 /* as do 2 keys x 16 queries */
+#define CQ_SCORE_KEYS 2 /* as do 2 keys x 4 vectors of queries */
+#define CQ_SCORE_VECS 4
 typedef float vec __attribute__((vector_size(4 * CQ_LANES)));
 
 static inline vec min_vec(vec a, vec b) {
