@@ -29,6 +29,11 @@ static void clustered_gemv(const cq_worker *worker, const cq_items *it, int64_t 
     }
 }
 
+/* The outputs of a panel are far apart, a few lines per token: they are fetched while the panel is multiplied. */
+static void prefetch_output(const float *out, int32_t n) {
+    for (int32_t r = 0; r < n; r += 16) __builtin_prefetch(out + r, 1);
+}
+
 static void clustered_gemm(const cq_worker *worker, const cq_items *it, int64_t row, int32_t n_rows, int32_t out_col) {
     const cq_linear *op = it->op;
     const cq_matrix *w = op->w;
@@ -45,6 +50,7 @@ static void clustered_gemm(const cq_worker *worker, const cq_items *it, int64_t 
                 int32_t in = cq_input_row(it, first + i);
                 x[i] = op->act->q + (int64_t)in * w->n_cols;
                 sums[i] = op->act->sums[in];
+                prefetch_output(cq_output(it, first + i, out_col + done), n);
             }
             kernels->gemm_panel(worker->scratch, w->n_cols, x, sums, n_tokens, acc);
             for (int32_t i = 0; i < n_tokens; i++) {
