@@ -23,7 +23,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-VERSION = 1
+VERSION = 2
 BLOCK = 64
 CODEBOOK_ROWS = (1, 2, 4, 8)  # how many rows may share codebooks: clustering takes eight side by side
 MAX_COLS = 65536  # the int32 accumulator's bound, see native/src/kernels.h
