@@ -1,8 +1,6 @@
 /* The integer core alone, for tests and cq-bench --kernels: int32 accumulators of a whole matrix, nothing scaled. */
-#include "worker.h"
+#include "linear.h"
 #include <string.h>
-
-enum { TOKEN_TILE = 48, MAX_PANEL_ROWS = 64 };
 
 static int arguments_ok(const cq_matrix *w, int32_t n_tokens, int32_t n_threads) {
     return cq_is_clustered(w->type) && n_tokens > 0 && n_threads > 0 && w->n_cols % CQ_BLOCK == 0 &&
@@ -35,11 +33,11 @@ int cq_gemm_i32(const cq_matrix *w, const int8_t *x, const int32_t *sums, int32_
     for (int32_t p = 0; p < n_panels; p++) {
         uint8_t *panel = scratch + omp_get_thread_num() * cq_linear_scratch_bytes(kernels, w);
         int32_t row = p * panel_rows, n = w->n_rows - row < panel_rows ? w->n_rows - row : panel_rows;
-        int32_t tile[TOKEN_TILE * MAX_PANEL_ROWS] __attribute__((aligned(64)));
-        const int8_t *rows[TOKEN_TILE];
+        int32_t tile[CQ_TOKEN_TILE * CQ_MAX_PANEL_ROWS] __attribute__((aligned(64)));
+        const int8_t *rows[CQ_TOKEN_TILE];
         kernels->decode_panel(w, row, n, panel);
-        for (int32_t first = 0; first < n_tokens; first += TOKEN_TILE) {
-            int32_t count = n_tokens - first < TOKEN_TILE ? n_tokens - first : TOKEN_TILE;
+        for (int32_t first = 0; first < n_tokens; first += CQ_TOKEN_TILE) {
+            int32_t count = n_tokens - first < CQ_TOKEN_TILE ? n_tokens - first : CQ_TOKEN_TILE;
             for (int32_t i = 0; i < count; i++) rows[i] = x + (int64_t)(first + i) * w->n_cols;
             kernels->gemm_panel(panel, w->n_cols, rows, sums + first, count, tile);
             for (int32_t i = 0; i < count; i++)
