@@ -107,7 +107,7 @@ class CPUBackend:
             case p.Attention():
                 return self._attention(op)
             case p.SwiGLU():
-                arguments = {"gate": at(op.gate), "up": at(op.up), "out": at(op.out), "n": op.gate.width}
+                arguments = {"gate": at(op.gate), "up": at(op.up), "out": at(op.gate), "n": op.gate.width}
                 arguments |= {"hadamard": op.hadamard}
                 return _native_op(lib.CQ_OP_SWIGLU, op.gate, "swiglu", arguments)
             case p.Route():
@@ -212,6 +212,8 @@ def _values_of(op: p.Op) -> list[p.Value]:
 def _updated_in_place(op: p.Op) -> p.Value | None:
     if isinstance(op, p.Rope):
         return op.x
+    if isinstance(op, p.SwiGLU):
+        return op.gate
     return op.out if isinstance(op, p.Combine) or (isinstance(op, p.Linear) and op.accumulate) else None
 
 

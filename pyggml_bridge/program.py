@@ -101,11 +101,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class SwiGLU:
-    """out = silu(gate) * up; hadamard: then each block of that many columns by the Hadamard matrix (0: none)."""
+    """gate = silu(gate) * up; hadamard: then each block of that many columns by the Hadamard matrix (0: none)."""
 
     gate: Value
     up: Value
-    out: Value
     hadamard: int
 
 
@@ -189,10 +188,12 @@ class Program:
         return out
 
     def swiglu(self, gate: Value, up: Value, hadamard: int = 0) -> Value:
-        """silu(gate) * up (arXiv 2002.05202), then the Hadamard transform of each block of columns (0: none)."""
-        out = Value(gate.width, gate.rows, gate.top_k)
-        self.ops.append(SwiGLU(gate, up, out, hadamard))
-        return out
+        """silu(gate) * up (arXiv 2002.05202), then the Hadamard transform of each block of columns (0: none).
+
+        Takes gate's place, whose lines are in the cache.
+        """
+        self.ops.append(SwiGLU(gate, up, hadamard))
+        return gate
 
     def route(self, logits: Value, layer: int, top_k: int, *, normalize: bool) -> Routing:
         """Choose each token's experts from the router's logits [tokens, n_experts]."""

@@ -66,7 +66,8 @@ def run(command: list[str]) -> dict[str, float]:
     """One run of a bench program: tokens per second by test."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"error: {command[0]} exited with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+        reason = done.stderr.strip().rpartition("\n")[2]
+        sys.exit(f"error: {command[0]} exited with {done.returncode}: {reason}")
     return {test_name(result): result["avg_ts"] for result in json.loads(done.stdout)}
 
 

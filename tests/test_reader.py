@@ -91,6 +91,14 @@ def test_message_names_what_is_wrong(tiny, tmp_path, old, new, message):
         load_model(rewrite(tiny, tmp_path, old, new))
 
 
+@pytest.mark.parametrize("version", [0, 1, 3])
+def test_other_versions_of_the_format_are_refused(tiny, tmp_path, version):
+    data = tiny.read_bytes()
+    at = data.index(b"cq.version") + len(b"cq.version") + 4
+    with pytest.raises(CQError, match=f"CQ format version {version} is not supported"):
+        load_model(damaged(tmp_path, data[:at] + struct.pack("<I", version) + data[at + 4 :]))
+
+
 @pytest.mark.parametrize("rows", [0, 3, 16])
 def test_codebooks_of_impossible_rows_are_refused(tmp_path, rows):
     path = tmp_path / "rows.gguf"

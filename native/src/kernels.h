@@ -89,6 +89,7 @@ static inline int cq_is_clustered(int32_t type) {
 }
 static inline int32_t cq_min(int32_t a, int32_t b) { return a < b ? a : b; }
 static inline int32_t cq_ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+static inline int64_t cq_align64(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
 /* Floats that attention_head needs for scratch. */
 enum { CQ_QUERY_TILE = 32, CQ_KEY_TILE = 64 };

@@ -5,12 +5,10 @@
 #include "linear.h"
 #include <string.h>
 
-static int64_t align64(int64_t n) { return (n + 63) & ~(int64_t)63; }
-
 /* The panels of all blocks of columns, then their scales [n_cols / 32][panel_rows]. */
 int64_t cq_q8_0_scratch_bytes(const cq_kernels *kernels, const cq_matrix *w) {
     const int64_t weights = (int64_t)kernels->panel_rows * w->n_cols;
-    return align64(weights) + weights / CQ_Q8_0_COLS * (int64_t)sizeof(float);
+    return cq_align64(weights) + weights / CQ_Q8_0_COLS * (int64_t)sizeof(float);
 }
 
 static void dot_rows(const cq_worker *worker, const cq_items *it, int64_t row, int32_t n_rows, int32_t out_col) {
@@ -70,7 +68,7 @@ static void multiply_panel(const cq_worker *worker, const cq_items *it, int32_t 
 static void gemm_rows(const cq_worker *worker, const cq_items *it, int64_t row, int32_t n_rows, int32_t out_col) {
     const cq_linear *op = it->op;
     const int32_t panel_rows = worker->kernels->panel_rows;
-    float *scales = (float *)(worker->scratch + align64((int64_t)panel_rows * op->w->n_cols));
+    float *scales = (float *)(worker->scratch + cq_align64((int64_t)panel_rows * op->w->n_cols));
     float dots[CQ_TOKEN_TILE * CQ_MAX_PANEL_ROWS];
     for (int32_t done = 0; done < n_rows; done += panel_rows) {
         const int32_t n = cq_min(panel_rows, n_rows - done);

@@ -167,8 +167,6 @@ static void run_op(const cq_worker *worker, const cq_op *op) {
     }
 }
 
-static int64_t align64(int64_t n) { return (n + 63) & ~(int64_t)63; }
-
 static int64_t thread_scratch_bytes(const cq_op *ops, int32_t n_ops) {
     int64_t most = 0;
     for (int32_t i = 0; i < n_ops; i++) {
@@ -178,12 +176,12 @@ static int64_t thread_scratch_bytes(const cq_op *ops, int32_t n_ops) {
             need = (int64_t)(sizeof(float) * cq_attention_scratch_floats(ops[i].u.attention.head_dim));
         if (need > most) most = need;
     }
-    return align64(most);
+    return cq_align64(most);
 }
 
 /* Layout: a work counter per operation, then each thread's own part. */
 int64_t cq_scratch_bytes(const cq_op *ops, int32_t n_ops, int32_t n_threads) {
-    return align64((int64_t)sizeof(int32_t) * n_ops) + n_threads * thread_scratch_bytes(ops, n_ops);
+    return cq_align64((int64_t)sizeof(int32_t) * n_ops) + n_threads * thread_scratch_bytes(ops, n_ops);
 }
 
 int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step) {
@@ -193,7 +191,7 @@ int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step) {
     for (int32_t i = 0; i < n_ops; i++)
         if (ops[i].code < 0 || ops[i].code >= CQ_OP_COUNT) return CQ_ERR_ARGUMENT;
     int32_t *counters = (int32_t *)step->scratch;
-    int64_t counter_bytes = align64((int64_t)sizeof(int32_t) * n_ops), part = thread_scratch_bytes(ops, n_ops);
+    int64_t counter_bytes = cq_align64((int64_t)sizeof(int32_t) * n_ops), part = thread_scratch_bytes(ops, n_ops);
     memset(counters, 0, (size_t)counter_bytes);
 #pragma omp parallel num_threads(step->n_threads)
     {
