@@ -35,6 +35,13 @@ class Moments:
         moments._sum, moments._total, moments.tokens = matrix, 1.0, tokens
         return moments
 
+    @classmethod
+    def of_rows(cls, x: Tensor) -> Moments:
+        """The second moments of rows x [tokens, cols], some of them kept."""
+        moments = cls(x.shape[1], sampled=True)
+        moments.add(x)
+        return moments
+
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Add rows x [tokens, cols]; weight [tokens] >= 0, all 1 where there is none."""
         weighted = x if weight is None else x * weight[:, None]

@@ -22,6 +22,7 @@ from .check import check_file
 from .checkpoint import Checkpoint, open_checkpoint
 from .layers import LayerQuantizer
 from .metadata import metadata
+from .moments import Moments
 from .observe import Observation, observe
 from .plan import Plan, PlannedTensor, make_plan
 from .quantize import Quantized, quantize
@@ -152,7 +153,8 @@ class _Job:
         table = embedding.weight(self.settings.threads)
         norm, planned_head = self.plan.last
         quantizer = LayerQuantizer(self.settings, self.plan, self.model, self.stream, sensitivity, self._tuner(tokens))
-        layers = quantizer.layers(None if tokens is None else table[tokens])
+        hidden = None if tokens is None else table[tokens]  # becomes each layer's output, then the final norm's input
+        layers = quantizer.layers(hidden)
         for index, layer in enumerate(layers):
             for quantized in layer.tensors.values():
                 self._write_tensor(file, quantized)
@@ -161,10 +163,12 @@ class _Job:
             if layer.tokens:
                 self.report.experts.append({"layer": index, "tokens": layer.tokens})
         self._write_tensor(file, self._quantize(norm, torch.ones(norm.shape)))
-        self._write_tensor(file, self._quantize(planned_head, self.model.head()))
+        inputs = None if hidden is None else Moments.of_rows(self.stream.final_norm(hidden).flatten(0, 1))
+        self._write_tensor(file, self._quantize(planned_head, self.model.head(), inputs))
 
-    def _quantize(self, planned: PlannedTensor, weight: Tensor) -> Quantized:
-        quantized, tasks = quantize(planned, weight, None, None, self.settings.refinement)
+    def _quantize(self, planned: PlannedTensor, weight: Tensor, inputs: Moments | None = None) -> Quantized:
+        moments = None if inputs is None else [inputs]
+        quantized, tasks = quantize(planned, weight, moments, None, self.settings.refinement)
         run_tasks(tasks, self.settings.threads)
         return quantized
 

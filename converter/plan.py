@@ -164,7 +164,7 @@ def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: str) -> Pl
             tensors.append(planner.matrix(linear.in_file(i), checkpoint.expected_shape(linear), kind))
         layers.append(tuple(tensors))
     norm = planner.float32(GGUF_NAMES[FINAL_NORM], (config.hidden_size,))
-    head = planner.matrix(GGUF_NAMES[HEAD], head_shape, "q8_0")
+    head = planner.matrix(GGUF_NAMES[HEAD], head_shape, settings.head_type)
     planner.require_all_used()
     return Plan(tuple(first), tuple(layers), (norm, head), _hadamard_block(checkpoint, settings))
 

@@ -73,6 +73,11 @@ class Settings:
         return CQType(17200 + (self.bits or 4))
 
     @property
+    def head_type(self) -> str:
+        """Of the output: clustered where its inputs are known; without them it costs four times the divergence."""
+        return "cq5" if self.calibration is not None and self.refinement.feedback and self.method == "full" else "q8_0"
+
+    @property
     def measures_sensitivity(self) -> bool:
         """Whether gradients are measured, so that types can be mixed."""
         return self.calibration is not None and self.refinement.feedback and self.refinement.sensitivity

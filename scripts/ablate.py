@@ -125,6 +125,8 @@ def run(case: Case, model: Path, arguments: argparse.Namespace) -> dict[str, Any
     """Convert and measure; what docs/quality.json keeps of both."""
     out, report = arguments.work / "ablation.cq.gguf", arguments.work / "ablation.json"
     convert = [BIN / "cq-convert", model, "--out", out, "--overwrite", "--no-check", "--report", report]
+    if case.group != "acceptance":  # the linears alone, and what llama.cpp's files of these models have
+        convert += ["--tensor-type", "^output.weight=q8_0"]
     convert += ["--calibration", arguments.calibration, "--calibration-tokens", str(case.tokens), *case.options]
     measure = [
         BIN / "cq-perplexity",
