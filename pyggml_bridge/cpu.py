@@ -1,7 +1,7 @@
 """The CPU backend: lowers a Program to the native library's operations and runs it.
 
-Lowering adds the quantization of activations where a matrix needs it, and gives every value a buffer that is reused as
-soon as its last reader has run.
+Lowering adds the quantization of activations where a matrix needs it, gives every value a buffer that is reused as soon
+as its last reader has run, and marks the operations that have to wait for others (ordering.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 from pyggml_bridge import program as p
 from pyggml_bridge.kv_cache import KVCache
 from pyggml_bridge.native import aligned_empty, current_isa, ffi, lib, pointer
+from pyggml_bridge.ordering import Access, Ordering
 from pyggml_bridge.weights import Matrix
 
 Q8_0_BLOCK = 32
+# Operations whose threads share out rows, each computed from the same row of what they read.
+_BY_ROW = (lib.CQ_OP_EMBED, lib.CQ_OP_RMS_NORM, lib.CQ_OP_QUANTIZE, lib.CQ_OP_ROPE, lib.CQ_OP_SWIGLU, lib.CQ_OP_COMBINE)
 
 
 class CPUBackend:
@@ -65,6 +68,13 @@ class CPUBackend:
         assert program.logits is not None
         last_use[program.logits] = len(program.ops)
         lowered: list[Any] = []
+        ordering = Ordering()
+
+        def append(native: dict[str, Any], reads: list[Any], writes: list[Any]) -> None:
+            rows = (native["rows"], native["top_k"]) if native["code"] in _BY_ROW else None
+            access = Access(self._places(reads), self._places(writes), rows)
+            lowered.append(native | {"waits": ordering.waits(access)})
+
         quantized: dict[tuple[p.Value, int], Any] = {}
         for i, op in enumerate(program.ops):
             if isinstance(op, p.Linear) and op.w.is_quantized:
@@ -72,16 +82,17 @@ class CPUBackend:
                 if (op.x, group) not in quantized:
                     quantized[op.x, group] = self._activation(op.x, group)
                     arguments = {"x": self._pointer(op.x), "out": quantized[op.x, group], "n": op.x.width}
-                    lowered.append(_native_op(lib.CQ_OP_QUANTIZE, op.x, "quantize", arguments))
-                lowered.append(self._linear(op, quantized[op.x, group]))
-            elif isinstance(op, p.Linear):
-                lowered.append(self._linear(op, ffi.NULL))
+                    native = _native_op(lib.CQ_OP_QUANTIZE, op.x, "quantize", arguments)
+                    append(native, [op.x], [quantized[op.x, group]])
+                routing = [op.routing] if op.routing else []
+                append(self._linear(op, quantized[op.x, group]), [quantized[op.x, group], *routing], [op.out])
             else:
-                lowered.append(self._simple(op))
+                native = self._linear(op, ffi.NULL) if isinstance(op, p.Linear) else self._simple(op)
+                append(native, _read(op), _written(op))
             for value in _values_of(op):
                 if last_use[value] == i:
                     self._buffers.release(self._values[value])
-                if last_use[value] == i or value is _updated_in_place(op):
+                if last_use[value] == i or value in _written(op):
                     for key in [key for key in quantized if key[0] is value]:
                         self._buffers.release_all(quantized.pop(key))
         return lowered
@@ -142,6 +153,18 @@ class CPUBackend:
         arguments |= {"n_heads": op.q.width // op.head_dim, "n_kv_heads": self._n_kv_heads, "head_dim": op.head_dim}
         arguments |= {"n_ctx": self._n_ctx, "window": op.window, "scale": op.scale}
         return _native_op(lib.CQ_OP_ATTENTION, op.out, "attention", arguments)
+
+    def _places(self, used: list[Any]) -> frozenset[Any]:
+        """What stands for values, activations and routings where operations are put in order."""
+        places: list[Any] = []
+        for one in used:
+            if isinstance(one, p.Value):
+                places.append(self._values[one].ctypes.data)
+            elif isinstance(one, p.Routing):
+                places.append(one)
+            else:
+                places += [array.ctypes.data for array in self._buffers.owners[one]]
+        return frozenset(places)
 
     # ---- what C points to ----
 
@@ -209,12 +232,21 @@ def _values_of(op: p.Op) -> list[p.Value]:
     return [value for field in fields(op) if isinstance(value := getattr(op, field.name), p.Value)]
 
 
-def _updated_in_place(op: p.Op) -> p.Value | None:
-    if isinstance(op, p.Rope):
-        return op.x
-    if isinstance(op, p.SwiGLU):
-        return op.gate
-    return op.out if isinstance(op, p.Combine) or (isinstance(op, p.Linear) and op.accumulate) else None
+def _written(op: p.Op) -> list[p.Value | p.Routing]:
+    match op:
+        case p.Rope():
+            return [op.x]
+        case p.SwiGLU():
+            return [op.gate]
+        case p.Route():
+            return [op.routing]
+    return [op.out]
+
+
+def _read(op: p.Op) -> list[p.Value | p.Routing]:
+    """Everything else that it touches."""
+    touched = [getattr(op, field.name) for field in fields(op)]
+    return [one for one in touched if isinstance(one, p.Value | p.Routing) and one not in _written(op)]
 
 
 class _BufferPool:

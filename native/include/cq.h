@@ -81,6 +81,7 @@ typedef struct { const float *x; float *out; int32_t n; } cq_select_outputs;
 
 typedef struct {
     int32_t code, rows, top_k; /* top_k: slots per token where rows is CQ_ROWS_SLOTS */
+    int32_t waits;             /* for all threads to have finished the operations before it */
     union {
         cq_embed embed; cq_rms_norm rms_norm; cq_quantize quantize; cq_linear linear; cq_rope rope; cq_attention attention;
         cq_swiglu swiglu; cq_route route; cq_combine combine; cq_select_outputs select_outputs;

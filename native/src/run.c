@@ -1,4 +1,4 @@
-/* The program executor: one team of threads walks the operations, with a barrier after each. */
+/* The program executor: one team of threads walks the operations, with a barrier before those that ask for one. */
 #include "worker.h"
 #include <float.h>
 #include <math.h>
@@ -53,7 +53,7 @@ static void run_attention(const cq_worker *worker, const cq_attention *op) {
         kernels->f32_to_f16(op->k + from, op->k_cache + to, dim);
         kernels->f32_to_f16(op->v + from, op->v_cache + to, dim);
     }
-#pragma omp barrier
+    cq_wait_for_all(worker);
     int32_t tiles = cq_ceil_div(n_tokens, CQ_QUERY_TILE), unit;
     while ((unit = cq_next_unit(worker)) < tiles * op->n_heads) {
         /* The last queries see the most keys, so they go first. */
@@ -111,7 +111,7 @@ static void run_route(const cq_worker *worker, const cq_route *op, int32_t n_row
     for (int64_t t = range.begin; t < range.end; t++)
         route_token(op->logits + t * routing->n_experts, routing->n_experts, routing->top_k, op->normalize,
                     routing->ids + t * routing->top_k, routing->weights + t * routing->top_k);
-#pragma omp barrier
+    cq_wait_for_all(worker);
     if (worker->thread == 0) group_by_expert(routing, n_rows * routing->top_k);
 }
 
@@ -179,9 +179,13 @@ static int64_t thread_scratch_bytes(const cq_op *ops, int32_t n_ops) {
     return cq_align64(most);
 }
 
-/* Layout: a work counter per operation, then each thread's own part. */
+/* Layout: the barrier, a work counter per operation, then each thread's own part. */
+static int64_t shared_scratch_bytes(int32_t n_ops) {
+    return (int64_t)sizeof(cq_barrier) + cq_align64((int64_t)sizeof(int32_t) * n_ops);
+}
+
 int64_t cq_scratch_bytes(const cq_op *ops, int32_t n_ops, int32_t n_threads) {
-    return cq_align64((int64_t)sizeof(int32_t) * n_ops) + n_threads * thread_scratch_bytes(ops, n_ops);
+    return shared_scratch_bytes(n_ops) + n_threads * thread_scratch_bytes(ops, n_ops);
 }
 
 int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step) {
@@ -190,17 +194,19 @@ int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step) {
         return CQ_ERR_ARGUMENT;
     for (int32_t i = 0; i < n_ops; i++)
         if (ops[i].code < 0 || ops[i].code >= CQ_OP_COUNT) return CQ_ERR_ARGUMENT;
-    int32_t *counters = (int32_t *)step->scratch;
-    int64_t counter_bytes = cq_align64((int64_t)sizeof(int32_t) * n_ops), part = thread_scratch_bytes(ops, n_ops);
-    memset(counters, 0, (size_t)counter_bytes);
+    int32_t *counters = (int32_t *)(step->scratch + sizeof(cq_barrier));
+    const int64_t shared = shared_scratch_bytes(n_ops), part = thread_scratch_bytes(ops, n_ops);
+    memset(step->scratch, 0, (size_t)shared);
 #pragma omp parallel num_threads(step->n_threads)
     {
-        cq_worker worker = {cq_kernels_current(), step, omp_get_thread_num(), omp_get_num_threads(), NULL, NULL};
-        worker.scratch = step->scratch + counter_bytes + worker.thread * part;
+        cq_worker worker = {.kernels = cq_kernels_current(), .step = step, .barrier = (cq_barrier *)step->scratch};
+        worker.thread = omp_get_thread_num();
+        worker.n_threads = omp_get_num_threads();
+        worker.scratch = step->scratch + shared + worker.thread * part;
         for (int32_t i = 0; i < n_ops; i++) {
+            if (ops[i].waits) cq_wait_for_all(&worker);
             worker.counter = counters + i;
             run_op(&worker, ops + i);
-#pragma omp barrier
         }
     }
     return CQ_OK;

@@ -4,6 +4,7 @@
  * are bit-identical for any team. */
 #ifndef CQ_WORKER_H
 #define CQ_WORKER_H
+#include "barrier.h"
 #include "kernels.h"
 #include <omp.h>
 
@@ -11,9 +12,12 @@ typedef struct {
     const cq_kernels *kernels;
     const cq_step *step;
     int32_t thread, n_threads;
+    cq_barrier *barrier;
     int32_t *counter; /* of the current operation: units handed out so far, shared by the team */
     uint8_t *scratch; /* this thread's own, 64-byte aligned */
 } cq_worker;
+
+static inline void cq_wait_for_all(const cq_worker *worker) { cq_barrier_wait(worker->barrier, worker->n_threads); }
 
 typedef struct {
     int32_t begin, end;
