@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pyggml_bridge.format import VERSION, CQType, Sidecars, packed_shape, register
 
-SCALE_GROUP, CODEBOOK_ROWS, HADAMARD = 64, 8, 64  # as cq-convert sets them
+SCALE_GROUP, CODEBOOK_ROWS, HADAMARD, HEAD = 64, 8, 64, CQType.CQ5  # as cq-convert sets them
 POOL_BYTES = 64 << 20  # random bytes, from which every tensor takes its own from another place
 Q8_0_BLOCK = np.dtype([("scale", np.float16), ("values", np.int8, 32)])
 
@@ -62,7 +62,7 @@ def synthetic_bytes(shape: Shape, layers: int, cq: CQType = CQType.CQ4) -> int:
 
 
 def write_synthetic(path: Path, shape: Shape, layers: int, cq: CQType = CQType.CQ4) -> None:
-    """Write a GGUF file of so many layers: linears of a clustered type, embedding and head Q8_0, router F32.
+    """Write a GGUF file of so many layers: linears of a clustered type, embedding Q8_0, head CQ5, router F32.
 
     Weights are small enough for finite activations and mean nothing; there is no tokenizer.
     """
@@ -126,7 +126,7 @@ def _tensors(s: Shape, layers: int, cq: CQType) -> Iterator[_Tensor]:
         yield from _clustered(f"{block}.ffn_up_exps.weight", (s.experts, s.ffn, s.hidden), cq)
         yield from _clustered(f"{block}.ffn_down_exps.weight", (s.experts, s.hidden, s.ffn), cq)
     yield _Tensor("output_norm.weight", (s.hidden,), np.float32, f32)
-    yield _q8_0("output.weight", s.vocab, s.hidden)
+    yield from _clustered("output.weight", (s.vocab, s.hidden), HEAD)
 
 
 def _q8_0(name: str, rows: int, cols: int) -> _Tensor:
