@@ -69,6 +69,11 @@ class Checkpoint:
         self.source = self._open_source()
         self._validate()
 
+    @property
+    def files(self) -> list[Path]:
+        """Everything that is read of it."""
+        return [*self.source.files, *sorted(self.path.glob("*.json"))]
+
     # ---- what a GGUF file does differently ----
 
     def _read_config(self) -> Any:

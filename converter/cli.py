@@ -96,6 +96,8 @@ def parser() -> ArgumentParser:
     p.add_argument("--threads", type=int, default=None, metavar="N", help="threads (default: physical cores)")
     p.add_argument("--no-check", action="store_true", help="do not reload and run the result")
     p.add_argument("--dry-run", action="store_true", help="print types, sizes and disk; write nothing")
+    p.add_argument("--work-dir", type=Path, metavar="DIR", help="keep unfinished work there (--resume: FILE.work)")
+    p.add_argument("--resume", action="store_true", help="go on with the unfinished work of the same conversion")
     p.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     p.add_argument("--report", type=Path, metavar="FILE.json", help="also write the report here")
     p.add_argument("--json", action="store_true", help="the report as JSON on standard output")
@@ -160,6 +162,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         threads=a.threads or default_threads(),
         overwrite=a.overwrite,
         check=not a.no_check,
+        work_dir=a.work_dir,
+        resume=a.resume,
     )
 
 

@@ -52,10 +52,11 @@ class LayerQuantizer:
         heads = getattr(self.model.checkpoint.config, linear.rope_heads) if linear.rope_heads else 0
         return FileBasis(heads, self.plan.hadamard if linear.hadamard else 0)
 
-    def layers(self, hidden: Tensor | None) -> Iterator[QuantizedLayer]:
-        """Every layer in order. hidden [sequences, n, hidden]: the calibration's embeddings, overwritten, or None."""
+    def layers(self, hidden: Tensor | None, first: int = 0) -> Iterator[QuantizedLayer]:
+        """The layers from `first` on. hidden [sequences, n, hidden]: the calibration's input, overwritten, or None."""
         with progress("clustering", len(self.plan.layers)) as advance:
-            for index, planned in enumerate(self.plan.layers):
+            advance(step=first)
+            for index, planned in enumerate(self.plan.layers[first:], first):
                 yield self._layer(index, planned, hidden)
                 advance(f"layer {index}")
 

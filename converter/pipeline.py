@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyggml_bridge.output import complete_file
+from pyggml_bridge.output import publish
 
 from .accf import CentroidTuner
 from .architecture import head_dim_of
@@ -28,13 +25,15 @@ from .plan import Plan, PlannedTensor, make_plan
 from .quantize import Quantized, quantize
 from .report import Report, warn
 from .rope import rope_freqs
-from .rotation import learn_rotation, random_rotation
+from .rotation import LearnedRotation, learn_rotation, random_rotation
 from .sensitivity import Sensitivity, folder_bytes, measure
 from .settings import Settings
 from .side_by_side import run_tasks
 from .stream import LayerStream
 from .transform import TransformedModel
+from .work import WorkFolder, work_folder
 from .write import OutputFile, check_output, require_free
+from .written import Written
 
 OBSERVED_SEQUENCES = 8
 CHECK_TEXT = (
@@ -77,28 +76,23 @@ class _Job:
         grouped = self.settings.grouping.group_size != -1 and self.settings.permutation
         permute_block = self.settings.grouping.group_size if grouped else 0
         self.model = TransformedModel(self.checkpoint, permute_block=permute_block)
-        observed_tokens = self._check_tokens() if tokens is None else tokens[:OBSERVED_SEQUENCES]
-        observed = self._observe(observed_tokens, learns=tokens is not None)
-        if self.settings.rotation != "none":
-            heads = random_rotation(head_dim_of(self.checkpoint.config), self.settings.seed)
-            self.model = self.model.rotated(self._rotation(None if tokens is None else observed), heads)
-        with complete_file(self.settings.out) as part, self._sensitivity(tokens) as sensitivity:
-            if sensitivity and self.settings.bits is None:
-                self._mix_types(sensitivity)
-            keys = metadata(self.checkpoint, self.settings, self.plan, 0 if tokens is None else tokens.numel())
-            file = OutputFile(part, self.checkpoint.arch.gguf_name, keys, self.plan.tensors)
-            try:
-                self._write(file, tokens, sensitivity)
-                file.close()
-            except BaseException:
-                file.abandon()
-                raise
-            self.report.nbytes = part.stat().st_size
-            if observed and self.settings.check:
-                tokenizer = self.checkpoint.tokenizer
-                self.report.check = check_file(
-                    part, observed_tokens[0], observed.logits, tokenizer, self.settings.threads
-                )
+        with work_folder(self.settings, self.checkpoint) as work:
+            self._require_disk(work, tokens)
+            observed_tokens = self._check_tokens() if tokens is None else tokens[:OBSERVED_SEQUENCES]
+            logits = self._rotate(work, observed_tokens, learns=tokens is not None)
+            sensitivity = self._sensitivity(work, tokens)
+            self._write(work, tokens, sensitivity)
+            self.report.nbytes = work.part.stat().st_size
+            if logits is not None:
+                tokenizer, n_threads = self.checkpoint.tokenizer, self.settings.threads
+                self.report.check = check_file(work.part, observed_tokens[0], logits, tokenizer, n_threads)
+            publish(work.part, self.settings.out)
+
+    def _require_disk(self, work: WorkFolder, tokens: Tensor | None) -> None:
+        needed = self.plan.nbytes
+        if tokens is not None:
+            needed += folder_bytes(self.model, tokens.numel(), self.settings.measures_sensitivity)
+        require_free(work.path, needed)
 
     def _calibration_tokens(self) -> Tensor | None:
         if self.settings.calibration is None:
@@ -109,59 +103,102 @@ class _Job:
     def _check_tokens(self) -> Tensor:
         return torch.tensor([tokenize(self.checkpoint, CHECK_TEXT, special=True)])
 
+    def _rotate(self, work: WorkFolder, tokens: Tensor, learns: bool) -> Tensor | None:
+        """Put the model into its new basis; the original's logits [n, vocab] of the first sequence for the check."""
+        saved = work.load("rotation")
+        if saved is None:
+            observed = self._observe(tokens, learns)
+            rotation, learned = self._rotation(observed if learns else None)
+            logits = observed.logits if observed and self.settings.check else None
+            saved = {"rotation": rotation, "learned": learned, "logits": logits}
+            work.save("rotation", saved)
+        if saved["learned"]:
+            self.report.rotation = LearnedRotation(saved["rotation"], *saved["learned"])
+        if saved["rotation"] is not None:
+            heads = random_rotation(head_dim_of(self.checkpoint.config), self.settings.seed)
+            self.model = self.model.rotated(saved["rotation"], heads)
+        return saved["logits"]
+
     def _observe(self, tokens: Tensor, learns: bool) -> Observation | None:
         if not self.settings.check and not (learns and self.settings.rotation == "learned"):
             return None
         return observe(self.model, self.stream, tokens)
 
-    def _rotation(self, observed: Observation | None) -> Tensor:
+    def _rotation(self, observed: Observation | None) -> tuple[Tensor | None, list[Any] | None]:
+        """The matrix, and what learning it did."""
+        if self.settings.rotation == "none":
+            return None, None
         start = random_rotation(self.checkpoint.config.hidden_size, self.settings.seed)
         if observed is None or self.settings.rotation == "random":
-            return start
-        self.report.rotation = learn_rotation(
-            observed.norm_rows, start, self.settings.activation_bits, self.settings.seed
-        )
-        return self.report.rotation.rotation
+            return start, None
+        found = learn_rotation(observed.norm_rows, start, self.settings.activation_bits, self.settings.seed)
+        return found.rotation, [found.loss_start, found.loss_end, found.steps]
 
-    @contextmanager
-    def _sensitivity(self, tokens: Tensor | None) -> Iterator[Sensitivity | None]:
-        """Measured into a folder beside the output, which goes when the work is done or interrupted."""
-        out = self.settings.out
+    def _sensitivity(self, work: WorkFolder, tokens: Tensor | None) -> Sensitivity | None:
+        """Measured, and types mixed by it."""
         if tokens is None or not self.settings.measures_sensitivity:
-            yield None
-            return
-        with TemporaryDirectory(prefix=f"{out.name}.", suffix=".part", dir=out.parent) as folder:
-            require_free(out.parent, self.plan.nbytes + folder_bytes(self.model, tokens.numel()))
-            yield measure(
-                self.model, self.stream, tokens, Path(folder), self.settings.seed, self.settings.router_weight
-            )
+            return None
+        found = measure(self.model, self.stream, tokens, work, self.settings.seed, self.settings.router_weight)
+        if self.settings.bits is None:
+            has_experts = any(linear.experts for linear in self.checkpoint.arch.linears)
+            target = self.settings.target_bpw or default_bpw(self.plan, has_experts)
+            self.plan = self.report.plan = allocate(self.plan, found.damage, self.settings, target)
+            self._require_disk(work, tokens)
+        return found
 
-    def _mix_types(self, sensitivity: Sensitivity) -> None:
-        has_experts = any(linear.experts for linear in self.checkpoint.arch.linears)
-        target = self.settings.target_bpw or default_bpw(self.plan, has_experts)
-        self.plan = self.report.plan = allocate(self.plan, sensitivity.damage, self.settings, target)
-        require_free(self.settings.out.parent, self.plan.nbytes)
+    def _write(self, work: WorkFolder, tokens: Tensor | None, sensitivity: Sensitivity | None) -> None:
+        """The output file, on from the last layer that it holds."""
+        written = Written.load(work)
+        n_tensors = len(self.plan.first) + sum(map(len, self.plan.layers[: written.n_layers])) if written else 0
+        keys = metadata(self.checkpoint, self.settings, self.plan, 0 if tokens is None else tokens.numel())
+        file = OutputFile(work.part, self.checkpoint.arch.gguf_name, keys, self.plan.tensors, n_tensors)
+        try:
+            written = written or self._write_first(file, tokens)
+            self._write_layers(file, work, written, sensitivity)
+            self._write_last(file, written.hidden)
+            file.close()
+        except BaseException:
+            file.abandon()
+            raise
 
-    def _write(self, file: OutputFile, tokens: Tensor | None, sensitivity: Sensitivity | None) -> None:
-        """Every tensor in the plan's order; hidden states follow through the already quantized layers."""
+    def _write_first(self, file: OutputFile, tokens: Tensor | None) -> Written:
         *_, planned_embedding = self.plan.first
         freqs = rope_freqs(self.checkpoint.config)
         if freqs is not None:
             file.write(self.plan.first[0], [freqs])
         embedding = self._quantize(planned_embedding, self.model.embedding())
         self._write_tensor(file, embedding)
-        table = embedding.weight(self.settings.threads)
-        norm, planned_head = self.plan.last
-        quantizer = LayerQuantizer(self.settings, self.plan, self.model, self.stream, sensitivity, self._tuner(tokens))
-        hidden = None if tokens is None else table[tokens]  # becomes each layer's output, then the final norm's input
-        layers = quantizer.layers(hidden)
-        for index, layer in enumerate(layers):
+        written = Written(rel_errors=self.report.rel_errors)
+        if tokens is not None:
+            written.hidden = embedding.weight(self.settings.threads)[tokens]
+            if self.settings.method == "paper" and self.settings.finetune:
+                written.original_hidden = self.model.embedding()[tokens]
+        return written
+
+    def _write_layers(
+        self, file: OutputFile, work: WorkFolder, written: Written, sensitivity: Sensitivity | None
+    ) -> None:
+        """Hidden states follow through the already quantized layers."""
+        report = self.report
+        report.rel_errors, report.experts, report.tuned = written.rel_errors, written.experts, written.tuned
+        tuner = None  # the published method's; what `full` does instead follows from the second moments
+        if written.original_hidden is not None:
+            tuner = CentroidTuner(written.original_hidden, self.settings.router_weight, self.settings.seed)
+        quantizer = LayerQuantizer(self.settings, self.plan, self.model, self.stream, sensitivity, tuner)
+        for index, layer in enumerate(quantizer.layers(written.hidden, written.n_layers), written.n_layers):
             for quantized in layer.tensors.values():
                 self._write_tensor(file, quantized)
             if layer.tuned:
-                self.report.tuned.append(layer.tuned)
+                report.tuned.append(layer.tuned)
             if layer.tokens:
-                self.report.experts.append({"layer": index, "tokens": layer.tokens})
+                report.experts.append({"layer": index, "tokens": layer.tokens})
+            file.flush()
+            written.n_layers = index + 1
+            written.save(work)
+
+    def _write_last(self, file: OutputFile, hidden: Tensor | None) -> None:
+        """hidden: the calibration's, behind the last layer."""
+        norm, planned_head = self.plan.last
         self._write_tensor(file, self._quantize(norm, torch.ones(norm.shape)))
         inputs = None if hidden is None else Moments.of_rows(self.stream.final_norm(hidden).flatten(0, 1))
         self._write_tensor(file, self._quantize(planned_head, self.model.head(), inputs))
@@ -176,9 +213,3 @@ class _Job:
         file.write(quantized.planned, quantized.arrays())
         if len(quantized.planned.shape) > 1:
             self.report.rel_errors[quantized.planned.name] = quantized.rel_error(self.settings.threads)
-
-    def _tuner(self, tokens: Tensor | None) -> CentroidTuner | None:
-        """The published method's; what `full` does instead follows from the second moments."""
-        if tokens is None or self.settings.method != "paper" or not self.settings.finetune:
-            return None
-        return CentroidTuner(self.model.embedding()[tokens], self.settings.router_weight, self.settings.seed)

@@ -14,10 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,10 +24,13 @@ from .moments import DAMPING, Moments
 from .report import progress
 from .stream import LayerStream
 from .transform import TransformedModel
+from .work import WorkFolder
 
 INPUT_STRIDE = 4  # every fourth token's inputs are enough to predict what feedback gains
 HEAD_ROWS = 512  # tokens whose logits are in memory at a time
 HALF_BYTES, FLOAT_BYTES = 2, 4
+BACKWARD = "backward"  # the state between two layers of the backward pass
+STATES = 4  # hidden states between two layers: two, each beside the one that it replaces
 
 
 @dataclass(frozen=True)
@@ -42,28 +43,25 @@ class LayerSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Every layer's, in files of a folder.
+    """Every layer's, in a work folder.
 
     damage: per layer, linear -> predicted divergence, in nats per token, if its weights are quantized with a squared
     error of 1 relative to their row's energy and error feedback does what it can.
     """
 
-    folder: Path
+    work: WorkFolder
     damage: list[dict[str, float]]
 
     def layer(self, index: int) -> LayerSensitivity:
         """Read one layer's."""
-        saved = torch.load(self._file(index), weights_only=True)
+        saved = self.work.load(f"sensitivity-{index}")
         outputs = {name: [_unpacked(*packed) for packed in entries] for name, entries in saved["outputs"].items()}
         return LayerSensitivity(saved["token_weights"], outputs)
 
     def save(self, index: int, layer: LayerSensitivity) -> None:
         """Write one layer's."""
         outputs = {name: [_packed(entry) for entry in entries] for name, entries in layer.outputs.items()}
-        torch.save({"token_weights": layer.token_weights, "outputs": outputs}, self._file(index))
-
-    def _file(self, index: int) -> Path:
-        return self.folder / f"layer-{index}.pt"
+        self.work.save(f"sensitivity-{index}", {"token_weights": layer.token_weights, "outputs": outputs})
 
 
 def _packed(moments: Moments) -> tuple[Tensor, int]:
@@ -77,46 +75,65 @@ def _unpacked(matrix: Tensor, tokens: int) -> Moments:
     return Moments.of(matrix.float(), tokens, DAMPING + len(matrix) / max(1, tokens))
 
 
-def folder_bytes(model: TransformedModel, n_tokens: int) -> int:
-    """What measure leaves on disk at most, beside a few kilobytes."""
+def folder_bytes(model: TransformedModel, n_tokens: int, measured: bool) -> int:
+    """What lies in the work folder at most beside the output: hidden states, and what measure leaves."""
     checkpoint = model.checkpoint
     arch, config = checkpoint.arch, checkpoint.config
+    hidden_bytes = FLOAT_BYTES * n_tokens * config.hidden_size
+    if not measured:
+        return STATES * hidden_bytes
     outputs = 0
     for linear in arch.linears:
         if not linear.router:
             *n_experts, out, _ = checkpoint.expected_shape(linear)
             outputs += out * out * (n_experts[0] if n_experts and not linear.writes_residual else 1)
-    return config.num_hidden_layers * (HALF_BYTES * outputs + FLOAT_BYTES * n_tokens * config.hidden_size)
+    return config.num_hidden_layers * (HALF_BYTES * outputs + hidden_bytes) + STATES * hidden_bytes
 
 
 def measure(
-    model: TransformedModel, stream: LayerStream, tokens: Tensor, folder: Path, seed: int, router_weight: float
+    model: TransformedModel, stream: LayerStream, tokens: Tensor, work: WorkFolder, seed: int, router_weight: float
 ) -> Sensitivity:
-    """Run tokens [sequences, n] forwards and backwards through the float model; files go to the folder.
+    """Run tokens [sequences, n] forwards and backwards through the float model, on from where the folder's files end.
 
     Besides the next token, each router's choice counts router_weight times: its Fisher information is added.
     """
     n_layers = model.checkpoint.config.num_hidden_layers
-    found = Sensitivity(folder, [{} for _ in range(n_layers)])
-    hidden = model.embedding()[tokens]
+    generator = torch.Generator().manual_seed(seed)
     with progress("sensitivity", 2 * n_layers) as advance:
-        for i in range(n_layers):
-            np.save(folder / f"hidden-{i}.npy", hidden.numpy())
-            stream.forward(stream.module(i, model.layer(i)), hidden)
-            advance("forward")
-        generator = torch.Generator().manual_seed(seed)
-        gradient = _head_gradient(stream, hidden, model.head(), generator)
-        for i in reversed(range(n_layers)):
-            saved = folder / f"hidden-{i}.npy"
+        state = work.load(BACKWARD)
+        if state is None:
+            hidden = _forward(model, stream, tokens, work, advance)
+            gradient = _head_gradient(stream, hidden, model.head(), generator)
+            state = {"layers": n_layers, "gradient": gradient, "damage": [{}] * n_layers}
+        else:
+            generator.set_state(state["generator"])
+            advance(step=2 * n_layers - state["layers"])
+        found = Sensitivity(work, state["damage"])
+        for i in reversed(range(state["layers"])):
             module = stream.module(i, model.layer(i))
             arch = model.checkpoint.arch
             with _capture_gradients(arch, module) as capture, _router_losses(arch, module, router_weight, generator):
-                stream.backward(module, torch.from_numpy(np.load(saved)), gradient)
+                stream.backward(module, work.load(f"hidden-{i}"), state["gradient"])
             found.save(i, capture.result())
-            found.damage[i].update(capture.damage(tokens.numel()))
-            saved.unlink()
+            found.damage[i] = capture.damage(tokens.numel())
+            work.save(BACKWARD, state | {"layers": i, "generator": generator.get_state()})
+            work.remove(f"hidden-{i}")
             advance("backward")
     return found
+
+
+def _forward(model: TransformedModel, stream: LayerStream, tokens: Tensor, work: WorkFolder, advance: Any) -> Tensor:
+    """The last layer's output; every layer's input goes into the folder."""
+    n_layers = model.checkpoint.config.num_hidden_layers
+    saved = [i for i in range(n_layers) if work.has(f"hidden-{i}")]
+    first = max(saved, default=0)
+    hidden: Tensor = work.load(f"hidden-{first}") if saved else model.embedding()[tokens]
+    advance(step=first)
+    for i in range(first, n_layers):
+        work.save(f"hidden-{i}", hidden)
+        stream.forward(stream.module(i, model.layer(i)), hidden)
+        advance("forward")
+    return hidden
 
 
 def _head_gradient(stream: LayerStream, hidden: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:

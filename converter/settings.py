@@ -42,7 +42,8 @@ class Settings:
     bits: one type for all ordinary linears. None: types by sensitivity, to target_bpw bits per weight (None: the
     default), or four bits where sensitivity is not measured. trellis: mix in the types with T. method: METHODS;
     rotation: ROTATIONS, of the residual stream and the value heads. finetune: of centroids, where the method has it.
-    router_weight: how much the divergence of a router's choice counts beside that of the output.
+    router_weight: how much the divergence of a router's choice counts beside that of the output. work_dir: what is kept
+    of unfinished work; resume: go on with it.
     """
 
     model: str
@@ -66,6 +67,8 @@ class Settings:
     threads: int
     overwrite: bool
     check: bool
+    work_dir: Path | None
+    resume: bool
 
     @property
     def cq(self) -> CQType:

@@ -22,6 +22,7 @@ class Source(Protocol):
     """Named tensors on disk."""
 
     path: Path
+    files: list[Path]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor, None if there is none of this name."""
@@ -37,11 +38,12 @@ class SafetensorsSource:
         """Open every file; CQError for a missing, truncated or foreign one."""
         self.path = path
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        for file in self._file_names():
+        self.files = self._file_names()
+        self._handles: dict[str, Any] = {}
+        for file in self.files:
             with _readable(file):
                 handle = self._stack.enter_context(safe_open(file, framework="pt"))
-            self._files |= dict.fromkeys(handle.keys(), handle)
+            self._handles |= dict.fromkeys(handle.keys(), handle)
 
     def _file_names(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
@@ -62,12 +64,12 @@ class SafetensorsSource:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor, None if there is none of this name."""
-        return tuple(self._files[name].get_slice(name).get_shape()) if name in self._files else None
+        return tuple(self._handles[name].get_slice(name).get_shape()) if name in self._handles else None
 
     def read(self, name: str) -> Tensor:
         """The tensor as float32; CQError if it is not a float tensor."""
         with _readable(self.path):
-            tensor = self._files[name].get_tensor(name)
+            tensor = self._handles[name].get_tensor(name)
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise CQError(f"{self.path}: tensor {name} is {tensor.dtype}: only float checkpoints can be converted")
         return tensor.float()
@@ -86,7 +88,7 @@ class GgufSource:
 
     def __init__(self, path: Path) -> None:
         """Map the file; CQError if it is not a GGUF file."""
-        self.path = path
+        self.path, self.files = path, [path]
         try:
             self.reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError, OverflowError, UnicodeError) as error:

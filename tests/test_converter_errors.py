@@ -200,7 +200,9 @@ def test_as_a_process(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-@pytest.mark.parametrize(("options", "part"), [([], "out.gguf.*.part"), (["--no-sensitivity"], "out.gguf.part")])
+@pytest.mark.parametrize(
+    ("options", "part"), [([], "out.gguf.*.part"), (["--no-sensitivity"], "out.gguf.*.part/output.part")]
+)
 def test_interrupt_leaves_nothing(tmp_path, options, part):
     """Ctrl-C while sensitivity is measured, and while layers are being written."""
     tiny = MODELS["llama-mha-linear"]

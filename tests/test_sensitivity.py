@@ -15,6 +15,7 @@ from codequant_converter.moments import Moments
 from codequant_converter.row_feedback import ROWS, cluster_in_turn, sweep
 from codequant_converter.stream import LayerStream
 from codequant_converter.transform import TransformedModel
+from codequant_converter.work import WorkFolder
 
 from pyggml_bridge.format import CQType
 
@@ -41,8 +42,8 @@ def test_gradients_are_those_of_the_whole_model(tmp_path, tiny, router_weight):
     checkpoint = open_checkpoint(str(tmp_path / "m"))
     tokens = torch.randint(0, 250, (3, 40), generator=torch.Generator().manual_seed(5))
     (tmp_path / "s").mkdir()
-    transformed = TransformedModel(checkpoint)
-    found = sensitivity.measure(transformed, LayerStream(checkpoint), tokens, tmp_path / "s", 3, router_weight)
+    transformed, work = TransformedModel(checkpoint), WorkFolder(tmp_path / "s")
+    found = sensitivity.measure(transformed, LayerStream(checkpoint), tokens, work, 3, router_weight)
     assert not list((tmp_path / "s").glob("hidden*"))
 
     gradients: dict[str, torch.Tensor] = {}
@@ -109,7 +110,7 @@ def test_damage_is_that_of_random_errors(tmp_path, monkeypatch):
     (tmp_path / "s").mkdir()
     checkpoint = open_checkpoint(str(tmp_path / "m"))
     transformed = TransformedModel(checkpoint)
-    found = sensitivity.measure(transformed, LayerStream(checkpoint), tokens, tmp_path / "s", 3, 0.0)
+    found = sensitivity.measure(transformed, LayerStream(checkpoint), tokens, WorkFolder(tmp_path / "s"), 3, 0.0)
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
