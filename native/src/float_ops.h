@@ -134,27 +134,38 @@ CQ_INLINE vec butterfly(vec v, int32_t half) {
     return swap_lanes(v, half) + v * sign;
 }
 
-/* The fast Walsh-Hadamard transform, in Sylvester's order, divided by sqrt(block). Its steps commute: the wide ones go
- * between vectors, the others inside them. */
-static void hadamard(float *x, int32_t n, int32_t block) {
-    const int32_t narrowest = block < CQ_LANES ? 1 : CQ_LANES;
-    for (int32_t half = block / 2; half >= narrowest; half /= 2)
+static void hadamard_narrow(float *x, int32_t n, int32_t block, float scale) {
+    for (int32_t half = block / 2; half >= 1; half /= 2)
         for (int32_t begin = 0; begin < n; begin += 2 * half)
-#pragma omp simd
             for (int32_t i = begin; i < begin + half; i++) {
                 const float a = x[i], b = x[i + half];
                 x[i] = a + b, x[i + half] = a - b;
             }
+    for (int32_t i = 0; i < n; i++) x[i] *= scale;
+}
+
+/* The fast Walsh-Hadamard transform, in Sylvester's order, divided by sqrt(block). Its steps commute: the wide ones go
+ * between vectors, the others inside them. */
+static void hadamard(float *x, int32_t n, int32_t block) {
     const float scale = 1.0f / sqrtf((float)block);
-    int32_t i = 0;
-    for (; narrowest > 1 && i < n; i += CQ_LANES) {
+    if (block < CQ_LANES) {
+        hadamard_narrow(x, n, block, scale);
+        return;
+    }
+    for (int32_t half = block / 2; half >= CQ_LANES; half /= 2)
+        for (int32_t begin = 0; begin < n; begin += 2 * half)
+            for (int32_t i = begin; i < begin + half; i += CQ_LANES) {
+                const vec a = load_vec(x + i), b = load_vec(x + i + half);
+                store_vec(x + i, a + b);
+                store_vec(x + i + half, a - b);
+            }
+    for (int32_t i = 0; i < n; i += CQ_LANES) {
         vec v = load_vec(x + i);
         if (CQ_LANES > 8) v = butterfly(v, 8);
         if (CQ_LANES > 4) v = butterfly(v, 4);
         v = butterfly(butterfly(v, 2), 1);
         store_vec(x + i, v * scale);
     }
-    for (; i < n; i++) x[i] *= scale;
 }
 
 static void axpy(float a, const float *x, float *y, int32_t n) {

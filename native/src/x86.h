@@ -15,6 +15,10 @@ static inline __m128i load_centroids(const int8_t *centroids, int32_t bits) {
 
 static void f16_to_f32(const uint16_t *x, float *out, int32_t n) {
     int32_t i = 0;
+#ifdef __AVX512F__
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(x + i))));
+#endif
     for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + i))));
     for (; i < n; i++) out[i] = _cvtsh_ss(x[i]);
 }
