@@ -1,11 +1,12 @@
-/* Attention of a tile of consecutive queries of one head, included by float_ops.h.
+/* Attention of a tile of queries, included by float_ops.h.
  *
  * Keys are walked in tiles of CQ_KEY_TILE, converted from F16 once per tile, with an online softmax: running maximum m
  * and sum l per query; when m grows, what was summed so far shrinks by exp(m_old - m_new).
  *
- * A batch keeps the queries in the vector lanes: scores are [key][CQ_QUERY_TILE], so that maximum, exponential and sum
- * need no operation across lanes. One query alone (decoding) would leave those lanes empty, so it keeps the head
- * dimension in the lanes instead and has scores [key]. */
+ * A batch is consecutive queries of one head, in the vector lanes: scores are [key][CQ_QUERY_TILE], so that maximum,
+ * exponential and sum need no operation across lanes. One token (decoding) would leave those lanes empty: its queries
+ * are those of a group of heads with the same keys and values, which are read and converted once for all of them; the
+ * head dimension is in the lanes and scores are [query][CQ_KEY_TILE]. */
 #ifndef CQ_ATTENTION_H
 #define CQ_ATTENTION_H
 
@@ -16,7 +17,7 @@ typedef struct {
     int32_t position, n_queries;
     float *tile;               /* [CQ_KEY_TILE][head_dim]: keys, then values */
     float *queries;            /* [head_dim][CQ_QUERY_TILE], times op->scale */
-    float *scores;             /* [CQ_KEY_TILE][CQ_QUERY_TILE], or [CQ_KEY_TILE] for one query; then probabilities */
+    float *scores;             /* [CQ_KEY_TILE][CQ_QUERY_TILE], or [query][CQ_KEY_TILE]; then probabilities */
     float *max, *sum, *shrink; /* [CQ_QUERY_TILE] */
 } attention_tile;
 
@@ -114,81 +115,91 @@ static void batch_softmax(const attention_tile *a, int32_t first_key, int32_t n_
             softmax_lanes(1, a, first_key, n_keys, first);
 }
 
-static void single_scores(const attention_tile *a, const float *q, int32_t n_keys) {
+static void group_scores(const attention_tile *a, const float *q, int32_t n_keys) {
+    const int32_t dim = a->op->head_dim;
     const float *keys[CQ_KEY_TILE];
-    for (int32_t k = 0; k < n_keys; k++) keys[k] = a->tile + k * a->op->head_dim;
-    dot_f32(q, keys, n_keys, a->op->head_dim, a->scores);
+    for (int32_t k = 0; k < n_keys; k++) keys[k] = a->tile + k * dim;
+    for (int32_t i = 0; i < a->n_queries; i++) dot_f32(q + i * dim, keys, n_keys, dim, a->scores + i * CQ_KEY_TILE);
 }
 
-static void single_softmax(const attention_tile *a, int32_t n_keys) {
-    float largest = *a->max;
+static void group_softmax(const attention_tile *a, int32_t n_keys) {
+    for (int32_t i = 0; i < a->n_queries; i++) {
+        float *scores = a->scores + i * CQ_KEY_TILE, largest = a->max[i];
 #pragma omp simd reduction(max : largest)
-    for (int32_t k = 0; k < n_keys; k++) {
-        a->scores[k] *= a->op->scale;
-        largest = a->scores[k] > largest ? a->scores[k] : largest;
+        for (int32_t k = 0; k < n_keys; k++) {
+            scores[k] *= a->op->scale;
+            largest = scores[k] > largest ? scores[k] : largest;
+        }
+        for (int32_t k = n_keys; k % CQ_LANES; k++) scores[k] = CQ_HIDDEN; /* adds e^-87 to a sum of at least one */
+        vec sum = {0};
+        for (int32_t k = 0; k < n_keys; k += CQ_LANES) {
+            const vec p = exp_vec(load_vec(scores + k) - largest);
+            store_vec(scores + k, p);
+            sum += p;
+        }
+        a->shrink[i] = exp_vec(all_lanes(a->max[i] - largest))[0];
+        a->sum[i] = a->sum[i] * a->shrink[i] + sum_lanes(sum);
+        a->max[i] = largest;
     }
-    for (int32_t k = n_keys; k % CQ_LANES; k++) a->scores[k] = CQ_HIDDEN; /* adds e^-87 to a sum of at least one */
-    vec sum = {0};
-    for (int32_t k = 0; k < n_keys; k += CQ_LANES) {
-        const vec p = exp_vec(load_vec(a->scores + k) - largest);
-        store_vec(a->scores + k, p);
-        sum += p;
-    }
-    *a->shrink = exp_vec(all_lanes(*a->max - largest))[0];
-    *a->sum = *a->sum * *a->shrink + sum_lanes(sum);
-    *a->max = largest;
 }
 
-/* out[i][d ..] = out * shrink[i] + sum over keys of p[key][i] * value[key][d ..], N queries times V vectors. stride:
- * from a key's scores to the next one's. */
-CQ_INLINE void value_tile(const int32_t dim, const int32_t stride, const int32_t N, const int32_t V,
+/* Where the probability of a key and a query lies in scores, and a query's output in out. */
+typedef struct {
+    int32_t key, query;
+    int64_t out;
+} attention_strides;
+
+/* out[i][d ..] = out * shrink[i] + sum over keys of p[key][i] * value[key][d ..], N queries times V vectors. */
+CQ_INLINE void value_tile(const int32_t dim, const attention_strides at, const int32_t N, const int32_t V,
                           const attention_tile *a, int32_t n_keys, int32_t i, int32_t d, float *out) {
-    const int64_t out_stride = (int64_t)a->op->n_heads * dim;
     vec acc[4][CQ_TILE_VECS];
 #pragma GCC unroll 16
     for (int32_t n = 0; n < N; n++)
 #pragma GCC unroll 16
         for (int32_t v = 0; v < V; v++)
-            acc[n][v] = load_vec(out + (i + n) * out_stride + d + v * CQ_LANES) * a->shrink[i + n];
+            acc[n][v] = load_vec(out + (i + n) * at.out + d + v * CQ_LANES) * a->shrink[i + n];
     for (int32_t k = 0; k < n_keys; k++)
 #pragma GCC unroll 16
         for (int32_t v = 0; v < V; v++) {
             const vec value = load_vec(a->tile + k * dim + d + v * CQ_LANES);
 #pragma GCC unroll 16
-            for (int32_t n = 0; n < N; n++) acc[n][v] += a->scores[k * stride + i + n] * value;
+            for (int32_t n = 0; n < N; n++) acc[n][v] += a->scores[k * at.key + (i + n) * at.query] * value;
         }
 #pragma GCC unroll 16
     for (int32_t n = 0; n < N; n++)
 #pragma GCC unroll 16
-        for (int32_t v = 0; v < V; v++) store_vec(out + (i + n) * out_stride + d + v * CQ_LANES, acc[n][v]);
+        for (int32_t v = 0; v < V; v++) store_vec(out + (i + n) * at.out + d + v * CQ_LANES, acc[n][v]);
 }
 
-CQ_INLINE void value_rows(const int32_t dim, const int32_t stride, const int32_t N, const attention_tile *a,
+CQ_INLINE void value_rows(const int32_t dim, const attention_strides at, const int32_t N, const attention_tile *a,
                           int32_t n_keys, int32_t i, float *out) {
     int32_t d = 0;
     for (; d + CQ_TILE_VECS * CQ_LANES <= dim; d += CQ_TILE_VECS * CQ_LANES)
-        value_tile(dim, stride, N, CQ_TILE_VECS, a, n_keys, i, d, out);
-    for (; d + CQ_LANES <= dim; d += CQ_LANES) value_tile(dim, stride, N, 1, a, n_keys, i, d, out);
+        value_tile(dim, at, N, CQ_TILE_VECS, a, n_keys, i, d, out);
+    for (; d + CQ_LANES <= dim; d += CQ_LANES) value_tile(dim, at, N, 1, a, n_keys, i, d, out);
     for (; d < dim; d++)
-        for (int32_t n = 0; n < N; n++) {
-            float *element = out + (int64_t)(i + n) * a->op->n_heads * dim + d, sum = *element * a->shrink[i + n];
-            for (int32_t k = 0; k < n_keys; k++) sum += a->scores[k * stride + i + n] * a->tile[k * dim + d];
-            *element = sum;
+        for (int32_t n = i; n < i + N; n++) {
+            float sum = out[n * at.out + d] * a->shrink[n];
+            for (int32_t k = 0; k < n_keys; k++) sum += a->scores[k * at.key + n * at.query] * a->tile[k * dim + d];
+            out[n * at.out + d] = sum;
         }
 }
 
-CQ_INLINE void value_tiles(const int32_t dim, const attention_tile *a, int32_t n_keys, float *out) {
+CQ_INLINE void value_tiles(const int32_t dim, const attention_strides at, const attention_tile *a, int32_t n_keys,
+                           float *out) {
     int32_t i = 0;
-    if (a->n_queries == 1) {
-        value_rows(dim, 1, 1, a, n_keys, 0, out);
-        return;
-    }
-    for (; i + 4 <= a->n_queries; i += 4) value_rows(dim, CQ_QUERY_TILE, 4, a, n_keys, i, out);
-    for (; i < a->n_queries; i++) value_rows(dim, CQ_QUERY_TILE, 1, a, n_keys, i, out);
+    for (; i + 4 <= a->n_queries; i += 4) value_rows(dim, at, 4, a, n_keys, i, out);
+    for (; i < a->n_queries; i++) value_rows(dim, at, 1, a, n_keys, i, out);
 }
 
-static void add_values(const attention_tile *a, int32_t n_keys, float *out) {
-    CQ_WITH_HEAD_DIM(a->op->head_dim, value_tiles, a, n_keys, out)
+static void add_batch_values(const attention_tile *a, int32_t n_keys, float *out) {
+    const attention_strides at = {CQ_QUERY_TILE, 1, (int64_t)a->op->n_heads * a->op->head_dim};
+    CQ_WITH_HEAD_DIM(a->op->head_dim, value_tiles, at, a, n_keys, out)
+}
+
+static void add_group_values(const attention_tile *a, int32_t n_keys, float *out, int64_t stride) {
+    const attention_strides at = {1, CQ_KEY_TILE, stride};
+    CQ_WITH_HEAD_DIM(a->op->head_dim, value_tiles, at, a, n_keys, out)
 }
 
 static attention_tile carve_scratch(const cq_attention *op, int32_t position, int32_t n_queries, float *scratch) {
@@ -208,23 +219,38 @@ static void attention_head(const cq_attention *op, int32_t head, int32_t positio
     const int64_t stride = (int64_t)op->n_heads * dim, kv_head = head / (op->n_heads / op->n_kv_heads);
     const uint16_t *keys = op->k_cache + kv_head * op->n_ctx * dim, *values = op->v_cache + kv_head * op->n_ctx * dim;
     const attention_tile a = carve_scratch(op, position, n_queries, scratch);
-    if (n_queries > 1) transpose_queries(&a, q);
+    transpose_queries(&a, q);
     for (int32_t i = 0; i < n_queries; i++) memset(out + i * stride, 0, sizeof(float) * (size_t)dim);
-    const int32_t start = op->window > 0 && position >= op->window ? position - op->window + 1 : 0;
-    for (int32_t first = start; first < end; first += CQ_KEY_TILE) {
-        const int32_t n_keys = end - first < CQ_KEY_TILE ? end - first : CQ_KEY_TILE;
+    for (int32_t first = cq_first_key(op, position); first < end; first += CQ_KEY_TILE) {
+        const int32_t n_keys = cq_min(end - first, CQ_KEY_TILE);
         f16_to_f32(keys + (int64_t)first * dim, a.tile, n_keys * dim);
-        if (n_queries > 1) {
-            batch_scores(&a, n_keys);
-            batch_softmax(&a, first, n_keys);
-        } else {
-            single_scores(&a, q, n_keys);
-            single_softmax(&a, n_keys);
-        }
+        batch_scores(&a, n_keys);
+        batch_softmax(&a, first, n_keys);
         f16_to_f32(values + (int64_t)first * dim, a.tile, n_keys * dim);
-        add_values(&a, n_keys, out);
+        add_batch_values(&a, n_keys, out);
     }
     for (int32_t i = 0; i < n_queries; i++)
         for (int32_t d = 0; d < dim; d++) out[i * stride + d] /= a.sum[i];
+}
+
+static void attention_chunk(const cq_attention *op, int32_t head, int32_t n_heads, int32_t first, int32_t end,
+                            const float *q, float *parts, int64_t stride, float *scratch) {
+    const int32_t dim = op->head_dim;
+    const int64_t kv_head = head / (op->n_heads / op->n_kv_heads);
+    const uint16_t *keys = op->k_cache + kv_head * op->n_ctx * dim, *values = op->v_cache + kv_head * op->n_ctx * dim;
+    const attention_tile a = carve_scratch(op, 0, n_heads, scratch);
+    for (int32_t i = 0; i < n_heads; i++) memset(parts + i * stride, 0, sizeof(float) * (size_t)dim);
+    for (; first < end; first += CQ_KEY_TILE) {
+        const int32_t n_keys = cq_min(end - first, CQ_KEY_TILE);
+        f16_to_f32(keys + (int64_t)first * dim, a.tile, n_keys * dim);
+        group_scores(&a, q, n_keys);
+        group_softmax(&a, n_keys);
+        f16_to_f32(values + (int64_t)first * dim, a.tile, n_keys * dim);
+        add_group_values(&a, n_keys, parts, stride);
+    }
+    for (int32_t i = 0; i < n_heads; i++) {
+        parts[i * stride + dim] = a.max[i];
+        parts[i * stride + dim + 1] = a.sum[i];
+    }
 }
 #endif

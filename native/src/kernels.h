@@ -64,6 +64,11 @@ typedef struct cq_kernels {
      * strided. */
     void (*attention_head)(const cq_attention *op, int32_t head, int32_t position, int32_t n_queries, const float *q,
                            float *out, float *scratch);
+    /* One token's queries q[n_heads][head_dim] of heads `head` .. that share keys and values, over keys first .. end
+     * - 1. parts, `stride` floats per head: sum of exp(score - m) * value [head_dim], the largest score m, sum of
+     * exp(score - m). At most CQ_QUERY_TILE heads. */
+    void (*attention_chunk)(const cq_attention *op, int32_t head, int32_t n_heads, int32_t first, int32_t end,
+                            const float *q, float *parts, int64_t stride, float *scratch);
 
     /* ---- clustering ---- */
     void (*kmeans_layer)(const struct cq_kmeans *s, const struct cq_kmeans_layer *layer);
@@ -91,7 +96,11 @@ static inline int32_t cq_min(int32_t a, int32_t b) { return a < b ? a : b; }
 static inline int32_t cq_ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 static inline int64_t cq_align64(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
-/* Floats that attention_head needs for scratch. */
+static inline int32_t cq_first_key(const cq_attention *op, int32_t position) {
+    return op->window > 0 && position >= op->window ? position - op->window + 1 : 0;
+}
+
+/* Floats that attention needs for scratch. */
 enum { CQ_QUERY_TILE = 32, CQ_KEY_TILE = 64 };
 static inline size_t cq_attention_scratch_floats(int32_t head_dim) {
     return (size_t)(CQ_KEY_TILE + CQ_QUERY_TILE) * head_dim + (size_t)CQ_QUERY_TILE * CQ_KEY_TILE + 3 * CQ_QUERY_TILE;

@@ -43,28 +43,6 @@ static void run_rope(const cq_worker *worker, const cq_rope *op, int32_t n_rows)
                         op->cos_sin + (worker->step->position + t) * op->n_rot, op->n_rot, op->interleaved);
 }
 
-static void run_attention(const cq_worker *worker, const cq_attention *op) {
-    const cq_kernels *kernels = worker->kernels;
-    int32_t n_tokens = worker->step->n_tokens, position = worker->step->position, dim = op->head_dim;
-    cq_range range = cq_share(worker, n_tokens * op->n_kv_heads);
-    for (int32_t item = range.begin; item < range.end; item++) {
-        int64_t token = item / op->n_kv_heads, head = item % op->n_kv_heads;
-        int64_t from = (token * op->n_kv_heads + head) * dim, to = (head * op->n_ctx + position + token) * dim;
-        kernels->f32_to_f16(op->k + from, op->k_cache + to, dim);
-        kernels->f32_to_f16(op->v + from, op->v_cache + to, dim);
-    }
-    cq_wait_for_all(worker);
-    int32_t tiles = cq_ceil_div(n_tokens, CQ_QUERY_TILE), unit;
-    while ((unit = cq_next_unit(worker)) < tiles * op->n_heads) {
-        /* The last queries see the most keys, so they go first. */
-        int32_t head = unit % op->n_heads, first = (tiles - 1 - unit / op->n_heads) * CQ_QUERY_TILE;
-        int32_t n = n_tokens - first < CQ_QUERY_TILE ? n_tokens - first : CQ_QUERY_TILE;
-        int64_t offset = ((int64_t)first * op->n_heads + head) * dim;
-        kernels->attention_head(op, head, position + first, n, op->q + offset, op->out + offset,
-                                (float *)worker->scratch);
-    }
-}
-
 static void run_swiglu(const cq_worker *worker, const cq_swiglu *op, int32_t n_rows) {
     cq_range range = cq_share(worker, n_rows);
     for (int64_t t = range.begin; t < range.end; t++) {
@@ -150,7 +128,7 @@ static void run_op(const cq_worker *worker, const cq_op *op) {
         run_rope(worker, &op->u.rope, n_rows);
         break;
     case CQ_OP_ATTENTION:
-        run_attention(worker, &op->u.attention);
+        cq_run_attention(worker, &op->u.attention);
         break;
     case CQ_OP_SWIGLU:
         run_swiglu(worker, &op->u.swiglu, n_rows);
@@ -179,13 +157,21 @@ static int64_t thread_scratch_bytes(const cq_op *ops, int32_t n_ops) {
     return cq_align64(most);
 }
 
-/* Layout: the barrier, a work counter per operation, then each thread's own part. */
-static int64_t shared_scratch_bytes(int32_t n_ops) {
+/* What the team shares: the barrier and a work counter per operation, zero at the start; then parts of attention. */
+static int64_t counted_bytes(int32_t n_ops) {
     return (int64_t)sizeof(cq_barrier) + cq_align64((int64_t)sizeof(int32_t) * n_ops);
 }
 
+static int64_t shared_scratch_bytes(const cq_op *ops, int32_t n_ops) {
+    int64_t most = 0;
+    for (int32_t i = 0; i < n_ops; i++)
+        if (ops[i].code == CQ_OP_ATTENTION && cq_attention_parts_bytes(&ops[i].u.attention) > most)
+            most = cq_attention_parts_bytes(&ops[i].u.attention);
+    return counted_bytes(n_ops) + cq_align64(most);
+}
+
 int64_t cq_scratch_bytes(const cq_op *ops, int32_t n_ops, int32_t n_threads) {
-    return shared_scratch_bytes(n_ops) + n_threads * thread_scratch_bytes(ops, n_ops);
+    return shared_scratch_bytes(ops, n_ops) + n_threads * thread_scratch_bytes(ops, n_ops);
 }
 
 int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step) {
@@ -195,13 +181,14 @@ int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step) {
     for (int32_t i = 0; i < n_ops; i++)
         if (ops[i].code < 0 || ops[i].code >= CQ_OP_COUNT) return CQ_ERR_ARGUMENT;
     int32_t *counters = (int32_t *)(step->scratch + sizeof(cq_barrier));
-    const int64_t shared = shared_scratch_bytes(n_ops), part = thread_scratch_bytes(ops, n_ops);
-    memset(step->scratch, 0, (size_t)shared);
+    const int64_t shared = shared_scratch_bytes(ops, n_ops), part = thread_scratch_bytes(ops, n_ops);
+    memset(step->scratch, 0, (size_t)counted_bytes(n_ops));
 #pragma omp parallel num_threads(step->n_threads)
     {
         cq_worker worker = {.kernels = cq_kernels_current(), .step = step, .barrier = (cq_barrier *)step->scratch};
         worker.thread = omp_get_thread_num();
         worker.n_threads = omp_get_num_threads();
+        worker.parts = (float *)(step->scratch + counted_bytes(n_ops));
         worker.scratch = step->scratch + shared + worker.thread * part;
         for (int32_t i = 0; i < n_ops; i++) {
             if (ops[i].waits) cq_wait_for_all(&worker);

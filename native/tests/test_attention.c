@@ -42,6 +42,34 @@ static double reference(const cq_attention *op, int32_t kv_head, int32_t positio
     return 2 * relative * max_value + 1e-30;
 }
 
+/* The last position alone: the heads that share keys and values at once, in two chunks joined here. */
+static void check_chunks(const cq_attention *op, int32_t position, const float *q, float *scratch) {
+    const int32_t dim = op->head_dim, stride = 2 * (dim + 2), group = op->n_heads / op->n_kv_heads;
+    const int32_t first = cq_first_key(op, position), middle = first + (position + 1 - first) / 3;
+    guarded memory = guarded_new(sizeof(float) * (size_t)(group * stride));
+    float *parts = memory.data;
+    double *want = malloc(sizeof(double) * (size_t)dim);
+    for (int32_t head = 0; head < op->n_heads; head += group) {
+        const float *queries = q + head * dim;
+        for (int32_t i = 0; i < group * stride; i++) parts[i] = NAN;
+        const cq_kernels *kernels = cq_kernels_current();
+        kernels->attention_chunk(op, head, group, first, middle, queries, parts, stride, scratch);
+        kernels->attention_chunk(op, head, group, middle, position + 1, queries, parts + dim + 2, stride, scratch);
+        for (int32_t i = 0; i < group; i++) {
+            const double bound = reference(op, head / group, position, queries + i * dim, want);
+            const float *a = parts + i * stride, *b = a + dim + 2;
+            const double largest = fmax(a[dim], b[dim]), wa = exp(a[dim] - largest), wb = exp(b[dim] - largest);
+            for (int32_t d = 0; d < dim; d++) {
+                const double got = (wa * a[d] + wb * b[d]) / (wa * a[dim + 1] + wb * b[dim + 1]);
+                CHECK(fabs(got - want[d]) <= bound, "chunks dim %d position %d window %d: %g, want %g, bound %g", dim,
+                      position, op->window, got, want[d], bound);
+            }
+        }
+    }
+    free(want);
+    guarded_free(memory);
+}
+
 static void check_attention(int32_t dim, int32_t position, int32_t n_queries, int32_t window, float sharpness) {
     const int32_t n_heads = 4, n_kv_heads = 2, n_ctx = position + n_queries;
     const size_t cache = (size_t)n_kv_heads * n_ctx * dim;
@@ -74,6 +102,8 @@ static void check_attention(int32_t dim, int32_t position, int32_t n_queries, in
         }
     }
     free(want);
+    memset(scratch.data, 0xff, sizeof(float) * cq_attention_scratch_floats(dim));
+    check_chunks(&op, position + n_queries - 1, q + (n_queries - 1) * n_heads * dim, scratch.data);
     guarded_free(mk), guarded_free(mv), guarded_free(mq), guarded_free(mo), guarded_free(scratch);
 }
 

@@ -1,0 +1,83 @@
+/* The attention operation: new keys and values into the cache, then units of work for the team.
+ *
+ * Many tokens: a unit is a tile of queries of one head. One token has too few of those, and heads that share keys and
+ * values would each read them anew: a unit is a group of such heads and a chunk of keys, and a head's parts are joined
+ * afterwards. How keys are cut into chunks depends on their number only, so that results do not depend on the team. */
+#include "worker.h"
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+enum { CQ_MAX_CHUNKS = 32 };
+
+static int64_t part_floats(const cq_attention *op) { return op->head_dim + 2; /* sum, largest score, total */ }
+
+int64_t cq_attention_parts_bytes(const cq_attention *op) {
+    return (int64_t)sizeof(float) * op->n_heads * CQ_MAX_CHUNKS * part_floats(op);
+}
+
+static void append_to_cache(const cq_worker *worker, const cq_attention *op) {
+    const int32_t dim = op->head_dim;
+    const cq_range range = cq_share(worker, worker->step->n_tokens * op->n_kv_heads);
+    for (int32_t item = range.begin; item < range.end; item++) {
+        const int64_t token = item / op->n_kv_heads, head = item % op->n_kv_heads;
+        const int64_t from = (token * op->n_kv_heads + head) * dim,
+                      to = (head * op->n_ctx + worker->step->position + token) * dim;
+        worker->kernels->f32_to_f16(op->k + from, op->k_cache + to, dim);
+        worker->kernels->f32_to_f16(op->v + from, op->v_cache + to, dim);
+    }
+}
+
+static void attend_batch(const cq_worker *worker, const cq_attention *op) {
+    const int32_t n_tokens = worker->step->n_tokens, tiles = cq_ceil_div(n_tokens, CQ_QUERY_TILE);
+    for (int32_t unit; (unit = cq_next_unit(worker)) < tiles * op->n_heads;) {
+        /* The last queries see the most keys, so they go first. */
+        const int32_t head = unit % op->n_heads, first = (tiles - 1 - unit / op->n_heads) * CQ_QUERY_TILE;
+        const int64_t offset = ((int64_t)first * op->n_heads + head) * op->head_dim;
+        worker->kernels->attention_head(op, head, worker->step->position + first,
+                                        cq_min(n_tokens - first, CQ_QUERY_TILE), op->q + offset, op->out + offset,
+                                        (float *)worker->scratch);
+    }
+}
+
+static void join_chunks(const cq_worker *worker, const cq_attention *op, int32_t head, int32_t n_chunks) {
+    const int32_t dim = op->head_dim;
+    const float *parts = worker->parts + head * CQ_MAX_CHUNKS * part_floats(op);
+    float *out = op->out + (int64_t)head * dim, largest = -FLT_MAX, total = 0;
+    for (int32_t c = 0; c < n_chunks; c++) largest = fmaxf(largest, parts[c * part_floats(op) + dim]);
+    memset(out, 0, sizeof(float) * (size_t)dim);
+    for (int32_t c = 0; c < n_chunks; c++, parts += part_floats(op)) {
+        const float shrink = expf(parts[dim] - largest);
+        worker->kernels->axpy(shrink, parts, out, dim);
+        total += shrink * parts[dim + 1];
+    }
+    for (int32_t d = 0; d < dim; d++) out[d] /= total;
+}
+
+static void attend_one(const cq_worker *worker, const cq_attention *op) {
+    const int32_t end = worker->step->position + 1, start = cq_first_key(op, worker->step->position);
+    const int32_t chunk = CQ_KEY_TILE * cq_ceil_div(end - start, CQ_KEY_TILE * CQ_MAX_CHUNKS);
+    const int32_t n_chunks = cq_ceil_div(end - start, chunk), group = op->n_heads / op->n_kv_heads;
+    const int32_t pieces = cq_ceil_div(group, CQ_QUERY_TILE); /* of a group that is larger than a tile */
+    const int64_t stride = CQ_MAX_CHUNKS * part_floats(op);
+    for (int32_t unit; (unit = cq_next_unit(worker)) < n_chunks * pieces * op->n_kv_heads;) {
+        const int32_t c = unit % n_chunks, piece = unit / n_chunks % pieces, kv_head = unit / n_chunks / pieces;
+        const int32_t head = kv_head * group + piece * CQ_QUERY_TILE, first = start + c * chunk;
+        const int32_t n_heads = cq_min(group - piece * CQ_QUERY_TILE, CQ_QUERY_TILE);
+        worker->kernels->attention_chunk(
+            op, head, n_heads, first, cq_min(first + chunk, end), op->q + (int64_t)head * op->head_dim,
+            worker->parts + head * stride + c * part_floats(op), stride, (float *)worker->scratch);
+    }
+    cq_wait_for_all(worker);
+    const cq_range range = cq_share(worker, op->n_heads);
+    for (int32_t head = range.begin; head < range.end; head++) join_chunks(worker, op, head, n_chunks);
+}
+
+void cq_run_attention(const cq_worker *worker, const cq_attention *op) {
+    append_to_cache(worker, op);
+    cq_wait_for_all(worker);
+    if (worker->step->n_tokens == 1)
+        attend_one(worker, op);
+    else
+        attend_batch(worker, op);
+}
