@@ -272,3 +272,61 @@ def select_rows(x: int, out: int, n: int, first: int, n_rows: int) -> Launch:
     """out [n_rows, n] = rows of x from `first` on."""
     grid = (ceil_div(n, ROW_THREADS), n_rows)
     return _rows_launch("select_rows", grid, np.uint64(x), np.uint64(out), np.int32(n), np.int32(first))
+
+
+# ---- attention ----
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What attention depends on besides addresses and the number of tokens. window 0: all keys are visible."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_ctx: int
+    window: int
+    scale: float
+
+    @property
+    def module(self) -> Module:
+        """attention.cu for this width of a head."""
+        return Module("attention.cu", (("CQ_HEAD_DIM", self.head_dim),))
+
+    def tiles(self, n_tokens: int) -> int:
+        """Blocks that the queries of one key-value head fill."""
+        return ceil_div(n_tokens * (self.n_heads // self.n_kv_heads), QUERY_ROWS)
+
+    def splits(self, n_tokens: int, n_blocks: int) -> int:
+        """Parts of the keys that bring a single token's blocks to n_blocks, of at least 128 keys; more tokens: one."""
+        if n_tokens > 1:
+            return 1
+        return max(1, min(n_blocks // (self.n_kv_heads * self.tiles(n_tokens)), self.n_ctx // 128))
+
+    def partial_floats(self, n_tokens: int, splits: int) -> int:
+        """float32 elements of what the splits leave for the merge."""
+        return splits * n_tokens * self.n_heads * (self.head_dim + 2) if splits > 1 else 1
+
+
+def append(new: int, cache: int, position: int, heads: tuple[int, int], n_ctx: int, n_tokens: int) -> Launch:
+    """Keys or values [n_tokens, *heads = (n_kv_heads, head_dim)] to the cache [n_kv_heads, n_ctx, head_dim] as F16."""
+    module = Module("attention.cu", (("CQ_HEAD_DIM", heads[1]),))
+    args = (np.uint64(new), np.uint64(cache), np.uint64(position), np.int32(n_ctx))
+    return Launch(module, "append", (n_tokens, heads[0], 1), 128, args)
+
+
+def attention(
+    shape: AttentionShape, addresses: tuple[int, int, int, int, int, int], n_tokens: int, splits: int
+) -> list[Launch]:
+    """addresses: q, k cache, v cache, out, partial (partial_floats) and position."""
+    struct = np.zeros(1, ATTENTION)
+    for name, address in zip(("q", "k_cache", "v_cache", "out", "partial", "position"), addresses, strict=True):
+        struct[name] = address
+    for name in ("n_heads", "n_kv_heads", "n_ctx", "window", "scale"):
+        struct[name] = getattr(shape, name)
+    struct["n_tokens"] = n_tokens
+    launches = [Launch(shape.module, "attention", (shape.tiles(n_tokens), shape.n_kv_heads, splits), 128, (struct,))]
+    if splits > 1:
+        args = (np.uint64(addresses[4]), np.uint64(addresses[3]), np.int32(splits))
+        launches.append(Launch(shape.module, "attention_merge", (n_tokens * shape.n_heads, 1, 1), 128, args))
+    return launches
