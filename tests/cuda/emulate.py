@@ -22,7 +22,17 @@ from pyggml_bridge.cuda_kernels import Launch, Module
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES, EMULATOR = ROOT / "native" / "cuda", Path(__file__).parent
 CACHE = ROOT / "build" / "emulated"
-FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fno-gnu-unique",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+)
 
 
 def flags() -> list[str]:
@@ -54,13 +64,29 @@ def _compiled(name: str, suffix: str, text: str, *command: str) -> Path:
 @cache
 def library(module: Module) -> ctypes.CDLL:
     """The emulated module: for each kernel `k` a function `k_launch`."""
-    header = _compiled("prefix.h", ".gch", f'#include "{EMULATOR}/emulator.h"\n', "-x", "c++-header")
-    kernels = re.findall(r"__global__ void (?:__launch_bounds__\([\w, ]+\)\s*)?(\w+)\(", (SOURCES / module.source).read_text())
+    kernels = re.findall(
+        r"__global__ void (?:__launch_bounds__\([\w, ]+\)\s*)?(\w+)\(", (SOURCES / module.source).read_text()
+    )
     defines = [f"#define {name} {value}" for name, value in module.defines]
     lines = [*defines, f'#include "{SOURCES / module.source}"']
     lines += [f"CQ_EMULATE({name})" for name in kernels if not _absent(module, name)]
-    command = ("-shared", f"-I{header.parent}", "-include", "prefix.h")
+    command = ("-shared", f"-I{_header().parent}", "-include", "prefix.h")
     return ctypes.CDLL(str(_compiled(module.source.removesuffix(".cu"), ".so", "\n".join(lines), *command)))
+
+
+def struct_sizes() -> tuple[int, int, int]:
+    """sizeof of cq_matrix, cq_linear and cq_attention."""
+    lines = ["#define CQ_HEAD_DIM 64", f'#include "{SOURCES}/attention.cu"']
+    lines += ['extern "C" const size_t sizes[] = {sizeof(cq_matrix), sizeof(cq_linear), sizeof(cq_attention)};']
+    command = ("-shared", f"-I{_header().parent}", "-include", "prefix.h", "-Wno-unused-function")
+    found = (ctypes.c_size_t * 3).in_dll(
+        ctypes.CDLL(str(_compiled("sizes", ".so", "\n".join(lines), *command))), "sizes"
+    )
+    return found[0], found[1], found[2]
+
+
+def _header() -> Path:
+    return _compiled("prefix.h", ".gch", f'#include "{EMULATOR}/emulator.h"\n', "-x", "c++-header")
 
 
 def _absent(module: Module, kernel: str) -> bool:

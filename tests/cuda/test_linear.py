@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from pyggml_bridge import cuda_kernels as ck
+from pyggml_bridge import cuda_linear as cl
 from pyggml_bridge.format import CODEBOOK_ROWS, MAX_COLS, Clustered, CQType
 from tests.cuda.arrays import Memory
 from tests.cuda.emulate import run
@@ -33,8 +33,8 @@ def integers(w: Clustered, x: np.ndarray, *, gemm: bool, seed: int = 0, tensor_c
     memory = Memory()
     out = memory.full((len(x), w.shape[0]), CANARY, np.int32)
     matrix = replace(memory.matrix(w), scales=0)
-    operands = ck.Operands(len(x), out.ctypes.data, q=memory.at(x), scales=memory.at(np.ones(len(x), np.float32)))
-    run(ck.gemm(matrix, operands, tensor_cores=tensor_cores) if gemm else ck.gemv(matrix, operands), seed)
+    operands = cl.Operands(len(x), out.ctypes.data, q=memory.at(x), scales=memory.at(np.ones(len(x), np.float32)))
+    run(cl.gemm(matrix, operands, tensor_cores=tensor_cores) if gemm else cl.gemv(matrix, operands), seed)
     return out
 
 
@@ -62,7 +62,10 @@ def test_integers_of_every_tail(cq: CQType, codebook_rows: int) -> None:
     """Rows and tokens around the tiles' edges, incomplete rings."""
     rng = np.random.default_rng(codebook_rows)
     for rows, tokens in ((7, 1), (129, 65), (70, 33), (128, 64)):
-        check(random_clustered(rng, cq, rows, 192, scale_cols=64, codebook_rows=codebook_rows), activations(rng, tokens, 192))
+        check(
+            random_clustered(rng, cq, rows, 192, scale_cols=64, codebook_rows=codebook_rows),
+            activations(rng, tokens, 192),
+        )
 
 
 @pytest.mark.parametrize("cq", CQType)
@@ -112,10 +115,10 @@ def test_scales_bias_and_accumulation(tokens: int, accumulate: bool) -> None:
     scales, bias = rng.uniform(1e-3, 2, tokens).astype(np.float32), rng.normal(size=37).astype(np.float32)
     before = rng.normal(size=(tokens, 37)).astype(np.float32)
     out = memory.put(before)
-    operands = ck.Operands(
+    operands = cl.Operands(
         tokens, out.ctypes.data, q=memory.at(x), scales=memory.at(scales), bias=memory.at(bias), accumulate=accumulate
     )
-    run(ck.linear(memory.matrix(w), operands))
+    run(cl.linear(memory.matrix(w), operands))
     exact = wanted(w, x) * w.scales.astype(np.float64) * scales[:, None]
     old = before if accumulate else 0 * before
     # the product of the scales, times the accumulator (itself rounded), two sums
@@ -127,7 +130,9 @@ def experts_case(rng: np.random.Generator, n_tokens: int, gather: bool) -> tuple
     """Five experts, of which one gets no token, and one most of them."""
     ids = np.where(rng.random((n_tokens, 2)) < 0.8, [[3, 0]], [[1, 4]])
     parts = [random_clustered(rng, CQType.CQ3T, 13, 128, 64, 64, codebook_rows=8) for _ in range(5)]
-    stacked = [np.stack([getattr(part, name) for part in parts]) for name in ("packed", "centroids", "scales", "group_scales")]
+    stacked = [
+        np.stack([getattr(part, name) for part in parts]) for name in ("packed", "centroids", "scales", "group_scales")
+    ]
     w = Clustered(CQType.CQ3T, *stacked, 64, 64, 8)
     return w, ids.astype(np.int32), activations(rng, n_tokens if gather else 2 * n_tokens, 128)
 
@@ -141,9 +146,14 @@ def test_experts_multiply_their_slots(n_tokens: int, gather: bool) -> None:
     rows = np.repeat(x, 2, axis=0) if gather else x
     want = np.einsum("sc,src->sr", rows.astype(np.int64), w.weights_i8()[ids.reshape(-1)].astype(np.int64))
     scales = memory.at(np.ones(len(x), np.float32))
-    for launch in (ck.gemv, ck.gemm):
+    for launch in (cl.gemv, cl.gemm):
         out = memory.full(want.shape, CANARY, np.int32)
-        run(launch(matrix, ck.Operands(n_tokens, out.ctypes.data, q=memory.at(x), scales=scales, routing=routing, gather=gather)))
+        run(
+            launch(
+                matrix,
+                cl.Operands(n_tokens, out.ctypes.data, q=memory.at(x), scales=scales, routing=routing, gather=gather),
+            )
+        )
         np.testing.assert_array_equal(out, want)
 
 
@@ -161,17 +171,19 @@ def test_q8_0(tokens: int, rows: int, cols: int, tensor_cores: bool) -> None:
     blocks, x, n_blocks = q8_0(rng, rows, cols), activations(rng, tokens, cols), cols // 32
     scales, bias = rng.uniform(1e-3, 2, (tokens, n_blocks)).astype(np.float32), rng.normal(size=rows).astype(np.float32)
     before = rng.normal(size=(tokens, rows)).astype(np.float32)
-    terms = np.einsum("tbi,rbi->trb", x.reshape(tokens, n_blocks, 32).astype(np.float64), blocks["q"].astype(np.float64))
+    terms = np.einsum(
+        "tbi,rbi->trb", x.reshape(tokens, n_blocks, 32).astype(np.float64), blocks["q"].astype(np.float64)
+    )
     terms *= scales[:, None] * blocks["scale"].astype(np.float64)
     magnitude = np.einsum("tbi,rbi->tr", np.abs(x.reshape(tokens, n_blocks, 32)).astype(np.float64) * scales[..., None],
                           np.abs(blocks["q"].astype(np.float64)) * blocks["scale"][..., None])  # fmt: skip
     bound = EPS * (n_blocks + 11) * (magnitude + np.abs(before) + np.abs(bias))
-    for launch in (ck.gemv, lambda w, o: ck.gemm(w, o, tensor_cores=tensor_cores)):
+    for launch in (cl.gemv, lambda w, o: cl.gemm(w, o, tensor_cores=tensor_cores)):
         memory = Memory()
         out = memory.put(before)
-        matrix = ck.DeviceMatrix(int(GGMLQuantizationType.Q8_0), 1, rows, cols, memory.at(blocks.view(np.uint8)))
+        matrix = cl.DeviceMatrix(int(GGMLQuantizationType.Q8_0), 1, rows, cols, memory.at(blocks.view(np.uint8)))
         addresses = {"q": memory.at(x), "scales": memory.at(scales), "bias": memory.at(bias)}
-        run(launch(matrix, ck.Operands(tokens, out.ctypes.data, **addresses, accumulate=True)))
+        run(launch(matrix, cl.Operands(tokens, out.ctypes.data, **addresses, accumulate=True)))
         assert (np.abs(out - (before + terms.sum(-1) + bias)) <= bound).all()
 
 
@@ -184,9 +196,9 @@ def test_float_matrices(dtype: type, tokens: int, rows: int, cols: int) -> None:
     w, x = rng.normal(size=(rows, cols)).astype(dtype), rng.normal(size=(tokens, cols)).astype(np.float32)
     bias, exact = rng.normal(size=rows).astype(np.float32), x.astype(np.float64) @ w.astype(np.float64).T
     bound = EPS * (cols + 3) * (np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64).T + np.abs(bias))
-    for launch in (ck.gemv, ck.gemm):
+    for launch in (cl.gemv, cl.gemm):
         memory = Memory()
         out = memory.full((tokens, rows), np.nan, np.float32)
-        matrix = ck.DeviceMatrix(int(kind), 1, rows, cols, memory.at(w))
-        run(launch(matrix, ck.Operands(tokens, out.ctypes.data, x=memory.at(x), bias=memory.at(bias))))
+        matrix = cl.DeviceMatrix(int(kind), 1, rows, cols, memory.at(w))
+        run(launch(matrix, cl.Operands(tokens, out.ctypes.data, x=memory.at(x), bias=memory.at(bias))))
         assert (np.abs(out - (exact + bias)) <= bound).all()
