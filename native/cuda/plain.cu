@@ -43,11 +43,35 @@ CQ_DEVICE float element(const u8 *row, int column) {
     return CQ_TYPE == CQ_F32 ? ((const float *)row)[column] : from_half(((const u16 *)row)[column]);
 }
 
+/* Eight elements from `column` on, a multiple of eight in rows that are multiples of eight: 16 bytes at once. */
+CQ_DEVICE void eight_elements(const u8 *row, int column, float *out) {
+    if constexpr (CQ_TYPE == CQ_F32) {
+        const float4 low = *(const float4 *)(row + 4 * column), high = *(const float4 *)(row + 4 * column + 16);
+        out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
+        out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
+    } else {
+        const uint4 all = *(const uint4 *)(row + 2 * column);
+        const u32 pairs[4] = {all.x, all.y, all.z, all.w};
+        for (int i = 0; i < 8; i++) out[i] = from_half((u16)(pairs[i / 2] >> i % 2 * 16));
+    }
+}
+
 CQ_DEVICE float dot_row(const cq_linear &op, const u8 *row, int in, int lane) {
     const float *x = op.x + (long long)in * op.w.n_cols;
     float sum = 0;
+    if (op.w.n_cols % 8) {
 #pragma unroll 8
-    for (int i = lane; i < op.w.n_cols; i += 32) sum += element(row, i) * x[i];
+        for (int i = lane; i < op.w.n_cols; i += 32) sum += element(row, i) * x[i];
+        return sum;
+    }
+#pragma unroll 2
+    for (int i = 8 * lane; i < op.w.n_cols; i += 256) {
+        float w[8];
+        eight_elements(row, i, w);
+        const float4 low = *(const float4 *)(x + i), high = *(const float4 *)(x + i + 4);
+        sum += w[0] * low.x + w[1] * low.y + w[2] * low.z + w[3] * low.w;
+        sum += w[4] * high.x + w[5] * high.y + w[6] * high.z + w[7] * high.w;
+    }
     return sum;
 }
 #endif
@@ -78,7 +102,7 @@ CQ_DEVICE void stage_items(const float *row, int first, int n_cols, float *to) {
 
 /* Grid: (tiles, n_rows / 64), 256 threads. A thread sums rows 4 (thread % 16) .. + 3 and items 4 (thread / 16) .. + 3.
  */
-extern "C" __global__ void __launch_bounds__(CQ_GEMM_THREADS) plain_gemm(const cq_linear op) {
+extern "C" __global__ void __launch_bounds__(CQ_GEMM_THREADS, 2) plain_gemm(const cq_linear op) {
     CQ_SHARED(float, weights, CQ_STEP *CQ_PITCH);
     CQ_SHARED(float, items, CQ_STEP *CQ_PITCH);
     const cq_tile tile = tile_at(op, blockIdx.x);

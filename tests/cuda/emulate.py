@@ -61,17 +61,28 @@ def _compiled(name: str, suffix: str, text: str, *command: str) -> Path:
     return path
 
 
+def compiled_text(name: str, text: str, kernels: list[str]) -> ctypes.CDLL:
+    """A source text as an emulated module: for each kernel `k` a function `k_launch`."""
+    lines = [text, *(f"CQ_EMULATE({kernel})" for kernel in kernels)]
+    command = ("-shared", f"-I{_header().parent}", "-include", "prefix.h")
+    return ctypes.CDLL(str(_compiled(name, ".so", "\n".join(lines), *command)))
+
+
 @cache
 def library(module: Module) -> ctypes.CDLL:
-    """The emulated module: for each kernel `k` a function `k_launch`."""
-    kernels = re.findall(
-        r"__global__ void (?:__launch_bounds__\([\w, ]+\)\s*)?(\w+)\(", (SOURCES / module.source).read_text()
-    )
-    defines = [f"#define {name} {value}" for name, value in module.defines]
-    lines = [*defines, f'#include "{SOURCES / module.source}"']
-    lines += [f"CQ_EMULATE({name})" for name in kernels if not _absent(module, name)]
-    command = ("-shared", f"-I{_header().parent}", "-include", "prefix.h")
-    return ctypes.CDLL(str(_compiled(module.source.removesuffix(".cu"), ".so", "\n".join(lines), *command)))
+    """The emulated module."""
+    source = SOURCES / module.source
+    kernels = re.findall(r"__global__ void (?:__launch_bounds__\([\w, ]+\)\s*)?(\w+)\(", source.read_text())
+    lines = [*(f"#define {name} {value}" for name, value in module.defines), f'#include "{source}"']
+    present = [kernel for kernel in kernels if not _absent(module, kernel)]
+    return compiled_text(module.source.removesuffix(".cu"), "\n".join(lines), present)
+
+
+def launch_function(module: ctypes.CDLL, kernel: str) -> Any:
+    """(arguments, grid, threads, dynamic shared bytes, seed) -> error text, empty if all went well."""
+    function = getattr(module, f"{kernel}_launch")
+    function.restype = ctypes.c_char_p
+    return function
 
 
 def struct_sizes() -> tuple[int, int, int]:
@@ -98,10 +109,9 @@ def run(launch: Launch, seed: int = 0) -> None:
     for axis, size in enumerate(launch.grid):
         assert 0 < size <= (2**31 - 1 if axis == 0 else 65535), f"{launch.kernel}: no device takes a grid {launch.grid}"
     assert launch.shared_bytes <= 48 << 10
-    function = getattr(library(launch.module), f"{launch.kernel}_launch")
-    function.restype = ctypes.c_char_p
+    function = launch_function(library(launch.module), launch.kernel)
     values = [np.atleast_1d(argument) for argument in launch.args]
     pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
     grid = (ctypes.c_uint * 3)(*launch.grid)
-    error: Any = function(pointers, grid, launch.threads, launch.shared_bytes, seed)
+    error = function(pointers, grid, launch.threads, launch.shared_bytes, seed)
     assert not error, f"{launch.kernel}: {error.decode()}"

@@ -70,8 +70,8 @@ def _disassembled(code: bytes) -> dict[str, Counter[str]]:
     return {re.split(r"[,\s]", part)[0]: Counter(_INSTRUCTION.findall(part)) for part in sections}
 
 
-def _count(instructions: Counter[str], *patterns: str) -> int:
-    return sum(n for name, n in instructions.items() if any(re.match(pattern, name) for pattern in patterns))
+def _count(instructions: Counter[str], pattern: str) -> int:
+    return sum(n for name, n in instructions.items() if re.match(pattern, name))
 
 
 def measure(module: Module, sm: int) -> list[dict[str, str]]:
@@ -86,10 +86,8 @@ def measure(module: Module, sm: int) -> list[dict[str, str]]:
         assert spill and used
         found, defines = kernels[kernel], dict(module.defines)
         kind = defines.get("CQ_TYPE", defines.get("CQ_HEAD_DIM"))
-        counts = (
-            sum(found.values()), _count(found, r"LDG\.E\.(\w+\.)*128"), _count(found, r"LDG\.E\.(\w+\.)*64"), _count(found, "PRMT"),
-            _count(found, "IDP"), _count(found, "IMMA"), _count(found, "LDSM"), _count(found, "LDGSTS"),
-        )  # fmt: skip
+        patterns = (r"LDG\.E\.(\w+\.)*128", r"LDG\.E\.(\w+\.)*64", "PRMT", "IDP", "IMMA", "LDSM", "LDGSTS")
+        counts = (sum(found.values()), *(_count(found, pattern) for pattern in patterns))
         values = (
             kernel, _type_name(kind), "dp4a" if "CQ_DP4A" in defines else "", sm, used[1], shared[1] if shared else 0,
             sum(map(int, spill.groups())), *counts, source_hash(module.source),
