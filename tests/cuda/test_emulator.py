@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import numpy as np
 import pytest
@@ -30,6 +31,11 @@ KERNEL(uninitialised) {
     __syncthreads();
     out[threadIdx.x] = values[threadIdx.x + 1];
 }
+KERNEL(overrun) {
+    CQ_SHARED(int, values, 64);
+    out[threadIdx.x] = values[threadIdx.x + 1];
+}
+KERNEL(overflow) { out[threadIdx.x] += 0x7fffffff; }
 KERNEL(divergent) {
     if (threadIdx.x < 40) __syncthreads();
     out[threadIdx.x] = 1;
@@ -61,8 +67,7 @@ KERNEL(multiply) {
 
 def launch(kernel: str, out: np.ndarray, seed: int = 0) -> str:
     """The emulator's error, empty if there was none."""
-    names = ["reverse", "race", "uninitialised", "divergent", "half_a_warp", "early", "waited", "multiply"]
-    library = compiled_text("emulator_test", KERNELS, names)
+    library = compiled_text("emulator_test", KERNELS, re.findall(r"^KERNEL\((\w+)\)", KERNELS, re.MULTILINE))
     address = ctypes.c_void_p(out.ctypes.data)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(address))
     return launch_function(library, kernel)(pointers, (ctypes.c_uint * 3)(1, 1, 1), 64, 0, seed).decode()
