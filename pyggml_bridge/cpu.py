@@ -1,21 +1,25 @@
 """The CPU backend: lowers a Program to the native library's operations and runs it.
 
-Lowering gives every value a buffer that is reused as soon as its last reader has run.
+Lowering adds the quantization of activations where a matrix needs it, and gives every value a buffer that is reused as
+soon as its last reader has run.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from pyggml_bridge import program as p
-from pyggml_bridge.backend import Quantize, steps
 from pyggml_bridge.kv_cache import KVCache
 from pyggml_bridge.native import aligned_empty, current_isa, ffi, lib, pointer
 from pyggml_bridge.weights import Matrix
+
+Q8_0_BLOCK = 32
 
 
 class CPUBackend:
@@ -57,22 +61,29 @@ class CPUBackend:
     # ---- lowering ----
 
     def _lower(self, program: p.Program) -> list[Any]:
+        last_use = {value: i for i, op in enumerate(program.ops) for value in _values_of(op)}
+        assert program.logits is not None
+        last_use[program.logits] = len(program.ops)
         lowered: list[Any] = []
-        quantized: dict[Quantize, Any] = {}
-        for step in steps(program):
-            if isinstance(step.op, Quantize):
-                quantized[step.op] = self._activation(step.op.x, step.op.group)
-                arguments = {"x": self._pointer(step.op.x), "out": quantized[step.op], "n": step.op.x.width}
-                lowered.append(_native_op(lib.CQ_OP_QUANTIZE, step.op.x, "quantize", arguments))
-            elif isinstance(step.op, p.Linear):
-                lowered.append(self._linear(step.op, quantized[step.activation] if step.activation else ffi.NULL))
+        quantized: dict[tuple[p.Value, int], Any] = {}
+        for i, op in enumerate(program.ops):
+            if isinstance(op, p.Linear) and op.w.is_quantized:
+                group = Q8_0_BLOCK if op.w.type == GGMLQuantizationType.Q8_0 else 0
+                if (op.x, group) not in quantized:
+                    quantized[op.x, group] = self._activation(op.x, group)
+                    arguments = {"x": self._pointer(op.x), "out": quantized[op.x, group], "n": op.x.width}
+                    lowered.append(_native_op(lib.CQ_OP_QUANTIZE, op.x, "quantize", arguments))
+                lowered.append(self._linear(op, quantized[op.x, group]))
+            elif isinstance(op, p.Linear):
+                lowered.append(self._linear(op, ffi.NULL))
             else:
-                lowered.append(self._simple(step.op))
-            for value in step.done:
-                if isinstance(value, Quantize):
-                    self._buffers.release_all(quantized.pop(value))
-                else:
+                lowered.append(self._simple(op))
+            for value in _values_of(op):
+                if last_use[value] == i:
                     self._buffers.release(self._values[value])
+                if last_use[value] == i or value is _updated_in_place(op):
+                    for key in [key for key in quantized if key[0] is value]:
+                        self._buffers.release_all(quantized.pop(key))
         return lowered
 
     def _simple(self, op: p.Op) -> Any:
@@ -192,6 +203,18 @@ def native_matrix(matrix: Matrix) -> Any:
 
 def _native_op(code: int, shape: p.Value, member: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"code": code, "rows": shape.rows.value, "top_k": shape.top_k, "u": {member: arguments}}
+
+
+def _values_of(op: p.Op) -> list[p.Value]:
+    return [value for field in fields(op) if isinstance(value := getattr(op, field.name), p.Value)]
+
+
+def _updated_in_place(op: p.Op) -> p.Value | None:
+    if isinstance(op, p.Rope):
+        return op.x
+    if isinstance(op, p.SwiGLU):
+        return op.gate
+    return op.out if isinstance(op, p.Combine) or (isinstance(op, p.Linear) and op.accumulate) else None
 
 
 class _BufferPool:
