@@ -113,7 +113,9 @@ class CUDABackend:
         n_bytes = np.dtype(dtype).itemsize * shape[0] * shape[1]
         if not n_bytes:
             return np.empty(shape, dtype)
-        return self._arrays[buffer][:n_bytes].get(stream=self._stream).view(dtype).reshape(shape)
+        host = self._arrays[buffer][:n_bytes].get(stream=self._stream)
+        self._stream.synchronize()
+        return host.view(dtype).reshape(shape)
 
     def _capture(self) -> Any:
         """The launches of one token as a graph; what they load must be there before."""

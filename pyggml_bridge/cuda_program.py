@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pyggml_bridge import cuda_kernels as ck
 from pyggml_bridge import cuda_linear as cl
 from pyggml_bridge import program as p
-from pyggml_bridge.backend import Quantize, steps
+from pyggml_bridge.backend import Quantize, Step, steps
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.weights import Matrix
 
@@ -145,20 +145,25 @@ class CUDAProgram:
 
     # ---- operations ----
 
-    def _lower(self) -> Any:
+    def _lower(self) -> Iterator[Step]:
         """Steps in order, giving back what each leaves free once it is built."""
         for step in steps(self._program):
             yield step
             for value in step.done:
-                for buffer in self._of[value] if isinstance(value, Quantize) else (self._of[value][0],):
+                for buffer in self._of[value]:
                     self._free[buffer.nbytes].append(buffer)
 
     @staticmethod
     def _rows(op: p.Op | Quantize) -> p.Rows:
-        value = op.logits if isinstance(op, p.Route) else op.x if isinstance(op, Quantize | p.Rope) else None
-        value = value or (op.gate if isinstance(op, p.SwiGLU) else getattr(op, "out", None))
-        assert value is not None
-        return value.rows
+        """What decides how many rows an operation works on."""
+        match op:
+            case Quantize() | p.Rope():
+                return op.x.rows
+            case p.SwiGLU():
+                return op.gate.rows
+            case p.Route():
+                return op.logits.rows
+        return op.out.rows
 
     def _build(self, op: p.Op | Quantize, activation: Quantize | None) -> Build:
         match op:
@@ -234,7 +239,9 @@ class CUDAProgram:
         shape = ck.AttentionShape(op.q.width // op.head_dim, n_kv_heads, op.head_dim, n_ctx, op.window, op.scale)
         splits = shape.splits(1, 2 * self._device.n_processors)
         partial_bytes = 4 * shape.partial_floats(1, splits)
-        partial = self._partial.setdefault(partial_bytes, self._partial.get(partial_bytes) or self._new(partial_bytes))
+        if partial_bytes not in self._partial:  # layers run one after the other
+            self._partial[partial_bytes] = self._new(partial_bytes)
+        partial = self._partial[partial_bytes]
 
         def build(n: int, _: int) -> list[ck.Launch]:
             at, heads = self.inputs.address, (n_kv_heads, op.head_dim)
