@@ -61,7 +61,7 @@ def test_integers_of_every_grouping(cq: CQType, cols: int) -> None:
 def test_integers_of_every_tail(cq: CQType, codebook_rows: int) -> None:
     """Rows and tokens around the tiles' edges, incomplete rings."""
     rng = np.random.default_rng(codebook_rows)
-    for rows, tokens in ((7, 1), (129, 65), (70, 33), (128, 64)):
+    for rows, tokens in ((7, 3), (129, 65)):
         check(
             random_clustered(rng, cq, rows, 192, scale_cols=64, codebook_rows=codebook_rows),
             activations(rng, tokens, 192),
