@@ -39,25 +39,35 @@ def device(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return stand_in
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_forward_equals_the_cpu(name: str, tmp_path: Path, device: StandIn) -> None:
-    path, t = tmp_path / "tiny.gguf", VARIANTS[name]
+def compare_with_the_cpu(path: Path, t: Tiny) -> None:
+    """Prefill, then tokens one by one: the same experts and argmax, logits within MAX_MEAN_KLD."""
     write_tiny(path, t)
     tokens = np.random.default_rng(3).integers(0, t.vocab, N_PREFILL + N_DECODE).astype(np.int32)
     ours, cpu = load_model(path, cuda=True, n_batch=N_PREFILL), load_model(path)
-    for model_tokens, position, n_outputs in [
-        (tokens[:N_PREFILL], 0, N_PREFILL), *((tokens[i : i + 1], i, 1) for i in range(N_PREFILL, len(tokens)))
-    ]:  # fmt: skip
-        logits = ours.forward(model_tokens, position, n_outputs)
-        want = cpu.forward(model_tokens, position, n_outputs)
+    for first, last in [(0, N_PREFILL), *((i, i + 1) for i in range(N_PREFILL, len(tokens)))]:
+        logits, want = (model.forward(tokens[first:last], first, last - first) for model in (ours, cpu))
         assert mean_kld(want, logits) <= MAX_MEAN_KLD
         np.testing.assert_array_equal(logits.argmax(-1), want.argmax(-1))
         for got_ids, want_ids in zip(ours.routing_ids, cpu.routing_ids, strict=True):
-            np.testing.assert_array_equal(got_ids[: len(model_tokens)], want_ids[: len(model_tokens)])
+            np.testing.assert_array_equal(got_ids[: last - first], want_ids[: last - first])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_forward_equals_the_cpu(name: str, tmp_path: Path, device: StandIn) -> None:
+    compare_with_the_cpu(tmp_path / "tiny.gguf", VARIANTS[name])
     assert device.graph_launches == N_DECODE
-    prefill, decode = ("gemm", "plain_gemm"), ("gemv", "plain_gemv")
-    kernels = [launch.kernel for launch in device.executed]
-    assert set(prefill) <= set(kernels) and set(decode) <= set(kernels)
+    kernels = {launch.kernel for launch in device.executed}
+    assert {"gemm", "plain_gemm", "gemv", "plain_gemv"} <= kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", VARIANTS)
+def test_forward_on_a_gpu_equals_the_cpu(name: str, tmp_path: Path) -> None:
+    try:
+        require_device()
+    except CQError as error:
+        pytest.skip(str(error))
+    compare_with_the_cpu(tmp_path / "tiny.gguf", VARIANTS[name])
 
 
 def test_long_prompts_run_in_batches_without_logits(tmp_path: Path, device: StandIn) -> None:
