@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := converter pyggml_bridge scripts tests native/build_ffi.py setup.py
 NATIVE := $(wildcard native/src/*.[ch] native/include/*.h)
-C_SOURCES := $(NATIVE) $(wildcard native/tests/*.[ch])
+C_SOURCES := $(NATIVE) $(wildcard native/tests/*.[ch] native/cuda/*.cu native/cuda/*.cuh tests/cuda/*.h)
 CROSS := aarch64-linux-gnu-gcc
 QEMU := qemu-aarch64-static
 KERNEL_TEST := $(wildcard native/tests/*.c) $(addprefix native/src/,portable.c avx2.c avx512.c neon.c dispatch.c)
 KERNEL_FLAGS := -std=gnu11 -fopenmp-simd -fno-math-errno -Wall -Wextra -Wno-psabi -Inative/include
 
-.PHONY: setup demo test test-neon test-asan bench lint fmt clean
+.PHONY: setup demo test test-neon test-asan cuda-table bench lint fmt clean
 
 setup: $(VENV)/.installed
 
@@ -42,6 +42,10 @@ test-asan:
 	$(CC) $(KERNEL_FLAGS) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined $(KERNEL_TEST) \
 	  -o build/test_asan -lm
 	build/test_asan
+
+# Every CUDA kernel compiled for every target, four to five minutes; the tests hold the sources to it.
+cuda-table: setup
+	$(BIN)/python -m tests.cuda.table
 
 bench: setup
 	$(BIN)/cq-bench demo/smol.cq.gguf && $(BIN)/cq-bench demo/smol.cq.gguf --kernels

@@ -11,16 +11,15 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from pyggml_bridge import program as p
+from pyggml_bridge.backend import Quantize, Step, steps
 from pyggml_bridge.kv_cache import KVCache
 from pyggml_bridge.native import aligned_empty, current_isa, ffi, lib, pointer
 from pyggml_bridge.ordering import Access, Ordering
 from pyggml_bridge.weights import Matrix
 
-Q8_0_BLOCK = 32
 # Operations whose threads share out rows, each computed from the same row of what they read.
 _BY_ROW = (lib.CQ_OP_EMBED, lib.CQ_OP_RMS_NORM, lib.CQ_OP_QUANTIZE, lib.CQ_OP_ROPE, lib.CQ_OP_SWIGLU, lib.CQ_OP_COMBINE)
 
@@ -38,6 +37,7 @@ class CPUBackend:
         self._keep: list[Any] = []  # what C points to
         self._buffers = _BufferPool()
         self._values: dict[p.Value, NDArray[np.float32]] = {}
+        self._quantized: dict[Quantize, Any] = {}
         self._routings: dict[p.Routing, Any] = {}
         self.routing_ids: list[NDArray[np.int32]] = []
         lowered = self._lower(program)
@@ -64,38 +64,34 @@ class CPUBackend:
     # ---- lowering ----
 
     def _lower(self, program: p.Program) -> list[Any]:
-        last_use = {value: i for i, op in enumerate(program.ops) for value in _values_of(op)}
-        assert program.logits is not None
-        last_use[program.logits] = len(program.ops)
         lowered: list[Any] = []
         ordering = Ordering()
-
-        def append(native: dict[str, Any], reads: list[Any], writes: list[Any]) -> None:
+        for step in steps(program):
+            native, reads, writes = self._native(step)
             rows = (native["rows"], native["top_k"]) if native["code"] in _BY_ROW else None
             access = Access(self._places(reads), self._places(writes), rows)
             lowered.append(native | {"waits": ordering.waits(access)})
-
-        quantized: dict[tuple[p.Value, int], Any] = {}
-        for i, op in enumerate(program.ops):
-            if isinstance(op, p.Linear) and op.w.is_quantized:
-                group = Q8_0_BLOCK if op.w.type == GGMLQuantizationType.Q8_0 else 0
-                if (op.x, group) not in quantized:
-                    quantized[op.x, group] = self._activation(op.x, group)
-                    arguments = {"x": self._pointer(op.x), "out": quantized[op.x, group], "n": op.x.width}
-                    native = _native_op(lib.CQ_OP_QUANTIZE, op.x, "quantize", arguments)
-                    append(native, [op.x], [quantized[op.x, group]])
-                routing = [op.routing] if op.routing else []
-                append(self._linear(op, quantized[op.x, group]), [quantized[op.x, group], *routing], [op.out])
-            else:
-                native = self._linear(op, ffi.NULL) if isinstance(op, p.Linear) else self._simple(op)
-                append(native, _read(op), _written(op))
-            for value in _values_of(op):
-                if last_use[value] == i:
-                    self._buffers.release(self._values[value])
-                if last_use[value] == i or value in _written(op):
-                    for key in [key for key in quantized if key[0] is value]:
-                        self._buffers.release_all(quantized.pop(key))
+            for done in step.done:
+                if isinstance(done, Quantize):
+                    self._buffers.release_all(self._quantized.pop(done))
+                else:
+                    self._buffers.release(self._values[done])
         return lowered
+
+    def _native(self, step: Step) -> tuple[dict[str, Any], list[Any], list[Any]]:
+        """A step as a cq_op, and what it reads and writes."""
+        op = step.op
+        if isinstance(op, Quantize):
+            self._quantized[op] = self._activation(op.x, op.group)
+            arguments = {"x": self._pointer(op.x), "out": self._quantized[op], "n": op.x.width}
+            return _native_op(lib.CQ_OP_QUANTIZE, op.x, "quantize", arguments), [op.x], [self._quantized[op]]
+        if not isinstance(op, p.Linear):
+            return self._simple(op), _read(op), _written(op)
+        if step.activation is None:
+            return self._linear(op, ffi.NULL), _read(op), _written(op)
+        activation = self._quantized[step.activation]
+        routing = [op.routing] if op.routing else []
+        return self._linear(op, activation), [activation, *routing], [op.out]
 
     def _simple(self, op: p.Op) -> Any:
         at = self._pointer
@@ -226,10 +222,6 @@ def native_matrix(matrix: Matrix) -> Any:
 
 def _native_op(code: int, shape: p.Value, member: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"code": code, "rows": shape.rows.value, "top_k": shape.top_k, "u": {member: arguments}}
-
-
-def _values_of(op: p.Op) -> list[p.Value]:
-    return [value for field in fields(op) if isinstance(value := getattr(op, field.name), p.Value)]
 
 
 def _written(op: p.Op) -> list[p.Value | p.Routing]:

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyggml_bridge.backend import Backend
 from pyggml_bridge.cpu import CPUBackend
+from pyggml_bridge.cuda import CUDABackend
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.program import Program
 from pyggml_bridge.reader import GGUFFile
@@ -16,21 +18,25 @@ from pyggml_bridge.reader import GGUFFile
 class Model:
     """A program on a backend, with its KV cache.
 
-    n_ctx: positions the cache holds. routing_ids: per MoE layer the int32 [n_batch, top_k] experts of the last batch.
+    n_ctx: positions the cache holds.
     """
 
-    def __init__(self, file: GGUFFile, program: Program, n_batch: int, n_threads: int) -> None:
-        """Place the program on the CPU; CQError if the buffers do not fit in memory."""
+    def __init__(self, file: GGUFFile, program: Program, n_batch: int, n_threads: int, *, cuda: bool = False) -> None:
+        """Place the program on the CPU or the GPU; CQError if the buffers do not fit in memory."""
         self.file = file
         self.metadata: dict[str, Any] = file.metadata
         self.n_ctx, self.vocab_size = program.n_ctx, program.vocab_size
         try:
-            self._backend = CPUBackend(program, n_batch, n_threads)
+            self._backend: Backend = CUDABackend(program, n_batch) if cuda else CPUBackend(program, n_batch, n_threads)
         except MemoryError as error:
             raise CQError(f"{file.path}: no memory for batches of {n_batch} tokens") from error
         self.backend = self._backend.name
-        self.routing_ids = self._backend.routing_ids
         self.n_batch, self.n_threads = n_batch, n_threads
+
+    @property
+    def routing_ids(self) -> list[NDArray[np.int32]]:
+        """Per MoE layer the int32 [n_batch, top_k] experts of the last batch."""
+        return self._backend.routing_ids
 
     def forward(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> NDArray[np.float32]:
         """Run tokens (int32 [n]) at positions position .. position + n - 1; logits float32 [n_outputs, vocab_size].

@@ -13,6 +13,7 @@ from typing import Any
 
 from pyggml_bridge.bench import cpu_name, measure_kernels, measure_tests
 from pyggml_bridge.cli.common import ArgumentParser, peak_memory_bytes, print_json, run_main
+from pyggml_bridge.cuda import require_device
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.model import Model
@@ -51,7 +52,9 @@ def _arguments() -> argparse.Namespace:
 def _command() -> None:
     args = _arguments()
     if args.cuda:
-        raise CQError("--cuda: this version has no CUDA backend yet")
+        require_device()
+        if args.kernels:
+            raise CQError("--kernels measures the CPU's kernels: not with --cuda")
     if min(args.n_prompt, args.n_gen, args.n_depth) < 0 or args.repetitions < 1 or (args.threads or 1) < 1:
         raise CQError("-p, -n and -d must be at least 0, -r and -t at least 1")
     choose_isa(args.isa)
@@ -98,7 +101,7 @@ def _tests(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not args.n_prompt and not args.n_gen:
         raise CQError("-p and -n are both 0: nothing to measure")
     longest = args.n_depth + max(args.n_prompt, args.n_gen)
-    model = load_model(args.file, n_ctx=longest, n_threads=args.threads)
+    model = load_model(args.file, n_ctx=longest, n_threads=args.threads, cuda=args.cuda)
     common = _description(model)
     tests = measure_tests(model, args.n_prompt, args.n_gen, args.n_depth, args.repetitions)
     common |= {"n_depth": args.n_depth, "peak_memory_bytes": peak_memory_bytes()}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pyggml_bridge.cli.common import ArgumentParser, print_json, run_main
+from pyggml_bridge.cuda import require_device
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.models import architectures, load_model
@@ -45,12 +46,12 @@ def _arguments() -> argparse.Namespace:
 def _command() -> None:
     args = _arguments()
     if args.cuda:
-        raise CQError("--cuda: this version has no CUDA backend yet")
+        require_device()
     if args.ctx < 4 or (args.chunks is not None and args.chunks < 1) or (args.threads is not None and args.threads < 1):
         raise CQError("-c must be at least 4, --chunks and --threads at least 1")
     choose_isa(args.isa)
     text = _read_text(Path(args.text))
-    model = load_model(args.file, n_ctx=args.ctx, n_threads=args.threads, n_batch=args.ctx)
+    model = load_model(args.file, n_ctx=args.ctx, n_threads=args.threads, n_batch=args.ctx, cuda=args.cuda)
     tokenizer = Tokenizer.from_metadata(model.metadata)
     tokens = np.asarray(tokenizer.encode(text, add_special=True), np.int32)
     chunks = chunks_of(tokens, args.ctx, args.chunks, tokenizer.bos_id if tokenizer.add_bos else None)
@@ -85,7 +86,9 @@ def _load_base(base: str, args: argparse.Namespace) -> Reference:
         if file.metadata.get("general.architecture") in architectures() and all(
             int(tensor.type) in runnable for tensor in weights
         ):
-            return RunnerReference(load_model(base, n_ctx=args.ctx, n_threads=args.threads, n_batch=args.ctx))
+            return RunnerReference(
+                load_model(base, n_ctx=args.ctx, n_threads=args.threads, n_batch=args.ctx, cuda=args.cuda)
+            )
     for entry in entry_points(group="codequant.reference"):
         try:
             return entry.load()(base)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pyggml_bridge.chat import ChatTemplate, Message
 from pyggml_bridge.cli.common import ArgumentParser, peak_memory_bytes, print_json, run_main
+from pyggml_bridge.cuda import require_device
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.generate import Chunk, Context, Finish, StopFilter, generate
 from pyggml_bridge.models import load_model
@@ -77,7 +78,7 @@ def _command() -> None:
 def _check(args: argparse.Namespace) -> None:
     """Refuse bad usage before anything is loaded."""
     if args.cuda:
-        raise CQError("--cuda: this build has no CUDA backend yet")
+        require_device()
     sources = [args.prompt is not None, args.prompt_file is not None, args.stdin is not None]
     if sum(sources) > 1:
         raise CQError("give one prompt: -p TEXT, -f FILE or -")
@@ -137,7 +138,7 @@ class Session:
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Load the model; CQError if the file lacks what the arguments ask for."""
-        model = load_model(args.file, n_ctx=args.ctx, n_threads=args.threads)
+        model = load_model(args.file, n_ctx=args.ctx, n_threads=args.threads, cuda=args.cuda)
         self.backend, self.n_ctx = model.backend, model.n_ctx
         self._context = Context(model)
         self._tokenizer = Tokenizer.from_metadata(model.metadata)

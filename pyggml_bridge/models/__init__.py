@@ -21,10 +21,12 @@ def architectures() -> list[str]:
     return sorted({module.name for module in pkgutil.iter_modules(__path__)} - _HELPERS)
 
 
-def load_model(path: str | Path, n_ctx: int | None = None, n_threads: int | None = None, n_batch: int = 512) -> Model:
+def load_model(
+    path: str | Path, n_ctx: int | None = None, n_threads: int | None = None, n_batch: int = 512, *, cuda: bool = False
+) -> Model:
     """Open a GGUF file for running; CQError naming the file if anything in it is missing or impossible.
 
-    n_ctx: positions of the KV cache, by default what the model was trained for but at most 8192.
+    n_ctx: positions of the KV cache, by default what the model was trained for but at most 8192. cuda: on the GPU.
     """
     file = GGUFFile(path)
     arch: str = file.get("general.architecture", str)
@@ -37,4 +39,4 @@ def load_model(path: str | Path, n_ctx: int | None = None, n_threads: int | None
         n_ctx = min(trained, DEFAULT_CTX)
     build = importlib.import_module(f"{__name__}.{arch}").build
     program = build(Weights(file), n_ctx)
-    return Model(file, program, min(n_batch, n_ctx), n_threads or default_threads())
+    return Model(file, program, min(n_batch, n_ctx), n_threads or default_threads(), cuda=cuda)

@@ -1,0 +1,86 @@
+/* LUT GEMV: one token (or a few slots of experts) times a clustered matrix.
+ *
+ *     out[item][row] = scales[row] * x_scale * sum over columns of W8[row][column] * q[item][column]
+ *
+ * `lanes` neighbouring lanes share CQ_GEMV_ROWS rows, so rings of rows never straddle; each takes every lanes-th half
+ * block of columns (codebook.cuh) of all of them. Its part of q stays in registers, permuted to the order in which a
+ * byte permute delivers weights. Per row: the codebook, scaled by the group's scale, as a table in registers; four
+ * look-ups per byte permute (three permutes for 16 entries); dp4a. Memory is read once: 16 bytes per lane where blocks
+ * allow it, all rows' indices ahead of their use. A trellis reads its ring's last two rows again, from the first-level
+ * cache.
+ *
+ * The sum uses offset weights u8 <= 255 and subtracts g * sum(q): |sum| <= 255 * 127 * 65536 < 2^31.
+ *
+ * Grid: (n_rows / (CQ_GEMV_ROWS * 128 / lanes), items), 128 threads. */
+#include "codebook.cuh"
+
+enum { CQ_GEMV_THREADS = 128, CQ_GEMV_ROWS = 8, CQ_GEMV_AHEAD = CQ_TYPE == CQ_CQ5 ? 4 : 8 };
+
+/* q of one half block: words 2k and 2k + 1 belong to the two look-ups of index word k. Returns their sum. */
+CQ_DEVICE int load_activations(const i8 *q, int half, u32 *x) {
+    const uint4 low = *(const uint4 *)(q + 16 * half), high = *(const uint4 *)(q + 32 + 16 * half);
+    const u32 lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
+    int sum = 0;
+    for (int k = 0; k < 4; k++) {
+        x[2 * k] = byte_permute(lows[k], highs[k], 0x5140);
+        x[2 * k + 1] = byte_permute(lows[k], highs[k], 0x7362);
+        sum = dot_unsigned(0x01010101u, lows[k], dot_unsigned(0x01010101u, highs[k], sum));
+    }
+    return sum;
+}
+
+CQ_DEVICE int dot_half(const u32 *table, const cq_half &own, const cq_half &above, const cq_half &above2, int half,
+                       const u32 *x, int sum) {
+    for (int k = 0; k < 4; k++) {
+        u32 upper;
+        const u32 index = index_word(own, above, above2, half, k, &upper);
+        sum = dot_unsigned(look_up(table, index, upper), x[2 * k], sum);
+        sum = dot_unsigned(look_up(table, index >> 16, upper >> 16), x[2 * k + 1], sum);
+    }
+    return sum;
+}
+
+/* Adds the products of one half block to sums[CQ_GEMV_ROWS]. Rows past the end repeat the last one. */
+CQ_DEVICE void add_half(const cq_reader &r, int first_row, int block, int half, const i8 *q, int *sums) {
+    cq_half rows[CQ_GEMV_AHEAD], above = {}, above2 = {};
+    u32 x[8], codebook[CQ_TABLE], table[CQ_TABLE];
+    const int x_sum = load_activations(q + block * CQ_BLOCK, half, x);
+#pragma unroll
+    for (int i = 0; i < CQ_GEMV_ROWS; i++) {
+#pragma unroll
+        for (int j = i; i % CQ_GEMV_AHEAD == 0 && j < i + CQ_GEMV_AHEAD; j++)
+            rows[j - i] = load_half(block_at(r, min_int(first_row + j, r.n_rows - 1), block), half);
+        const cq_half &own = rows[i % CQ_GEMV_AHEAD];
+        const int row = min_int(first_row + i, r.n_rows - 1);
+        if ((i & (r.codebook_rows - 1)) == 0) { /* a ring begins */
+            load_codebook(codebook_at(r, row, block), codebook);
+            if (CQ_TRELLIS) above = load_half(block_at(r, row_above(r, row, 1), block), half);
+            if (CQ_TRELLIS) above2 = load_half(block_at(r, row_above(r, row, 2), block), half);
+        }
+        const u32 g = group_scale_at(r, row, block);
+        scale_codebook(codebook, g, table);
+        sums[i] = dot_half(table, own, above, above2, half, x, sums[i]) - (int)g * x_sum;
+        above2 = above, above = own;
+    }
+}
+
+/* lanes: 8, 16 or 32, so that lane i of a group stores row i. Three blocks at once on a multiprocessor: 168 registers.
+ */
+extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS, 3) gemv(const cq_linear op, int lanes) {
+    const int group = (blockIdx.x * CQ_GEMV_THREADS + threadIdx.x) / lanes, lane = threadIdx.x % lanes;
+    const int first_row = group * CQ_GEMV_ROWS, item = blockIdx.y, expert = op.ids ? op.ids[item] : 0;
+    const int in = input_row(op, item), row = first_row + lane;
+    const cq_reader r = reader_of(op.w, expert);
+    const i8 *q = op.q + (long long)in * op.w.n_cols;
+    int sums[CQ_GEMV_ROWS] = {0}, mine = 0;
+    if (first_row < r.n_rows)
+        for (int half = lane; half < op.w.n_cols / 32; half += lanes)
+            add_half(r, first_row, half / 2, half % 2, q, sums);
+#pragma unroll
+    for (int i = 0; i < CQ_GEMV_ROWS; i++) {
+        const int sum = sum_lanes(sums[i], lanes);
+        mine = lane == i ? sum : mine;
+    }
+    if (lane < CQ_GEMV_ROWS && row < r.n_rows)
+        store_integer(op, mine, op.scales[in], item, row, (long long)expert * r.n_rows + row);
+}

@@ -1,0 +1,83 @@
+"""What runs a program: the CPU backend (cpu.py) and the CUDA backend (cuda.py) look the same to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from pyggml_bridge import program as p
+
+Q8_0_BLOCK = 32
+
+
+class Backend(Protocol):
+    """A program bound to buffers for batches of up to n_batch tokens, with its KV cache."""
+
+    name: str
+
+    @property
+    def routing_ids(self) -> list[NDArray[np.int32]]:
+        """Per MoE layer the experts [n_batch, top_k] of the last batch."""
+
+    def run(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> NDArray[np.float32]:
+        """Logits [n_outputs, vocab] of the batch's last rows, which the next run may overwrite.
+
+        tokens: int32 [n], n <= n_batch, stored in the KV cache from `position` on.
+        """
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """The int8 or int4 form of x [rows, width], per row (group 0: for CQ types) or per 32 columns (for Q8_0)."""
+
+    x: p.Value
+    group: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation for a backend. activation: what a linear layer reads instead of its x; done: what nobody reads
+    after this step, whose memory is free."""
+
+    op: p.Op | Quantize
+    activation: Quantize | None
+    done: list[p.Value | Quantize]
+
+
+def steps(program: p.Program) -> Iterator[Step]:
+    """The program's operations with activations quantized where a matrix needs them, once for all that read them."""
+    last_use = {value: i for i, op in enumerate(program.ops) for value in values_of(op)}
+    assert program.logits is not None
+    last_use[program.logits] = len(program.ops)
+    live: set[Quantize] = set()
+    for i, op in enumerate(program.ops):
+        activation = None
+        if isinstance(op, p.Linear) and op.w.is_quantized:
+            activation = Quantize(op.x, Q8_0_BLOCK if op.w.type == GGMLQuantizationType.Q8_0 else 0)
+            if activation not in live:
+                live.add(activation)
+                yield Step(activation, None, [])
+        done: list[p.Value | Quantize] = [value for value in values_of(op) if last_use[value] == i]
+        stale = [quantized for quantized in live if quantized.x in done or quantized.x is updated_in_place(op)]
+        stale.sort(key=lambda quantized: quantized.group)
+        live.difference_update(stale)
+        yield Step(op, activation, [*done, *stale])
+
+
+def values_of(op: p.Op) -> list[p.Value]:
+    """The values that an operation reads or writes."""
+    return [value for field in fields(op) if isinstance(value := getattr(op, field.name), p.Value)]
+
+
+def updated_in_place(op: p.Op) -> p.Value | None:
+    """The value whose contents the operation changes, if it had any before."""
+    if isinstance(op, p.Rope):
+        return op.x
+    if isinstance(op, p.SwiGLU):
+        return op.gate
+    return op.out if isinstance(op, p.Combine) or (isinstance(op, p.Linear) and op.accumulate) else None

@@ -1,0 +1,164 @@
+"""The CUDA kernels as Python sees them: modules to compile, arguments, and the geometry of each launch.
+
+Pure data: nothing here touches a device. Addresses are device addresses; shapes are those of native/cuda/*.cu. Linear
+layers and experts are in cuda_linear.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+QUERY_ROWS = 16  # of attention.cu
+Q8_0_BLOCK = 32
+ROW_THREADS = 256
+
+
+@dataclass(frozen=True)
+class Module:
+    """One compilation: a file of native/cuda and its macros as (name, value)."""
+
+    source: str
+    defines: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments: NumPy scalars, or arrays of one struct, which are passed by value."""
+
+    module: Module
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    args: tuple[Any, ...]
+    shared_bytes: int = 0
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+# ---- rows ----
+
+ROWS = Module("rows.cu")
+
+
+def rows_launch(kernel: str, grid: tuple[int, int], *args: Any) -> Launch:
+    """A kernel of rows.cu on a grid (x, y)."""
+    return Launch(ROWS, kernel, (*grid, 1), ROW_THREADS, args)
+
+
+def rms_norm(x: int, weight: int, out: int, n: int, eps: float, n_rows: int) -> Launch:
+    """Norm of rows [n_rows, n]."""
+    args = (np.uint64(x), np.uint64(weight), np.uint64(out), np.int32(n), np.float32(eps))
+    return rows_launch("rms_norm", (n_rows, 1), *args)
+
+
+def quantize(x: int, q: int, scales: int, n: int, bits: int, n_rows: int) -> Launch:
+    """Activations [n_rows, n] per row."""
+    args = (np.uint64(x), np.uint64(q), np.uint64(scales), np.int32(n), np.float32((1 << bits - 1) - 1))
+    return rows_launch("quantize", (n_rows, 1), *args)
+
+
+def quantize_blocks(x: int, q: int, scales: int, n: int, n_rows: int) -> Launch:
+    """Activations [n_rows, n] per 32 columns, for Q8_0."""
+    n_blocks = n_rows * n // Q8_0_BLOCK
+    args = (np.uint64(x), np.uint64(q), np.uint64(scales), np.int32(n_blocks))
+    return rows_launch("quantize_blocks", (ceil_div(n_blocks, 8), 1), *args)
+
+
+def rope(
+    x: int, cos_sin: int, position: int, heads: tuple[int, int], n_rot: int, n_tokens: int, *, interleaved: bool
+) -> Launch:
+    """x [n_tokens, *heads = (n_heads, head_dim)] in place; position: address of the first token's."""
+    sizes = map(np.int32, (*heads, n_rot, interleaved))
+    return rows_launch("rope", (n_tokens, 1), np.uint64(x), np.uint64(cos_sin), np.uint64(position), *sizes)
+
+
+def swiglu(gate: int, up: int, n: int, hadamard: int, n_rows: int) -> Launch:
+    """gate [n_rows, n] in place."""
+    grid = (ceil_div(n, hadamard or 1024), n_rows)
+    return rows_launch("swiglu", grid, np.uint64(gate), np.uint64(up), np.int32(n), np.int32(hadamard))
+
+
+def select_rows(x: int, out: int, n: int, first: int, n_rows: int) -> Launch:
+    """out [n_rows, n] = rows of x from `first` on."""
+    grid = (ceil_div(n, ROW_THREADS), n_rows)
+    return rows_launch("select_rows", grid, np.uint64(x), np.uint64(out), np.int32(n), np.int32(first))
+
+
+ATTENTION = np.dtype(
+    [(name, "u8") for name in ("q", "k_cache", "v_cache", "out", "partial", "position")]
+    + [(name, "i4") for name in ("n_tokens", "n_heads", "n_kv_heads", "n_ctx", "window")]
+    + [("scale", "f4")],
+    align=True,
+)
+
+
+# ---- attention ----
+
+
+ATTENTION = np.dtype(
+    [(name, "u8") for name in ("q", "k_cache", "v_cache", "out", "partial", "position")]
+    + [(name, "i4") for name in ("n_tokens", "n_heads", "n_kv_heads", "n_ctx", "window")]
+    + [("scale", "f4")],
+    align=True,
+)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What attention depends on besides addresses and the number of tokens. window 0: all keys are visible."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_ctx: int
+    window: int
+    scale: float
+
+    @property
+    def module(self) -> Module:
+        """attention.cu for this width of a head."""
+        return Module("attention.cu", (("CQ_HEAD_DIM", self.head_dim),))
+
+    def tiles(self, n_tokens: int) -> int:
+        """Blocks that the queries of one key-value head fill."""
+        return ceil_div(n_tokens * (self.n_heads // self.n_kv_heads), QUERY_ROWS)
+
+    def splits(self, n_tokens: int, n_blocks: int) -> int:
+        """Parts of the keys that bring a single token's blocks to n_blocks, of at least 128 keys; more tokens: one."""
+        if n_tokens > 1:
+            return 1
+        return max(1, min(n_blocks // (self.n_kv_heads * self.tiles(n_tokens)), self.n_ctx // 128))
+
+    def partial_floats(self, n_tokens: int, splits: int) -> int:
+        """float32 elements of what the splits leave for the merge."""
+        return splits * n_tokens * self.n_heads * (self.head_dim + 2) if splits > 1 else 1
+
+
+def append(new: int, cache: int, position: int, heads: tuple[int, int], n_ctx: int, n_tokens: int) -> Launch:
+    """Keys or values [n_tokens, *heads = (n_kv_heads, head_dim)] to the cache [n_kv_heads, n_ctx, head_dim] as F16."""
+    module = Module("attention.cu", (("CQ_HEAD_DIM", heads[1]),))
+    args = (np.uint64(new), np.uint64(cache), np.uint64(position), np.int32(n_ctx))
+    return Launch(module, "append", (n_tokens, heads[0], 1), 128, args)
+
+
+def attention(
+    shape: AttentionShape, addresses: tuple[int, int, int, int, int, int], n_tokens: int, splits: int
+) -> list[Launch]:
+    """addresses: q, k cache, v cache, out, partial (partial_floats) and position."""
+    struct = np.zeros(1, ATTENTION)
+    for name, address in zip(("q", "k_cache", "v_cache", "out", "partial", "position"), addresses, strict=True):
+        struct[name] = address
+    for name in ("n_heads", "n_kv_heads", "n_ctx", "window", "scale"):
+        struct[name] = getattr(shape, name)
+    struct["n_tokens"] = n_tokens
+    launches = [Launch(shape.module, "attention", (shape.tiles(n_tokens), shape.n_kv_heads, splits), 128, (struct,))]
+    if splits > 1:
+        args = (np.uint64(addresses[4]), np.uint64(addresses[3]), np.int32(splits))
+        launches.append(Launch(shape.module, "attention_merge", (n_tokens * shape.n_heads, 1, 1), 128, args))
+    return launches

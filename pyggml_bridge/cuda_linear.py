@@ -1,0 +1,191 @@
+"""Linear layers and experts on the GPU: matrices and routings as the kernels take them, and their launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from pyggml_bridge.cuda_kernels import ROW_THREADS, Launch, Module, ceil_div, rows_launch
+from pyggml_bridge.format import CQType
+
+GEMV_MAX_TOKENS = 4  # up to here every token (or slot of an expert) reads the weights itself
+TILE_TOKENS = 64  # of the GEMM kernels: CQ_TILE_TOKENS
+
+_MATRIX_FIELDS = ("type", "n_experts", "n_rows", "n_cols", "codebook_rows", "codebook_cols", "scale_cols", "unused")
+MATRIX = np.dtype(
+    [(name, "i4") for name in _MATRIX_FIELDS]
+    + [(name, "u8") for name in ("data", "centroids", "group_scales", "scales")],
+    align=True,
+)
+LINEAR = np.dtype(
+    [("w", MATRIX)]
+    + [(name, "u8") for name in ("x", "q", "scales", "bias", "ids", "order", "offsets", "tiles", "out")]
+    + [(name, "i4") for name in ("n_items", "top_k", "gather", "accumulate")],
+    align=True,
+)
+
+
+@dataclass(frozen=True)
+class DeviceMatrix:
+    """A weight on the device: addresses of its parts, 0 where it has none."""
+
+    type: int
+    n_experts: int
+    n_rows: int
+    n_cols: int
+    data: int
+    centroids: int = 0
+    group_scales: int = 0
+    scales: int = 0
+    codebook_rows: int = 1
+    codebook_cols: int = 64
+    scale_cols: int = 0
+
+    @property
+    def struct(self) -> NDArray[Any]:
+        """cq_matrix of common.cuh, an array of one."""
+        out = np.zeros(1, MATRIX)
+        for name in out.dtype.names or ():
+            out[name] = getattr(self, name, 0)
+        return out
+
+
+@dataclass(frozen=True)
+class DeviceRouting:
+    """Addresses of a routing's arrays: as cq_routing of cq.h, and tiles int32 [max_tiles][2]."""
+
+    n_experts: int
+    top_k: int
+    ids: int
+    weights: int
+    order: int
+    offsets: int
+    tiles: int
+
+    def max_tiles(self, n_tokens: int) -> int:
+        """Tiles that any distribution of so many tokens fits in: each expert may begin one more."""
+        n_slots = n_tokens * self.top_k
+        return n_slots // TILE_TOKENS + min(self.n_experts, n_slots)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a linear layer reads and writes. q and scales: quantized x, for CQ types and Q8_0. n_tokens: rows of x, of
+    whose slots there are n_tokens * top_k where it is routed."""
+
+    n_tokens: int
+    out: int
+    x: int = 0
+    q: int = 0
+    scales: int = 0
+    bias: int = 0
+    routing: DeviceRouting | None = None
+    gather: bool = False
+    accumulate: bool = False
+
+    def struct(self, w: DeviceMatrix) -> NDArray[Any]:
+        """cq_linear of common.cuh, an array of one."""
+        out = np.zeros(1, LINEAR)
+        out["w"] = w.struct
+        for name in ("out", "x", "q", "scales", "bias", "gather", "accumulate"):
+            out[name] = getattr(self, name)
+        out["n_items"] = self.n_items
+        if self.routing is not None:
+            for name in ("ids", "order", "offsets", "tiles", "top_k"):
+                out[name] = getattr(self.routing, name)
+        return out
+
+    @property
+    def n_items(self) -> int:
+        """Rows of out."""
+        return self.n_tokens * (self.routing.top_k if self.routing else 1)
+
+    @property
+    def n_tiles(self) -> int:
+        """Tiles of items."""
+        return self.routing.max_tiles(self.n_tokens) if self.routing else ceil_div(self.n_tokens, TILE_TOKENS)
+
+
+def is_clustered(kind: int) -> bool:
+    """Whether a tensor type is one of ours."""
+    return kind in list(CQType)
+
+
+# ---- linear layers ----
+
+
+def linear(w: DeviceMatrix, operands: Operands, *, tensor_cores: bool = True) -> Launch:
+    """The launch that suits the number of tokens."""
+    few = operands.n_tokens <= GEMV_MAX_TOKENS
+    return gemv(w, operands) if few else gemm(w, operands, tensor_cores=tensor_cores)
+
+
+def gemv(w: DeviceMatrix, operands: Operands) -> Launch:
+    """Each item on its own. No sorting of slots by expert is needed."""
+    args: tuple[Any, ...] = (operands.struct(w),)
+    if not is_clustered(w.type):
+        grid = (ceil_div(w.n_rows, 4), operands.n_items, 1)
+        return Launch(linear_module("plain.cu", w.type), "plain_gemv", grid, 128, args)
+    lanes = gemv_lanes(w.n_cols)
+    grid = (ceil_div(w.n_rows, 8 * (128 // lanes)), operands.n_items, 1)
+    return Launch(linear_module("gemv.cu", w.type), "gemv", grid, 128, (*args, np.int32(lanes)))
+
+
+def gemv_lanes(n_cols: int) -> int:
+    """Lanes that share a ring of rows: as many as possible with the fewest idle in the last round of half blocks."""
+    halves = n_cols // 32
+    return min((32, 16, 8), key=lambda lanes: ceil_div(halves, lanes) * lanes)
+
+
+def gemm(w: DeviceMatrix, operands: Operands, *, tensor_cores: bool = True) -> Launch:
+    """Tiles of items; a routing's order, offsets and tiles must be there (group)."""
+    args = (operands.struct(w),)
+    if w.type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+        grid = (operands.n_tiles, ceil_div(w.n_rows, 64), 1)
+        return Launch(linear_module("plain.cu", w.type), "plain_gemm", grid, 256, args)
+    module = linear_module("gemm.cu", w.type, tensor_cores=tensor_cores)
+    return Launch(module, "gemm", (operands.n_tiles, ceil_div(w.n_rows, 128), 1), 256, args)
+
+
+def linear_module(source: str, kind: int, *, tensor_cores: bool = True) -> Module:
+    """A linear layer's module for one tensor type; without tensor cores the GEMM uses dp4a."""
+    dp4a = () if tensor_cores else (("CQ_DP4A", 1),)
+    return Module(source, (("CQ_TYPE", int(kind)), *dp4a))
+
+
+# ---- experts ----
+
+ROUTE = Module("route.cu")
+
+
+def route(logits: int, routing: DeviceRouting, n_tokens: int, *, normalize: bool) -> list[Launch]:
+    """Each token's experts, and for more tokens than the GEMV takes the slots sorted by expert."""
+    sizes = (np.int32(n_tokens), np.int32(routing.n_experts), np.int32(routing.top_k), np.int32(normalize))
+    args = (np.uint64(logits), np.uint64(routing.ids), np.uint64(routing.weights), *sizes)
+    launches = [Launch(ROUTE, "route", (ceil_div(n_tokens, 4), 1, 1), 128, args)]
+    if n_tokens > GEMV_MAX_TOKENS:
+        launches.append(group(routing, n_tokens))
+    return launches
+
+
+def group(routing: DeviceRouting, n_tokens: int) -> Launch:
+    """Order, offsets and tiles from ids."""
+    sizes = (n_tokens * routing.top_k, routing.n_experts, routing.max_tiles(n_tokens))
+    addresses = (routing.ids, routing.order, routing.offsets, routing.tiles)
+    args = (*map(np.uint64, addresses), *map(np.int32, sizes))
+    return Launch(ROUTE, "group", (1, 1, 1), 256, args, shared_bytes=8 * (routing.n_experts + 1))
+
+
+def combine(y: int, routing: DeviceRouting, out: int, n: int, n_tokens: int) -> Launch:
+    """out [n_tokens, n] += the experts' weighted outputs."""
+    args = (np.uint64(y), np.uint64(routing.weights), np.uint64(out), np.int32(n), np.int32(routing.top_k))
+    return rows_launch("combine", (ceil_div(n, ROW_THREADS), n_tokens), *args)
+
+
+def embed(table: DeviceMatrix, tokens: int, out: int, n_tokens: int) -> Launch:
+    """out [n_tokens, n_cols] = rows of an F32, F16 or Q8_0 table."""
+    return rows_launch("embed", (n_tokens, 1), table.struct, np.uint64(tokens), np.uint64(out))

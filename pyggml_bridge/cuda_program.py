@@ -1,0 +1,263 @@
+"""A program as launches of CUDA kernels over device buffers; sizes are known before anything is allocated."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from pyggml_bridge import cuda_kernels as ck
+from pyggml_bridge import cuda_linear as cl
+from pyggml_bridge import program as p
+from pyggml_bridge.backend import Quantize, Step, steps
+from pyggml_bridge.errors import CQError
+from pyggml_bridge.weights import Matrix
+
+ALIGNMENT = 512  # what CuPy's allocator rounds to
+MAX_EXPERT_BYTES = 1 << 32  # offsets within one expert's matrix are 32 bits wide: codebook.cuh
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Device memory: `address` is set when it is allocated. host: what it is filled with first."""
+
+    nbytes: int
+    host: NDArray[Any] | None = None
+    address: int = 0
+
+    @property
+    def allocated_bytes(self) -> int:
+        """As the device counts them."""
+        return ck.ceil_div(max(self.nbytes, 1), ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingBuffers:
+    """A routing's arrays on the device."""
+
+    ids: Buffer
+    weights: Buffer
+    order: Buffer
+    offsets: Buffer
+    tiles: Buffer
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What launches depend on. n_processors: streaming multiprocessors."""
+
+    n_processors: int
+    tensor_cores: bool = True
+
+
+Build = Callable[[int, int], list[ck.Launch]]  # from the operation's rows and the batch's tokens
+
+
+class CUDAProgram:
+    """Launches of a program for batches of up to n_batch tokens. buffers: all memory it needs.
+
+    `inputs` holds int32 [1 + n_batch]: the first token's position, then the tokens.
+    """
+
+    def __init__(self, program: p.Program, n_batch: int, device: DeviceInfo) -> None:
+        """Plan the memory; CQError naming a tensor that the kernels cannot address."""
+        self.buffers: list[Buffer] = []
+        self.inputs = self._new(4 * (1 + n_batch))
+        self.routings: dict[p.Routing, RoutingBuffers] = {}
+        self._n_batch, self._device, self._bits = n_batch, device, program.activation_bits
+        self._program = program
+        cache_bytes = 2 * program.n_kv_heads * program.n_ctx * program.head_dim
+        self._caches = [(self._new(cache_bytes), self._new(cache_bytes)) for _ in range(program.n_layers)]
+        self._partial: dict[int, Buffer] = {}
+        self._free: dict[int, list[Buffer]] = defaultdict(list)
+        self._of: dict[p.Value | Quantize, tuple[Buffer, ...]] = {}
+        self._hosted: dict[tuple[int, int], Buffer] = {}
+        self._steps = [(self._rows(step.op), self._build(step.op, step.activation)) for step in self._lower()]
+        assert program.logits is not None
+        self.logits = self._of[program.logits][0]
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of all buffers."""
+        return sum(buffer.allocated_bytes for buffer in self.buffers)
+
+    def launches(self, n_tokens: int, n_outputs: int) -> list[ck.Launch]:
+        """The kernels of one batch, in order. Call it when the buffers have addresses."""
+        counts = {p.Rows.TOKENS: n_tokens, p.Rows.SLOTS: n_tokens, p.Rows.OUTPUTS: n_outputs}
+        return [launch for rows, build in self._steps if counts[rows] for launch in build(counts[rows], n_tokens)]
+
+    # ---- memory ----
+
+    def _new(self, nbytes: int, host: NDArray[Any] | None = None) -> Buffer:
+        buffer = Buffer(nbytes, host)
+        self.buffers.append(buffer)
+        return buffer
+
+    def _take(self, nbytes: int) -> Buffer:
+        return self._free[nbytes].pop() if self._free[nbytes] else self._new(nbytes)
+
+    def _host(self, array: NDArray[Any] | None) -> Buffer | None:
+        """An array that is uploaded, once however often it is used."""
+        if array is None:
+            return None
+        key = array.ctypes.data, array.nbytes
+        if key not in self._hosted:
+            self._hosted[key] = self._new(array.nbytes, array)
+        return self._hosted[key]
+
+    def _value(self, value: p.Value) -> Buffer:
+        if value not in self._of:
+            self._of[value] = (self._take(4 * self._n_batch * value.top_k * value.width),)
+        return self._of[value][0]
+
+    def _activation(self, quantized: Quantize) -> tuple[Buffer, Buffer]:
+        x, n_rows = quantized.x, self._n_batch * quantized.x.top_k
+        if quantized not in self._of:
+            n_scales = x.width // quantized.group if quantized.group else 1
+            self._of[quantized] = (self._take(n_rows * x.width), self._take(4 * n_rows * n_scales))
+        q, scales = self._of[quantized]
+        return q, scales
+
+    def _routing(self, routing: p.Routing) -> RoutingBuffers:
+        if routing not in self.routings:
+            n_slots = self._n_batch * routing.top_k
+            n_tiles = _device_routing(routing).max_tiles(self._n_batch)
+            sizes = (n_slots, n_slots, n_slots, routing.n_experts + 1, 2 * n_tiles)
+            self.routings[routing] = RoutingBuffers(*(self._new(4 * size) for size in sizes))
+        return self.routings[routing]
+
+    def _matrix(self, w: Matrix) -> Callable[[], cl.DeviceMatrix]:
+        parts = w.clustered
+        if w.data.nbytes // w.n_experts >= MAX_EXPERT_BYTES:
+            raise CQError(f"--cuda: tensor {w.name} has 4 GiB or more in one matrix")
+        data = self._host(w.data)
+        assert data is not None
+        if parts is None:
+            return lambda: cl.DeviceMatrix(int(w.type), w.n_experts, w.n_rows, w.n_cols, data.address)
+        centroids, groups, scales = map(self._host, (parts.centroids, parts.group_scales, parts.scales))
+        return lambda: cl.DeviceMatrix(
+            int(w.type), w.n_experts, w.n_rows, w.n_cols, data.address, _address(centroids), _address(groups),
+            _address(scales), parts.codebook_rows, parts.codebook_cols, parts.scale_cols,
+        )  # fmt: skip
+
+    # ---- operations ----
+
+    def _lower(self) -> Iterator[Step]:
+        """Steps in order, giving back what each leaves free once it is built."""
+        for step in steps(self._program):
+            yield step
+            for value in step.done:
+                for buffer in self._of[value]:
+                    self._free[buffer.nbytes].append(buffer)
+
+    @staticmethod
+    def _rows(op: p.Op | Quantize) -> p.Rows:
+        """What decides how many rows an operation works on."""
+        match op:
+            case Quantize() | p.Rope():
+                return op.x.rows
+            case p.SwiGLU():
+                return op.gate.rows
+            case p.Route():
+                return op.logits.rows
+        return op.out.rows
+
+    def _build(self, op: p.Op | Quantize, activation: Quantize | None) -> Build:
+        match op:
+            case Quantize():
+                return self._quantize(op)
+            case p.Linear():
+                return self._linear(op, activation)
+            case p.Attention():
+                return self._attention(op)
+            case p.Route() | p.Combine():
+                return self._experts(op)
+            case _:
+                return self._simple(op)
+
+    def _simple(self, op: p.Op) -> Build:
+        match op:
+            case p.Embed():
+                table, out = self._matrix(op.table), self._value(op.out)
+                return lambda n, _: [cl.embed(table(), self.inputs.address + 4, out.address, n)]
+            case p.RmsNorm():
+                x, out, weight, width = self._value(op.x), self._value(op.out), self._host(op.weight), len(op.weight)
+                parts = op.x.width // width * op.x.top_k
+                return lambda n, _: [ck.rms_norm(x.address, _address(weight), out.address, width, op.eps, n * parts)]
+            case p.Rope():
+                x, table_ = self._value(op.x), self._host(op.cos_sin)
+                heads, n_rot = (op.x.width // op.head_dim, op.head_dim), 2 * op.cos_sin.shape[1]
+                return lambda n, _: [
+                    ck.rope(
+                        x.address, _address(table_), self.inputs.address, heads, n_rot, n, interleaved=op.interleaved
+                    )
+                ]
+            case p.SwiGLU():
+                gate, up = self._value(op.gate), self._value(op.up)
+                return lambda n, _: [ck.swiglu(gate.address, up.address, op.gate.width, op.hadamard, n * op.gate.top_k)]
+            case p.SelectOutputs():
+                x, out = self._value(op.x), self._value(op.out)
+                return lambda n, all_: [ck.select_rows(x.address, out.address, op.x.width, all_ - n, n)]
+        raise AssertionError(f"no kernel for {type(op).__name__}")
+
+    def _quantize(self, op: Quantize) -> Build:
+        x, (q, scales), top_k, width = self._value(op.x), self._activation(op), op.x.top_k, op.x.width
+        if op.group:
+            return lambda n, _: [ck.quantize_blocks(x.address, q.address, scales.address, width, n * top_k)]
+        return lambda n, _: [ck.quantize(x.address, q.address, scales.address, width, self._bits, n * top_k)]
+
+    def _linear(self, op: p.Linear, activation: Quantize | None) -> Build:
+        w, x, out, bias = self._matrix(op.w), self._value(op.x), self._value(op.out), self._host(op.bias)
+        q, scales = self._activation(activation) if activation else (None, None)
+        routing, routed = op.routing, self._routing(op.routing) if op.routing else None
+        gather = routing is not None and op.x.rows is p.Rows.TOKENS
+
+        def build(n: int, _: int) -> list[ck.Launch]:
+            n_items = n if routing else n * op.out.top_k
+            experts = _device_routing(routing, routed) if routing else None
+            inputs = (x.address, _address(q), _address(scales), _address(bias))
+            operands = cl.Operands(n_items, out.address, *inputs, experts, gather, op.accumulate)
+            return [cl.linear(w(), operands, tensor_cores=self._device.tensor_cores)]
+
+        return build
+
+    def _experts(self, op: p.Route | p.Combine) -> Build:
+        buffers, routing = self._routing(op.routing), op.routing
+        if isinstance(op, p.Route):
+            logits, normalize = self._value(op.logits), op.normalize
+            return lambda n, _: cl.route(logits.address, _device_routing(routing, buffers), n, normalize=normalize)
+        y, out, width = self._value(op.y), self._value(op.out), op.out.width
+        return lambda n, _: [cl.combine(y.address, _device_routing(routing, buffers), out.address, width, n)]
+
+    def _attention(self, op: p.Attention) -> Build:
+        q, k, v, out = (self._value(value) for value in (op.q, op.k, op.v, op.out))
+        k_cache, v_cache = self._caches[op.layer]
+        n_kv_heads, n_ctx = self._program.n_kv_heads, self._program.n_ctx
+        shape = ck.AttentionShape(op.q.width // op.head_dim, n_kv_heads, op.head_dim, n_ctx, op.window, op.scale)
+        splits = shape.splits(1, 2 * self._device.n_processors)
+        partial_bytes = 4 * shape.partial_floats(1, splits)
+        if partial_bytes not in self._partial:  # layers run one after the other
+            self._partial[partial_bytes] = self._new(partial_bytes)
+        partial = self._partial[partial_bytes]
+
+        def build(n: int, _: int) -> list[ck.Launch]:
+            at, heads = self.inputs.address, (n_kv_heads, op.head_dim)
+            new = ((k, k_cache), (v, v_cache))
+            launches = [ck.append(b.address, cache.address, at, heads, n_ctx, n) for b, cache in new]
+            addresses = (q.address, k_cache.address, v_cache.address, out.address, partial.address, at)
+            return launches + ck.attention(shape, addresses, n, splits if n == 1 else 1)
+
+        return build
+
+
+def _address(buffer: Buffer | None) -> int:
+    return buffer.address if buffer else 0
+
+
+def _device_routing(routing: p.Routing, buffers: RoutingBuffers | None = None) -> cl.DeviceRouting:
+    names = ("ids", "weights", "order", "offsets", "tiles")
+    addresses = [getattr(buffers, name).address if buffers else 0 for name in names]
+    return cl.DeviceRouting(routing.n_experts, routing.top_k, *addresses)

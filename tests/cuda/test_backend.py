@@ -1,0 +1,132 @@
+"""The CUDA backend end to end on emulated kernels: equal to the CPU backend; graphs, memory and errors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyggml_bridge import nvrtc
+from pyggml_bridge.cli import run as cli_run
+from pyggml_bridge.cuda import require_device
+from pyggml_bridge.cuda_kernels import ATTENTION
+from pyggml_bridge.cuda_linear import LINEAR
+from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import CQType
+from pyggml_bridge.models import load_model
+from tests.cuda.emulate import struct_sizes
+from tests.cuda.stand_in import StandIn
+from tests.test_runner import mean_kld
+from tests.tiny_gguf import Tiny, write_tiny
+
+N_PREFILL, N_DECODE, MAX_MEAN_KLD = 33, 5, 1e-5
+
+VARIANTS = {
+    "moe": Tiny(n_experts=6, hadamard=32),
+    "moe-cq3t": Tiny(cq=CQType.CQ3T, n_experts=3, codebook_rows=8, hidden=192, ffn=128, scale_group=-1),
+    "cq4t-biases-int4-tied": Tiny(cq=CQType.CQ4T, codebook_rows=4, biases=True, activation_bits=4, tied=True),
+}
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn()
+    monkeypatch.setitem(sys.modules, "cupy", stand_in)
+    monkeypatch.setattr(nvrtc, "compiled", stand_in.compile)
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    return stand_in
+
+
+def compare_with_the_cpu(path: Path, t: Tiny) -> None:
+    """Prefill, then tokens one by one: the same experts and argmax, logits within MAX_MEAN_KLD."""
+    write_tiny(path, t)
+    tokens = np.random.default_rng(3).integers(0, t.vocab, N_PREFILL + N_DECODE).astype(np.int32)
+    ours, cpu = load_model(path, cuda=True, n_batch=N_PREFILL), load_model(path)
+    for first, last in [(0, N_PREFILL), *((i, i + 1) for i in range(N_PREFILL, len(tokens)))]:
+        logits, want = (model.forward(tokens[first:last], first, last - first) for model in (ours, cpu))
+        assert mean_kld(want, logits) <= MAX_MEAN_KLD
+        np.testing.assert_array_equal(logits.argmax(-1), want.argmax(-1))
+        for got_ids, want_ids in zip(ours.routing_ids, cpu.routing_ids, strict=True):
+            np.testing.assert_array_equal(got_ids[: last - first], want_ids[: last - first])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_forward_equals_the_cpu(name: str, tmp_path: Path, device: StandIn) -> None:
+    compare_with_the_cpu(tmp_path / "tiny.gguf", VARIANTS[name])
+    assert device.graph_launches == N_DECODE
+    kernels = {launch.kernel for launch in device.executed}
+    assert {"gemm", "plain_gemm", "gemv", "plain_gemv"} <= kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", VARIANTS)
+def test_forward_on_a_gpu_equals_the_cpu(name: str, tmp_path: Path) -> None:
+    try:
+        require_device()
+    except CQError as error:
+        pytest.skip(str(error))
+    compare_with_the_cpu(tmp_path / "tiny.gguf", VARIANTS[name])
+
+
+def test_long_prompts_run_in_batches_without_logits(tmp_path: Path, device: StandIn) -> None:
+    write_tiny(tmp_path / "tiny.gguf", Tiny(n_layers=1))
+    tokens = np.arange(20, dtype=np.int32)
+    logits = load_model(tmp_path / "tiny.gguf", cuda=True, n_batch=8).forward(tokens, 0, 1)
+    assert [launch.kernel for launch in device.executed].count("embed") == 3
+    assert [launch.kernel for launch in device.executed].count("select_rows") == 1
+    assert mean_kld(load_model(tmp_path / "tiny.gguf").forward(tokens, 0, 1), logits) <= MAX_MEAN_KLD
+
+
+def test_memory_is_counted_before_anything_is_uploaded(tmp_path: Path, device: StandIn) -> None:
+    write_tiny(tmp_path / "tiny.gguf", Tiny(n_experts=3))
+    load_model(tmp_path / "tiny.gguf", cuda=True, n_ctx=64)
+    needed, uploaded = sum(-(-n // 512) * 512 for n in device.allocated), sum(device.uploads)
+    assert 0.9 * (tmp_path / "tiny.gguf").stat().st_size < uploaded < needed
+    device.allocated.clear(), device.uploads.clear()
+    device.free_bytes = needed - 1
+    with pytest.raises(CQError, match=r"--cuda: 0\.\d\d GB needed on Stand-in, 0\.\d\d GB free: try a smaller --ctx"):
+        load_model(tmp_path / "tiny.gguf", cuda=True, n_ctx=64)
+    assert not device.allocated and not device.uploads
+    device.free_bytes = needed
+    load_model(tmp_path / "tiny.gguf", cuda=True, n_ctx=64)
+
+
+def test_structs_are_the_compilers() -> None:
+    assert struct_sizes() == (LINEAR["w"].itemsize, LINEAR.itemsize, ATTENTION.itemsize)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices": 0}, "--cuda: the driver finds no NVIDIA GPU"),
+        ({"driver_error": "cudaErrorInsufficientDriver"}, "--cuda: no NVIDIA driver, or none that works: cudaErrorIns"),
+        ({"capability": (6, 1)}, "--cuda: Stand-in has compute capability 6.1, at least 7.5 is needed"),
+    ],
+)
+def test_unsuitable_devices(changes: dict[str, object], message: str, device: StandIn) -> None:
+    for name, value in changes.items():
+        setattr(device, name, value)
+    with pytest.raises(CQError) as error:
+        require_device()
+    assert str(error.value).startswith(message)
+
+
+def test_no_cupy_is_one_line_and_exit_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(sys, "argv", ["cq-run", "m.gguf", "-p", "x", "--cuda"])
+    with pytest.raises(SystemExit) as stopped:
+        cli_run.main()
+    assert stopped.value.code == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err == "error: --cuda: CuPy is missing or incomplete (pip install 'codequant-gguf[cuda]')\n"
+
+
+def test_chips_without_tensor_cores_use_dp4a(tmp_path: Path, device: StandIn) -> None:
+    device.name, device.capability = "NVIDIA GeForce GTX 1650", (7, 5)
+    write_tiny(tmp_path / "tiny.gguf", Tiny(n_layers=1))
+    load_model(tmp_path / "tiny.gguf", cuda=True).forward(np.arange(8, dtype=np.int32), 0, 1)
+    modules = {launch.module for launch in device.executed if launch.kernel == "gemm"}
+    assert modules and all(("CQ_DP4A", 1) in module.defines for module in modules)

@@ -1,0 +1,168 @@
+"""Norm, quantizer, rope, SwiGLU, routing and the rest: equal to the oracle, or within bounds counted in roundings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from pyggml_bridge import cuda_kernels as ck
+from pyggml_bridge import cuda_linear as cl
+from pyggml_bridge.format import hadamard, quantize_activations
+from tests.cuda.arrays import Memory
+from tests.cuda.emulate import run
+
+EPS = 2.0**-24
+SEEDS = (0, 1, 2)
+
+
+def floats(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0])
+def test_embed(kind: GGMLQuantizationType) -> None:
+    rng, memory = np.random.default_rng(1), Memory()
+    blocks = np.zeros((9, 3), np.dtype([("scale", "<f2"), ("q", "i1", 32)]))
+    blocks["scale"], blocks["q"] = rng.uniform(1e-3, 2, blocks.shape), rng.integers(-128, 128, blocks["q"].shape)
+    want = (blocks["scale"].astype(np.float32)[..., None] * blocks["q"]).reshape(9, 96)
+    halves = want.astype(np.float16)
+    data = {GGMLQuantizationType.F32: want, GGMLQuantizationType.F16: halves, GGMLQuantizationType.Q8_0: blocks}[kind]
+    want = halves.astype(np.float32) if kind == GGMLQuantizationType.F16 else want
+    tokens, out = np.array([8, 0, 3], np.int32), memory.full((3, 96), np.nan, np.float32)
+    table = cl.DeviceMatrix(int(kind), 1, 9, 96, memory.at(data.view(np.uint8)))
+    run(cl.embed(table, memory.at(tokens), out.ctypes.data, 3))
+    np.testing.assert_array_equal(out, want[tokens])
+
+
+@pytest.mark.parametrize("n", [1, 33, 576, 2048])
+def test_rms_norm(n: int) -> None:
+    rng, memory = np.random.default_rng(n), Memory()
+    x, weight = floats(rng, 3, n), floats(rng, n)
+    wide = x.astype(np.float64)
+    want = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + np.float64(np.float32(1e-5))) * weight
+    for seed in SEEDS:
+        out = memory.full((3, n), np.nan, np.float32)
+        run(ck.rms_norm(memory.at(x), memory.at(weight), out.ctypes.data, n, 1e-5, 3), seed)
+        # half of what n / 256 sums, a tree of 256, and the squares themselves round; root, quotient, two products
+        assert (np.abs(out - want) <= EPS * ((n // 256 + 10) / 2 + 6) * np.abs(want)).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("n", [32, 64, 576])
+def test_quantize_is_the_formats_quantizer(bits: int, n: int) -> None:
+    rng, memory = np.random.default_rng(n), Memory()
+    x = floats(rng, 6, n)
+    x[1] = 0
+    x[2] = rng.integers(-254, 255, n) / np.float32(2)  # ties
+    x[2, 0] = 127
+    x[3] *= np.float32(1e-42)  # subnormal scale
+    x[4] *= np.float32(1e30)
+    finite = np.arange(6) != 3  # 1 / scale overflows: NumPy casts NaN to int8, which no standard defines
+    for group in (0, 32) if bits == 8 else (0,):
+        grouped = x.reshape(-1, group or n)
+        with np.errstate(all="ignore"):
+            want_q, want_scales = quantize_activations(grouped, bits)
+        q, scales = memory.full((6, n), 77, np.int8), memory.full(len(grouped), np.nan, np.float32)
+        arguments = (memory.at(x), q.ctypes.data, scales.ctypes.data, n)
+        run(ck.quantize_blocks(*arguments, 6) if group else ck.quantize(*arguments, bits, 6), seed=n)
+        np.testing.assert_array_equal(scales, want_scales)
+        np.testing.assert_array_equal(q[finite], want_q.reshape(6, n)[finite])
+        assert np.abs(q).max() == (1 << bits - 1) - 1
+
+
+def test_quantizing_nan_does_not_look_finite() -> None:
+    memory, x = Memory(), np.ones((1, 64), np.float32)
+    x[0, 5] = np.nan
+    q, scales = memory.full((1, 64), 77, np.int8), memory.full(1, 0, np.float32)
+    run(ck.quantize(memory.at(x), q.ctypes.data, scales.ctypes.data, 64, 8, 1))
+    with np.errstate(invalid="ignore"):
+        assert not np.isfinite(q.astype(np.float32) * scales).any()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope(interleaved: bool) -> None:
+    rng, memory = np.random.default_rng(2), Memory()
+    n_tokens, n_heads, head_dim, n_rot, position = 5, 3, 12, 8, 4
+    x, angles = floats(rng, n_tokens, n_heads, head_dim), rng.uniform(-3, 3, (9, n_rot // 2))
+    cos_sin = np.stack([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
+    first, second = (slice(0, n_rot, 2), slice(1, n_rot, 2)) if interleaved else (slice(0, 4), slice(4, 8))
+    c, s = (cos_sin[position:, :, i].astype(np.float64)[:, None] for i in (0, 1))
+    want = x.astype(np.float64)
+    want[..., first], want[..., second] = (
+        x[..., first] * c - x[..., second] * s, x[..., second] * c + x[..., first] * s,
+    )  # fmt: skip
+    out = memory.put(x)
+    at = (out.ctypes.data, memory.at(cos_sin), memory.at(np.array([position], np.int32)))
+    run(ck.rope(*at, (n_heads, head_dim), n_rot, n_tokens, interleaved=interleaved))
+    assert np.abs(out - want).max() <= 3 * EPS * 2 * np.abs(x).max()
+    np.testing.assert_array_equal(out[..., n_rot:], x[..., n_rot:])
+
+
+@pytest.mark.parametrize(("n", "block"), [(1, 0), (1500, 0), (192, 32), (1536, 512), (64, 2)])
+def test_swiglu(n: int, block: int) -> None:
+    rng, memory = np.random.default_rng(n), Memory()
+    gate, up = floats(rng, 2, n) * 5, floats(rng, 2, n)
+    gate[0, 0], gate[1, 0] = -1e4, 86
+    wide = gate.astype(np.float64)
+    with np.errstate(over="ignore"):
+        want = wide / (1 + np.exp(-wide)) * up
+    bound = 8 * EPS * np.abs(want) + 1e-35
+    if block:  # each of log2 steps rounds sums of at most the block's absolute values; the scale at the end
+        magnitude = np.repeat(np.abs(want).reshape(-1, block).sum(-1), block).reshape(2, n) / np.sqrt(block)
+        want, bound = hadamard(want, block), (8 + 2 + np.log2(block)) * EPS * magnitude + 1e-35
+    for seed in SEEDS:
+        out = memory.put(gate)
+        run(ck.swiglu(out.ctypes.data, memory.at(up), n, block, 2), seed)
+        assert (np.abs(out - want) <= bound).all()
+
+
+@pytest.mark.parametrize(("n_tokens", "n_experts", "top_k"), [(1, 4, 2), (5, 3, 3), (70, 40, 4), (33, 128, 8)])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_routing(n_tokens: int, n_experts: int, top_k: int, normalize: bool) -> None:
+    rng = np.random.default_rng(n_experts)
+    logits = floats(rng, n_tokens, n_experts)
+    logits[0] = 1  # ties go to the lower index
+    want_ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
+    p = np.exp(logits.astype(np.float64))
+    want = np.take_along_axis(p / p.sum(-1, keepdims=True), want_ids, -1)
+    want = want / want.sum(-1, keepdims=True) if normalize else want
+    for seed in SEEDS:
+        memory = Memory()
+        ids, weights = memory.full((n_tokens, top_k), -7, np.int32), memory.full((n_tokens, top_k), np.nan, np.float32)
+        order, offsets = memory.full(ids.size, -7, np.int32), memory.full(n_experts + 1, -7, np.int32)
+        tiles = memory.full((n_tokens * top_k // 64 + min(n_experts, n_tokens * top_k), 2), -7, np.int32)
+        addresses = [array.ctypes.data for array in (ids, weights, order, offsets, tiles)]
+        routing = cl.DeviceRouting(n_experts, top_k, *addresses)
+        assert len(tiles) == routing.max_tiles(n_tokens)
+        run(cl.route(memory.at(logits), routing, n_tokens, normalize=normalize)[0], seed)
+        run(cl.group(routing, n_tokens), seed)
+        np.testing.assert_array_equal(ids, want_ids)
+        assert (np.abs(weights - want) <= EPS * (n_experts + 16) * want).all()
+        np.testing.assert_array_equal(order, np.argsort(want_ids.reshape(-1), kind="stable"))
+        np.testing.assert_array_equal(
+            np.diff(offsets, prepend=0), [0, *np.bincount(ids.reshape(-1), minlength=n_experts)]
+        )
+        found = [(e, f) for e in range(n_experts) for f in range(offsets[e], offsets[e + 1], 64)]
+        assert [tuple(tile) for tile in tiles[: len(found)]] == found and (tiles[len(found) :, 0] == -1).all()
+
+
+def test_nan_logits_choose_experts_that_exist() -> None:
+    memory, logits = Memory(), np.full((3, 6), np.nan, np.float32)
+    logits[1, 2] = 1
+    ids, weights = memory.full((3, 4), -7, np.int32), memory.full((3, 4), 0, np.float32)
+    routing = cl.DeviceRouting(6, 4, ids.ctypes.data, weights.ctypes.data, 0, 0, 0)
+    run(cl.route(memory.at(logits), routing, 3, normalize=True)[0])
+    assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) < 6 for row in ids.tolist())
+
+
+def test_combine_and_select() -> None:
+    rng, memory = np.random.default_rng(4), Memory()
+    y, weights, before = floats(rng, 10, 300), rng.uniform(0, 1, (5, 2)).astype(np.float32), floats(rng, 5, 300)
+    out, selected = memory.put(before), memory.full((2, 300), np.nan, np.float32)
+    run(cl.combine(memory.at(y), cl.DeviceRouting(4, 2, 0, memory.at(weights), 0, 0, 0), out.ctypes.data, 300, 5))
+    terms = y.reshape(5, 2, 300).astype(np.float64) * weights[..., None]
+    bound = 4 * EPS * (np.abs(terms).sum(1) + np.abs(before))
+    assert (np.abs(out - (before + terms.sum(1))) <= bound).all()
+    run(ck.select_rows(memory.at(y), selected.ctypes.data, 300, 7, 2))
+    np.testing.assert_array_equal(selected, y[7:9])

@@ -1,0 +1,51 @@
+"""The emulated kernels under the address and undefined-behaviour sanitizers, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CASES = (
+    "test_linear.py::test_integers_of_every_tail[8-17213]",
+    "test_linear.py::test_experts_multiply_their_slots[90-True]",
+    "test_linear.py::test_q8_0[True-131-96-4]",
+    "test_linear.py::test_float_matrices[67-33-66-float16]",
+    "test_rows.py::test_embed",
+    "test_rows.py::test_rms_norm",
+    "test_rows.py::test_quantize_is_the_formats_quantizer",
+    "test_rows.py::test_rope",
+    "test_rows.py::test_swiglu",
+    "test_rows.py::test_routing[False-5-3-3]",
+    "test_rows.py::test_nan_logits_choose_experts_that_exist",
+    "test_rows.py::test_combine_and_select",
+    "test_attention.py::test_attention[90-20-33-1-81]",
+    "test_attention.py::test_attention[200-1-33-2-81]",
+)
+
+
+def sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, everything emulated compiled with the sanitizers."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": runtime.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "CQ_EMULATE_FLAGS": "-O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    }
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1])
+
+
+def test_no_kernel_reads_or_computes_what_it_must_not() -> None:
+    done = sanitized("-m", "pytest", "-p", "no:cacheprovider", *(str(HERE / case) for case in CASES))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_sanitizers_see_a_read_past_shared_memory_and_an_overflow() -> None:
+    for kernel, message in (("overrun", "heap-buffer-overflow"), ("overflow", "signed integer overflow")):
+        code = f"from tests.cuda.test_emulator import launch, np; launch('{kernel}', np.ones(320, np.int32))"
+        done = sanitized("-c", code)
+        assert done.returncode != 0 and message in done.stderr, done.stderr
