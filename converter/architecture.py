@@ -54,7 +54,8 @@ class Linear:
     rope_heads: str | None = None  # config field with its number of heads, if its rows go through rope
     experts: bool = False  # one matrix per expert
     on_disk: str | None = None  # another name in checkpoints; `{}` stands for the expert
-    router: bool = False  # tiny and decisive: stays F32
+    float32: bool = False  # tiny and decisive: stays F32
+    router: bool = False  # its outputs choose experts
     hadamard: bool = False  # the runner can transform its input, which no norm feeds (docs/format.md)
     sensitive: bool = False  # worth more bits than others where the budget allows
 
@@ -96,7 +97,7 @@ class Architecture:
     gguf_name: str
     norms: tuple[Norm, ...]
     linears: tuple[Linear, ...]
-    channels: ChannelGroup
+    channels: tuple[ChannelGroup, ...]
     heads: HeadGroup
     check: Callable[[Any], None]
     hparams: Callable[[Any], HParams]  # GGUF keys below `<gguf_name>.`

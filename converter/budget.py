@@ -90,9 +90,9 @@ def _choices(smallest: PlannedTensor, damage: list[dict[str, float]], settings: 
 def _free(plan: Plan, damage: list[dict[str, float]], settings: Settings) -> Iterable[PlannedTensor]:
     for layer, known in zip(plan.layers, damage, strict=True):
         for tensor in layer:
-            stem = tensor.name.split(".")[2]
+            _, _, stem, kind = tensor.name.split(".")  # a bias has its linear's stem
             overridden = any(override.pattern.search(tensor.name) for override in settings.overrides)
-            if stem in known and not tensor.note and not overridden:
+            if stem in known and kind == "weight" and not tensor.note and not overridden:
                 yield tensor
 
 

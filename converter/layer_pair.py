@@ -86,8 +86,7 @@ def _output_hooks(arch: Architecture, module: nn.Module, found: dict[str, Tensor
         return hook
 
     linears = {linear.name: linear for linear in arch.linears}
-    ffn = arch.experts_site or _module_of(linears[arch.channels.consumer].parameter)
-    sites = {ATTENTION: _module_of(linears[arch.heads.output].parameter), FFN: ffn}
+    sites = {ATTENTION: _module_of(linears[arch.heads.output].parameter), FFN: "mlp"}  # transformers' name everywhere
     for linear in arch.linears:
         if linear.router:
             sites[ROUTER] = _module_of(linear.parameter)
@@ -118,7 +117,7 @@ def _input_hooks(
         found[arch.experts_site or ""] = rows
         found[f"{arch.experts_site}.hidden"] = [layer.act_fn(gate) * up for gate, up in halves]
 
-    sites = {linear.site for linear in arch.linears if not (linear.router or linear.experts)}
+    sites = {linear.site for linear in arch.linears if not (linear.float32 or linear.experts)}
     hooks: list[Hook] = [(module.get_submodule(site), True, dense(site)) for site in sorted(sites)]
     if arch.experts_site:
         hooks.append((module.get_submodule(arch.experts_site), True, experts))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .architecture import Architecture, Layer
+from .architecture import Architecture, ChannelGroup, Layer
 
 RATIO = 0.25
 
@@ -36,24 +36,21 @@ def outlier_order(columns: Tensor, block: int, ratio: float = RATIO) -> Tensor:
 def permute_layer(arch: Architecture, layer: Layer, block: int, head_dim: int) -> Layer:
     """The layer with its free channels reordered for codebooks of `block` columns; logits are unchanged."""
     permuted = dict(layer)
-    consumer = layer[arch.channels.consumer]
-    names = (*arch.channels.producers, arch.channels.consumer)
-    if consumer.dim() == 2:
-        order = outlier_order(consumer, block)
-        _permute_channels(permuted, names, order)
-    else:
-        experts = [dict(zip(names, tensors, strict=True)) for tensors in zip(*(layer[n] for n in names), strict=True)]
-        for expert in experts:
-            _permute_channels(expert, names, outlier_order(expert[names[-1]], block))
-        permuted |= {name: torch.stack([expert[name] for expert in experts]) for name in names}
+    for group in arch.channels:
+        permuted |= _permute_channels(group, layer, block)
     return permuted | _permute_heads(arch, layer, block, head_dim)
 
 
-def _permute_channels(layer: Layer, names: tuple[str, ...], order: Tensor) -> None:
-    *producers, consumer = names
-    for name in producers:
-        layer[name] = layer[name][order]
-    layer[consumer] = layer[consumer][:, order]
+def _permute_channels(group: ChannelGroup, layer: Layer, block: int) -> Layer:
+    """The group's tensors in the order of each expert's own consumer."""
+    names = (*group.producers, group.consumer)
+    if layer[group.consumer].dim() == 3:
+        experts = zip(*(layer[name] for name in names), strict=True)
+        ordered = [_permute_channels(group, dict(zip(names, expert, strict=True)), block) for expert in experts]
+        return {name: torch.stack([expert[name] for expert in ordered]) for name in names}
+    order = outlier_order(layer[group.consumer], block)
+    permuted = {name: layer[name][order] for name in group.producers}
+    return permuted | {group.consumer: layer[group.consumer][:, order]}
 
 
 def _permute_heads(arch: Architecture, layer: Layer, block: int, head_dim: int) -> Layer:

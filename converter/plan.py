@@ -160,7 +160,7 @@ def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: str) -> Pl
     for i in range(config.num_hidden_layers):
         tensors = [planner.float32(spec.in_file(i), checkpoint.expected_shape(spec)) for spec in arch.plain]
         for linear in arch.linears:
-            kind = "f32" if linear.router else sensitive if linear.sensitive else settings.cq.name.lower()
+            kind = "f32" if linear.float32 else sensitive if linear.sensitive else settings.cq.name.lower()
             tensors.append(planner.matrix(linear.in_file(i), checkpoint.expected_shape(linear), kind))
         layers.append(tuple(tensors))
     norm = planner.float32(GGUF_NAMES[FINAL_NORM], (config.hidden_size,))

@@ -84,7 +84,7 @@ def folder_bytes(model: TransformedModel, n_tokens: int, measured: bool) -> int:
         return STATES * hidden_bytes
     outputs = 0
     for linear in arch.linears:
-        if not linear.router:
+        if not linear.float32:
             *n_experts, out, _ = checkpoint.expected_shape(linear)
             outputs += out * out * (n_experts[0] if n_experts and not linear.writes_residual else 1)
     return config.num_hidden_layers * (HALF_BYTES * outputs + hidden_bytes) + STATES * hidden_bytes
@@ -183,7 +183,7 @@ class _GradientCapture:
         self.inputs: dict[str, Moments] = {}  # linear -> of some of its inputs, weighted by |g|^2, of all experts alike
         self.outputs: dict[str, list[Moments]] = {}
         self.energy: dict[str, float] = {}
-        self.linears = [linear for linear in arch.linears if not linear.router]
+        self.linears = [linear for linear in arch.linears if not linear.float32]
         for linear in self.linears:
             *n_experts, out, cols = linear.rows_of(module.get_parameter(linear.parameter)).shape
             entries = n_experts[0] if n_experts and not linear.writes_residual else 1
@@ -228,7 +228,7 @@ def _capture_gradients(arch: Architecture, module: nn.Module) -> Iterator[_Gradi
     capture = _GradientCapture(arch, module)
     handles = []
     for linear in arch.linears:
-        if not linear.router and not linear.experts:
+        if not linear.float32 and not linear.experts:
             layer = module.get_submodule(linear.parameter.removesuffix(".weight"))
             handles.append(layer.register_forward_hook(_linear_hook(capture, linear)))
     if arch.experts_site:

@@ -39,8 +39,9 @@ class CPUBackend:
         self._values: dict[p.Value, NDArray[np.float32]] = {}
         self._quantized: dict[Quantize, Any] = {}
         self._routings: dict[p.Routing, Any] = {}
-        self.routing_ids: list[NDArray[np.int32]] = []
+        self._chosen: dict[p.Routing, NDArray[np.int32]] = {}
         lowered = self._lower(program)
+        self.routing_ids = [self._chosen[routing] for routing in program.routings]
         self._ops = ffi.new("cq_op[]", lowered)
         self._n_ops = len(lowered)
         self._scratch = aligned_empty(lib.cq_scratch_bytes(self._ops, self._n_ops, n_threads))
@@ -118,7 +119,8 @@ class CPUBackend:
                 arguments |= {"hadamard": op.hadamard}
                 return _native_op(lib.CQ_OP_SWIGLU, op.gate, "swiglu", arguments)
             case p.Route():
-                arguments = {"logits": at(op.logits), "routing": self._routing(op.routing), "normalize": op.normalize}
+                arguments = {"logits": at(op.logits), "routing": self._routing(op.routing)}
+                arguments |= {"scoring": op.scoring.value, "normalize": op.normalize}
                 return _native_op(lib.CQ_OP_ROUTE, op.logits, "route", arguments)
             case p.Combine():
                 arguments = {"y": at(op.y), "routing": self._routing(op.routing), "out": at(op.out), "n": op.out.width}
@@ -195,8 +197,7 @@ class CPUBackend:
             struct = ffi.new("cq_routing *", {"n_experts": routing.n_experts, "top_k": routing.top_k})
             struct.ids, struct.order = self._array(ids, "int32_t *"), self._array(order, "int32_t *")
             struct.offsets, struct.weights = self._array(offsets, "int32_t *"), self._array(weights, "float *")
-            self._routings[routing] = struct
-            self.routing_ids.append(ids)
+            self._routings[routing], self._chosen[routing] = struct, ids
         return self._routings[routing]
 
     def _matrix(self, matrix: Matrix) -> Any:

@@ -63,7 +63,7 @@ class CUDAProgram:
     """
 
     def __init__(self, program: p.Program, n_batch: int, device: DeviceInfo) -> None:
-        """Plan the memory; CQError naming a tensor that the kernels cannot address."""
+        """Plan the memory; CQError naming what the kernels cannot address or compute."""
         self.buffers: list[Buffer] = []
         self.inputs = self._new(4 * (1 + n_batch))
         self.routings: dict[p.Routing, RoutingBuffers] = {}
@@ -227,6 +227,8 @@ class CUDAProgram:
     def _experts(self, op: p.Route | p.Combine) -> Build:
         buffers, routing = self._routing(op.routing), op.routing
         if isinstance(op, p.Route):
+            if op.scoring is not p.Scoring.SOFTMAX:
+                raise CQError("--cuda: a shared expert behind a sigmoid gate is not supported")
             logits, normalize = self._value(op.logits), op.normalize
             return lambda n, _: cl.route(logits.address, _device_routing(routing, buffers), n, normalize=normalize)
         y, out, width = self._value(op.y), self._value(op.out), op.out.width

@@ -24,6 +24,13 @@ class Rows(Enum):
     OUTPUTS = 2
 
 
+class Scoring(Enum):
+    """Scores of a router's logits: softmax over all experts, or each one's sigmoid."""
+
+    SOFTMAX = 0
+    SIGMOID = 1
+
+
 @dataclass(frozen=True, eq=False)
 class Value:
     """A float32 [rows, width] array that exists while the program runs. top_k: slots per token if rows is SLOTS."""
@@ -110,10 +117,11 @@ class SwiGLU:
 
 @dataclass(frozen=True)
 class Route:
-    """Softmax of the router's logits, the top_k best; normalize: their weights then sum to 1."""
+    """The top_k experts by their scores, which become their weights; normalize: these then sum to 1."""
 
     logits: Value
     routing: Routing
+    scoring: Scoring
     normalize: bool
 
 
@@ -148,7 +156,7 @@ class Program:
     vocab_size: int
     activation_bits: int = 8
     ops: list[Op] = field(default_factory=list)
-    routings: list[Routing] = field(default_factory=list)
+    routings: list[Routing] = field(default_factory=list)  # of the layers that choose experts
     logits: Value | None = None
 
     def embed(self, table: Matrix) -> Value:
@@ -199,7 +207,16 @@ class Program:
         """Choose each token's experts from the router's logits [tokens, n_experts]."""
         routing = Routing(layer, logits.width, top_k)
         self.routings.append(routing)
-        self.ops.append(Route(logits, routing, normalize))
+        self.ops.append(Route(logits, routing, Scoring.SOFTMAX, normalize))
+        return routing
+
+    def gate(self, logit: Value, layer: int) -> Routing:
+        """Every token goes to the one expert there is, weighted by the sigmoid of its logit [tokens, 1].
+
+        No choice, so it is not among the routings.
+        """
+        routing = Routing(layer, logit.width, top_k=1)
+        self.ops.append(Route(logit, routing, Scoring.SIGMOID, normalize=False))
         return routing
 
     def combine(self, y: Value, routing: Routing, *, add_to: Value) -> None:

@@ -82,6 +82,13 @@ LLAMA3_ROPE = {
 
 QWEN3_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 
+QWEN2_MOE = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 128,
+}
+
 MODELS = {
     "llama-tied": TinyModel("llama", {"tie_word_embeddings": True}),
     "llama-wide-heads-llama3": TinyModel("llama", {"rope_parameters": LLAMA3_ROPE}, head_dim=32),
@@ -115,6 +122,12 @@ MODELS = {
         "qwen3_moe",
         QWEN3_MOE | {"num_experts_per_tok": 1, "hidden_size": 192, "num_key_value_heads": 1},
         head_dim=32,
+    ),
+    "qwen2_moe": TinyModel("qwen2_moe", QWEN2_MOE, head_dim=32),
+    "qwen2_moe-tied": TinyModel("qwen2_moe", QWEN2_MOE | {"tie_word_embeddings": True, "norm_topk_prob": True}),
+    "qwen2_moe-top-1": TinyModel(
+        "qwen2_moe",
+        QWEN2_MOE | {"num_experts_per_tok": 1, "hidden_size": 192, "shared_expert_intermediate_size": 64},
     ),
     "olmoe": TinyModel("olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
     "olmoe-tied": TinyModel("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True}),

@@ -70,7 +70,7 @@ def test_permutation_keeps_logits(case):
     checkpoint, original = case
     permuted = TransformedModel(checkpoint, permute_block=8)
     before, after = TransformedModel(checkpoint).layer(1), permuted.layer(1)
-    for name in (checkpoint.arch.channels.consumer, checkpoint.arch.heads.output):
+    for name in (*(group.consumer for group in checkpoint.arch.channels), checkpoint.arch.heads.output):
         assert not torch.equal(before[name], after[name])
     assert_same(streamed_logits(permuted), original)
 
@@ -101,6 +101,10 @@ def test_tensor_names_are_those_of_llama_cpp(model_type):
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers = [0]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+        ("qwen2_moe", {"qkv_bias": False}, "qkv_bias = False"),
+        ("qwen2_moe", {"mlp_only_layers": [1]}, "mlp_only_layers = [1]"),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+        ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window = True"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
         ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob = True"),
     ],

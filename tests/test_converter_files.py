@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from codequant_converter import cli
+from codequant_converter.budget import DISTORTION
 from codequant_converter.calibration import tokenize
 from codequant_converter.checkpoint import open_checkpoint
 from codequant_converter.pipeline import CHECK_TEXT
@@ -90,6 +91,10 @@ def test_float32_file_gives_the_original_logits_in_the_runner(checkpoints, tmp_p
     document = convert(folder, tmp_path / "m.gguf", "--tensor-type", ".=f32", "--group-size", "64")
     runner, reference = load_model(str(tmp_path / "m.gguf"), n_ctx=512, n_threads=2), load(str(folder))
     assert relative_difference(*where_routed_alike(runner, reference, TOKENS)) <= 1e-3
+    whole = runner.forward(TOKENS, 0, len(TOKENS)).copy()
+    steps = [runner.forward(TOKENS[:32], 0, 32).copy()]
+    steps += [runner.forward(TOKENS[i : i + 1], i, 1).copy() for i in range(32, 64)]  # decoding, from the cache
+    assert relative_difference(np.concatenate(steps), whole) <= 1e-4
     text = np.array(tokenize(open_checkpoint(str(folder)), CHECK_TEXT, special=True), np.int32)
     assert divergence(*where_routed_alike(runner, reference, text)) < 1e-4
     # With one expert a near tie moves a whole FFN's output, which the converter's own check counts.
@@ -185,6 +190,21 @@ def test_report_and_file_agree(checkpoints, text, tmp_path, bits):
     assert len(errors) == 3 * 7
     assert 0 < max(errors.values()) < {5: 0.1, 4: 0.15, 3: 0.3, 2: 0.55}[bits]
     assert np.isfinite(document["check"]["kld"])
+
+
+def test_mixed_types_of_biased_and_shared_linears(checkpoints, text, tmp_path):
+    """Biases and gates stay F32; a shared expert's linears take part like all others."""
+    folder, _ = checkpoints("qwen2_moe-top-1")
+    options = ("--calibration", str(text), "--calibration-tokens", "512", "--target-bpw", "5")
+    document = convert(folder, tmp_path / "m.gguf", *options)
+    types = {tensor["name"]: tensor["type"] for tensor in document["tensors"]}
+    for layer in range(3):
+        for name in ("attn_v.bias", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight"):
+            assert types[f"blk.{layer}.{name}"] == "f32"
+        for name in ("attn_v", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"):
+            assert types[f"blk.{layer}.{name}.weight"] in DISTORTION
+    assert document["bpw"] <= 5
+    assert document["check"]["kld"] < 0.1
 
 
 def test_calibration_lowers_the_error_on_its_inputs(checkpoints, text, tmp_path):

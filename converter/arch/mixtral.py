@@ -16,7 +16,7 @@ def moe(router: str, gate: str, up: str, down: str) -> tuple[Linear, ...]:
     """Router and experts of a layer, by their names in checkpoints: `{}` stands for the expert, without `.weight`."""
     gate_up, experts = "mlp.experts.gate_up_proj", "mlp.experts"
     return (
-        Linear("ffn_gate_inp", "mlp.gate.weight", "mlp.gate", "ffn_norm", on_disk=router, router=True),
+        Linear("ffn_gate_inp", "mlp.gate.weight", "mlp.gate", "ffn_norm", on_disk=router, float32=True, router=True),
         Linear("ffn_gate_exps", gate_up, experts, "ffn_norm", part=(0, 2), experts=True, on_disk=f"{gate}.weight"),
         Linear("ffn_up_exps", gate_up, experts, "ffn_norm", part=(1, 2), experts=True, on_disk=f"{up}.weight"),
         Linear(
@@ -32,6 +32,7 @@ def moe(router: str, gate: str, up: str, down: str) -> tuple[Linear, ...]:
 
 
 EXPERT = "block_sparse_moe.experts.{}"
+CHANNELS = (ChannelGroup(("ffn_gate_exps", "ffn_up_exps"), "ffn_down_exps"),)
 MOE = moe("block_sparse_moe.gate.weight", f"{EXPERT}.w1", f"{EXPERT}.w3", f"{EXPERT}.w2")
 
 
@@ -56,7 +57,7 @@ ARCHITECTURE = Architecture(
     gguf_name="llama",
     norms=llama.NORMS,
     linears=llama.ATTENTION + MOE,
-    channels=ChannelGroup(("ffn_gate_exps", "ffn_up_exps"), "ffn_down_exps"),
+    channels=CHANNELS,
     heads=HeadGroup("attn_v", "attn_output"),
     check=check,
     hparams=hparams,

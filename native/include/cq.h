@@ -73,8 +73,10 @@ typedef struct {
 /* hadamard: then every block of that many columns (a power of two that divides n) times the orthonormal Hadamard matrix;
  * 0: none. */
 typedef struct { const float *gate, *up; float *out; int32_t n, hadamard; } cq_swiglu;
-/* Softmax over all experts, then the top_k largest; normalize: their weights are divided by their sum. */
-typedef struct { const float *logits; cq_routing *routing; int32_t normalize; } cq_route;
+/* The top_k experts of largest score: softmax over all experts, or each one's sigmoid; normalize: their weights are
+ * divided by their sum. */
+enum cq_scoring { CQ_SOFTMAX, CQ_SIGMOID };
+typedef struct { const float *logits; cq_routing *routing; int32_t scoring, normalize; } cq_route;
 /* out[t] += sum over rank of weights[t][rank] * y[slot] */
 typedef struct { const float *y; const cq_routing *routing; float *out; int32_t n; } cq_combine;
 typedef struct { const float *x; float *out; int32_t n; } cq_select_outputs;

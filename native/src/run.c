@@ -51,9 +51,9 @@ static void run_swiglu(const cq_worker *worker, const cq_swiglu *op, int32_t n_r
     }
 }
 
-/* Softmax over all experts and the top_k best, ties to the lower index. */
-static void route_token(const float *logits, int32_t n_experts, int32_t top_k, int32_t normalize, int32_t *ids,
-                        float *weights) {
+/* The top_k best experts, ties to the lower index, weighted by their scores. */
+static void route_token(const cq_route *op, const float *logits, int32_t *ids, float *weights) {
+    const int32_t n_experts = op->routing->n_experts, top_k = op->routing->top_k;
     float max = -FLT_MAX, total = 0.0f, chosen = 0.0f;
     for (int32_t e = 0; e < n_experts; e++) max = fmaxf(max, logits[e]);
     for (int32_t e = 0; e < n_experts; e++) total += expf(logits[e] - max);
@@ -65,10 +65,11 @@ static void route_token(const float *logits, int32_t n_experts, int32_t top_k, i
             if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
         }
         ids[rank] = best;
-        weights[rank] = expf(logits[best] - max) / total;
+        weights[rank] =
+            op->scoring == CQ_SIGMOID ? 1.0f / (1.0f + expf(-logits[best])) : expf(logits[best] - max) / total;
         chosen += weights[rank];
     }
-    if (normalize && chosen > 0.0f)
+    if (op->normalize && chosen > 0.0f)
         for (int32_t rank = 0; rank < top_k; rank++) weights[rank] /= chosen;
 }
 
@@ -87,8 +88,8 @@ static void run_route(const cq_worker *worker, const cq_route *op, int32_t n_row
     const cq_routing *routing = op->routing;
     cq_range range = cq_share(worker, n_rows);
     for (int64_t t = range.begin; t < range.end; t++)
-        route_token(op->logits + t * routing->n_experts, routing->n_experts, routing->top_k, op->normalize,
-                    routing->ids + t * routing->top_k, routing->weights + t * routing->top_k);
+        route_token(op, op->logits + t * routing->n_experts, routing->ids + t * routing->top_k,
+                    routing->weights + t * routing->top_k);
     cq_wait_for_all(worker);
     if (worker->thread == 0) group_by_expert(routing, n_rows * routing->top_k);
 }

@@ -37,10 +37,10 @@ def build_decoder(weights: Weights, n_ctx: int, *, interleaved_rope: bool, norma
         normed = p.rms_norm(x, weights.vector(f"{block}.ffn_norm.weight", h.hidden), h.eps)
         if h.n_experts:
             _experts(p, weights, h, layer, normed, x, normalize_top_k)
+            if h.shared_ffn_width:
+                _shared_expert(p, weights, h, layer, normed, x)
         else:
-            gate = _projection(p, weights, normed, f"{block}.ffn_gate", h.ffn_width)
-            up = _projection(p, weights, normed, f"{block}.ffn_up", h.ffn_width)
-            hidden = p.swiglu(gate, up, weights.hadamard("ffn_down", h.ffn_width))
+            hidden = _gated_units(p, weights, normed, layer, "", h.ffn_width)
             _projection(p, weights, hidden, f"{block}.ffn_down", h.hidden, add_to=x)
 
     last = p.rms_norm(p.select_outputs(x), weights.vector("output_norm.weight", h.hidden), h.eps)
@@ -52,6 +52,13 @@ def build_decoder(weights: Weights, n_ctx: int, *, interleaved_rope: bool, norma
 def _projection(p: Program, weights: Weights, x: Value, name: str, n_out: int, add_to: Value | None = None) -> Value:
     bias = weights.vector(f"{name}.bias", n_out) if weights.has(f"{name}.bias") else None
     return p.linear(x, weights.matrix(f"{name}.weight", n_out, x.width), bias, add_to=add_to)
+
+
+def _gated_units(p: Program, weights: Weights, x: Value, layer: int, suffix: str, width: int) -> Value:
+    """silu(gate) * up [tokens, width], as ffn_down reads it; suffix: of the tensors' names."""
+    gate = _projection(p, weights, x, f"blk.{layer}.ffn_gate{suffix}", width)
+    up = _projection(p, weights, x, f"blk.{layer}.ffn_up{suffix}", width)
+    return p.swiglu(gate, up, weights.hadamard("ffn_down", width))
 
 
 def _head_norm(p: Program, weights: Weights, h: HParams, x: Value, name: str) -> Value:
@@ -77,3 +84,14 @@ def _experts(
     up = p.expert_linear(normed, up_w, routing)
     hidden = p.swiglu(gate, up, weights.hadamard("ffn_down", h.expert_ffn_width))
     p.combine(p.expert_linear(hidden, down_w, routing), routing, add_to=residual)
+
+
+def _shared_expert(p: Program, weights: Weights, h: HParams, layer: int, normed: Value, residual: Value) -> None:
+    """The expert that every token goes to, times the sigmoid of its gate where the file has one."""
+    block = f"blk.{layer}"
+    hidden = _gated_units(p, weights, normed, layer, "_shexp", h.shared_ffn_width)
+    if not weights.has(f"{block}.ffn_gate_inp_shexp.weight"):
+        _projection(p, weights, hidden, f"{block}.ffn_down_shexp", h.hidden, add_to=residual)
+        return
+    gate = p.gate(_projection(p, weights, normed, f"{block}.ffn_gate_inp_shexp", 1), layer)
+    p.combine(_projection(p, weights, hidden, f"{block}.ffn_down_shexp", h.hidden), gate, add_to=residual)

@@ -13,7 +13,10 @@ MAX_DIMENSION = 1 << 24
 
 @dataclass(frozen=True)
 class HParams:
-    """Dimensions shared by the decoder-only architectures. n_experts and top_k are 0 for dense models."""
+    """Dimensions shared by the decoder-only architectures.
+
+    n_experts and top_k are 0 for dense models, shared_ffn_width where no expert is shared by all tokens.
+    """
 
     arch: str
     vocab_size: int
@@ -25,6 +28,7 @@ class HParams:
     n_rot: int
     ffn_width: int
     expert_ffn_width: int
+    shared_ffn_width: int
     n_experts: int
     top_k: int
     eps: float
@@ -54,6 +58,7 @@ class HParams:
             n_rot=dimension("rope.dimension_count", head_dim),
             ffn_width=dimension("feed_forward_length"),
             expert_ffn_width=dimension("expert_feed_forward_length", dimension("feed_forward_length")),
+            shared_ffn_width=dimension("expert_shared_feed_forward_length", 0),
             n_experts=dimension("expert_count", 0),
             top_k=dimension("expert_used_count", 0),
             eps=file.get(f"{arch}.attention.layer_norm_rms_epsilon", float),

@@ -16,6 +16,7 @@ from pyggml_bridge.cuda_linear import LINEAR
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.models import load_model
+from pyggml_bridge.program import Program
 from tests.cuda.emulate import struct_sizes
 from tests.cuda.stand_in import StandIn
 from tests.test_runner import mean_kld
@@ -91,6 +92,16 @@ def test_memory_is_counted_before_anything_is_uploaded(tmp_path: Path, device: S
     assert not device.allocated and not device.uploads
     device.free_bytes = needed
     load_model(tmp_path / "tiny.gguf", cuda=True, n_ctx=64)
+
+
+def test_a_gated_shared_expert_is_refused(tmp_path: Path, device: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny(tmp_path / "tiny.gguf", Tiny(n_experts=3))
+    route = Program.route
+    monkeypatch.setattr(Program, "route", lambda self, logits, layer, *_, **__: self.gate(logits, layer))
+    with pytest.raises(CQError, match="sigmoid gate is not supported"):
+        load_model(tmp_path / "tiny.gguf", cuda=True)
+    monkeypatch.setattr(Program, "route", route)
+    load_model(tmp_path / "tiny.gguf", cuda=True)
 
 
 def test_structs_are_the_compilers() -> None:

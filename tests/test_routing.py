@@ -1,0 +1,58 @@
+"""The choice of experts against NumPy: every scoring, ties, normalization, and the slots sorted by expert."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pyggml_bridge.native import ffi, lib, pointer
+from pyggml_bridge.program import Scoring
+from tests.oracle import guarded
+from tests.test_kernels import EPS, floats, run
+
+N_TOKENS = 37
+
+
+def route(logits: np.ndarray, top_k: int, **options: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """ids and weights [tokens, top_k], order [tokens * top_k] and offsets [n_experts + 1]."""
+    n_tokens, n_experts = logits.shape
+    logits = guarded(logits)
+    ids, weights = np.full((n_tokens, top_k), -1, np.int32), np.full((n_tokens, top_k), np.nan, np.float32)
+    order, offsets = np.full(n_tokens * top_k, -1, np.int32), np.full(n_experts + 1, -1, np.int32)
+    routing = ffi.new("cq_routing *", {"n_experts": n_experts, "top_k": top_k, "weights": floats(weights)})
+    routing.ids, routing.order = pointer(ids, "int32_t *"), pointer(order, "int32_t *")
+    routing.offsets = pointer(offsets, "int32_t *")
+    run(lib.CQ_OP_ROUTE, "route", {"logits": floats(logits), "routing": routing, **options}, n_tokens)
+    return ids, weights, order, offsets
+
+
+def drawn_logits(n_experts: int) -> np.ndarray:
+    return (np.random.default_rng(n_experts).normal(size=(N_TOKENS, n_experts)) * 3).astype(np.float32)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    p = np.exp(x.astype(np.float64) - x.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("scoring", [Scoring.SOFTMAX, Scoring.SIGMOID])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("n_experts", "top_k"), [(1, 1), (6, 2), (64, 8), (5, 5)])
+def test_scores_of_the_best(scoring: Scoring, normalize: bool, n_experts: int, top_k: int) -> None:
+    logits = drawn_logits(n_experts)
+    logits[3] = 1.0  # ties go to the lower index
+    ids, weights, _, _ = route(logits, top_k, scoring=scoring.value, normalize=normalize)
+    want = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
+    np.testing.assert_array_equal(ids, want)
+    scores = softmax(logits) if scoring is Scoring.SOFTMAX else 1 / (1 + np.exp(-logits.astype(np.float64)))
+    chosen = np.take_along_axis(scores, want, -1)
+    if normalize:
+        chosen /= chosen.sum(-1, keepdims=True)
+    # each exponential: its argument rounded (magnitude below 40) and itself; their sum; the quotients
+    np.testing.assert_allclose(weights, chosen, rtol=2 * (40 + n_experts + 6) * EPS)
+
+
+def test_slots_are_sorted_by_expert_then_by_token() -> None:
+    ids, _, order, offsets = route(drawn_logits(7), 3)
+    np.testing.assert_array_equal(order, np.argsort(ids.reshape(-1), kind="stable"))
+    np.testing.assert_array_equal(np.diff(offsets), np.bincount(ids.reshape(-1), minlength=7))
