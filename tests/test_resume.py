@@ -16,6 +16,7 @@ from codequant_converter.work import WorkFolder
 from codequant_converter.write import OutputFile
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.models import load_model
 from tests.models import MODELS, TEXT
 
 FULL = ("--calibration-tokens", "512")
@@ -103,7 +104,8 @@ def test_killed_as_a_process(models, tmp_path):
         stderr = process.communicate()[1]
         assert process.returncode in (0, -signal.SIGKILL), stderr
     assert kills >= 2
-    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert out.stat().st_size == (tmp_path / "whole.gguf").stat().st_size  # not its bytes: docs/decisions.md
+    load_model(out)
 
 
 @pytest.fixture
