@@ -207,12 +207,18 @@ class Clustered:
 def hadamard(x: NDArray[np.float32], block: int) -> NDArray[np.float32]:
     """Each block of columns of x [..., n] times the orthonormal Hadamard matrix of Sylvester, its own inverse.
 
-    block: a power of two that divides n.
+    block: a power of two that divides n. In log2(block) steps of sums and differences, as the kernels do it: no BLAS,
+    whose sums need not be the same twice.
     """
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < block:
-        matrix = np.kron(np.array([[1, 1], [1, -1]], np.float32), matrix)
-    return (x.reshape(-1, block) @ (matrix / np.float32(block**0.5))).reshape(x.shape)
+    columns = np.array(x.reshape(-1, block).T, np.float32, order="C")
+    half = 1
+    while half < block:
+        low, high = columns.reshape(-1, 2, half, columns.shape[1]).swapaxes(0, 1)
+        difference = low - high
+        low += high
+        high[:] = difference
+        half *= 2
+    return (columns.T * np.float32(1 / block**0.5)).reshape(x.shape)
 
 
 def quantize_activations(x: NDArray[np.float32], bits: int = 8) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
