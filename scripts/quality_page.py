@@ -15,7 +15,7 @@ INTRODUCTION = """# Quality, measured
 Written by `scripts/ablate.py`; nothing here is typed in except llama.cpp's figures. KLD is the mean divergence in nats
 of the next-token distribution from the original's F32 logits, on text that calibration never saw, of the file as the
 runner runs it (int8 activations where not said otherwise), in chunks of 512 tokens. `tokens` are those of calibration.
-Seconds are of the conversion, on two cores that other work may have shared.
+Seconds are of the conversion, on two cores that other work may have shared; with a star on a slower processor of 2019.
 """
 
 TABLES = {
@@ -53,10 +53,11 @@ def _table(rows: list[tuple[Any, dict[str, Any]]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for case, r in rows:
+        slower = "" if "machine" in r else "*"
         routing = "" if r["router_top_k_change"] is None else f"{100 * r['router_top_k_change']:.2f}%"
         lines.append(
             f"| {case.name} | {r['bpw']:.3f} | {case.tokens} | {case.chunks} | {r['ppl']:.3f} ({r['base_ppl']:.3f}) "
-            f"| {r['mean_kld']:.4f} | {100 * r['same_top_p']:.2f}% | {routing} | {r['seconds']:.0f} |"
+            f"| {r['mean_kld']:.4f} | {100 * r['same_top_p']:.2f}% | {routing} | {r['seconds']:.0f}{slower} |"
         )
     return "\n".join(lines) + "\n"
 
