@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import BLOCK, MAX_COLS, CQType, Sidecars, packed_shape
+from pyggml_bridge.format import BLOCK, MAX_COLS, CQType, Sidecars, packed_shape, section_name
 
 from .checkpoint import EMBEDDING, FINAL_NORM, GGUF_NAMES, HEAD, Checkpoint
 from .clustering import Grouping
@@ -34,19 +35,41 @@ class Part:
         return prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
+def _ids_part(section: PlannedTensor, ids: list[int]) -> Part:
+    return Part(Sidecars.of(section.name).experts, (len(ids),), np.int32, GGMLQuantizationType.I32)
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A weight [..., cols] of the output. note: why it has another type than asked for ("" if it has not)."""
+    """A weight [..., cols] of the output. note: why it has another type than asked for ("" if it has not).
+
+    expert_types: each expert's type where they differ, else (); type then names all that occur.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: str
     grouping: Grouping
     note: str = ""
+    expert_types: tuple[str, ...] = ()
+
+    def of_types(self, types: Sequence[str]) -> PlannedTensor:
+        """The same of another type, or of one type per expert."""
+        kinds = sorted(set(types))
+        return replace(self, type="+".join(kinds), expert_types=tuple(types) if len(kinds) > 1 else ())
+
+    def sections(self) -> list[tuple[list[int], PlannedTensor]]:
+        """Per type of a weight whose experts have several: whose matrices, and the part of the file that holds them."""
+        found = []
+        for i, kind in enumerate(self.type.split("+")):
+            ids = [expert for expert, own in enumerate(self.expert_types) if own == kind]
+            name, shape = section_name(self.name, i), (len(ids), *self.shape[1:])
+            found.append((ids, replace(self, name=name, shape=shape, type=kind, expert_types=())))
+        return found
 
     @property
     def cq(self) -> CQType | None:
-        """The clustered type, None for an ordinary one."""
+        """The clustered type, None for an ordinary one. Of a section, where there are any."""
         return CQType[self.type.upper()] if self.type.startswith("cq") else None
 
     @property
@@ -65,7 +88,9 @@ class PlannedTensor:
         return 8 * self.nbytes / self.n_weights
 
     def parts(self) -> list[Part]:
-        """The GGUF tensors of this weight: itself, and its sidecars if it is clustered."""
+        """The GGUF tensors of this weight: itself, and its sidecars if it is clustered; those of all its sections."""
+        if self.expert_types:
+            return [part for ids, section in self.sections() for part in [*section.parts(), _ids_part(section, ids)]]
         if self.cq:
             return self._clustered_parts(self.cq)
         if self.type == "q8_0":
@@ -119,8 +144,9 @@ class Plan:
         """Bits per index of most clustered weights; 0 without any."""
         weights: dict[int, int] = {}
         for tensor in self.tensors:
-            if tensor.cq:
-                weights[tensor.cq.bits] = weights.get(tensor.cq.bits, 0) + tensor.n_weights
+            for section in [part for _, part in tensor.sections()] if tensor.expert_types else [tensor]:
+                if section.cq:
+                    weights[section.cq.bits] = weights.get(section.cq.bits, 0) + section.n_weights
         return max(weights, key=lambda bits: weights[bits], default=0)
 
     @property

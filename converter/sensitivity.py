@@ -27,6 +27,7 @@ from .transform import TransformedModel
 from .work import WorkFolder
 
 INPUT_STRIDE = 4  # every fourth token's inputs are enough to predict what feedback gains
+EXPERTS_IN_COMMON = 0.1  # share of an expert's damage that is the mean of all: another text chooses others
 HEAD_ROWS = 512  # tokens whose logits are in memory at a time
 HALF_BYTES, FLOAT_BYTES = 2, 4
 BACKWARD = "backward"  # the state between two layers of the backward pass
@@ -46,11 +47,11 @@ class Sensitivity:
     """Every layer's, in a work folder.
 
     damage: per layer, linear -> predicted divergence, in nats per token, if its weights are quantized with a squared
-    error of 1 relative to their row's energy and error feedback does what it can.
+    error of 1 relative to their row's energy and error feedback does what it can: one value, or one per expert.
     """
 
     work: WorkFolder
-    damage: list[dict[str, float]]
+    damage: list[dict[str, list[float]]]
 
     def layer(self, index: int) -> LayerSensitivity:
         """Read one layer's."""
@@ -182,14 +183,14 @@ class _GradientCapture:
         self.norms: dict[tuple[str, str], list[Tensor]] = {}  # site and linear -> gradient norms of each batch
         self.inputs: dict[str, Moments] = {}  # linear -> of some of its inputs, weighted by |g|^2, of all experts alike
         self.outputs: dict[str, list[Moments]] = {}
-        self.energy: dict[str, float] = {}
+        self.energy: dict[str, Tensor] = {}  # linear -> [1] or [n_experts]
         self.linears = [linear for linear in arch.linears if not linear.float32]
         for linear in self.linears:
             *n_experts, out, cols = linear.rows_of(module.get_parameter(linear.parameter)).shape
             entries = n_experts[0] if n_experts and not linear.writes_residual else 1
             self.outputs[linear.name] = [Moments(out) for _ in range(entries)]
             self.inputs[linear.name] = Moments(cols)
-            self.energy[linear.name] = 0.0
+            self.energy[linear.name] = torch.zeros(n_experts[0] if n_experts else 1, dtype=torch.float64)
 
     def add(self, linear: Linear, gradient: Tensor, x: Tensor, weight: Tensor, expert: int = 0) -> Tensor:
         """Gradients [tokens, out] of the outputs of weight [out, in] for inputs x; returns the gradients' norms.
@@ -198,7 +199,7 @@ class _GradientCapture:
         """
         norms = gradient.norm(dim=-1)
         row_energy = weight.square().mean(dim=1)  # errors of the weights relative to their row, independent
-        self.energy[linear.name] += float((gradient.square() @ row_energy) @ x.square().sum(dim=-1))
+        self.energy[linear.name][expert] += float((gradient.square() @ row_energy) @ x.square().sum(dim=-1))
         self.inputs[linear.name].add(x[::INPUT_STRIDE], norms[::INPUT_STRIDE].square())
         entries = self.outputs[linear.name]
         entries[expert if len(entries) > 1 else 0].add(gradient, 1 / norms.clamp_min(torch.finfo(torch.float32).tiny))
@@ -213,14 +214,17 @@ class _GradientCapture:
             weights.setdefault(site, []).append(norms / mean)
         return LayerSensitivity({site: torch.stack(w).mean(dim=0) for site, w in weights.items()}, self.outputs)
 
-    def damage(self, n_tokens: int) -> dict[str, float]:
+    def damage(self, n_tokens: int) -> dict[str, list[float]]:
         """Per linear half the mean square of g e for independent errors of the weights, less what feedback gains."""
-        return {linear.name: self._damage(linear) / n_tokens for linear in self.linears}
+        return {linear.name: (self._damage(linear) / n_tokens).tolist() for linear in self.linears}
 
-    def _damage(self, linear: Linear) -> float:
+    def _damage(self, linear: Linear) -> Tensor:
+        """[1], or [n_experts]: an expert that few tokens chose counts a tenth of the mean one at least."""
         entries = [entry for entry in self.outputs[linear.name] if entry.tokens]
         gain = sum(entry.feedback_gain for entry in entries) / max(1, len(entries))
-        return 0.5 * self.energy[linear.name] * gain * self.inputs[linear.name].feedback_gain
+        energy = self.energy[linear.name]
+        shrunk = (1 - EXPERTS_IN_COMMON) * energy + EXPERTS_IN_COMMON * energy.mean()
+        return 0.5 * gain * self.inputs[linear.name].feedback_gain * shrunk
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from pyggml_bridge.backend import Quantize, Step, steps
 from pyggml_bridge.kv_cache import KVCache
 from pyggml_bridge.native import aligned_empty, current_isa, ffi, lib, pointer
 from pyggml_bridge.ordering import Access, Ordering
-from pyggml_bridge.weights import Matrix
+from pyggml_bridge.weights import MAX_SECTIONS, Matrix
 
 # Operations whose threads share out rows, each computed from the same row of what they read.
 _BY_ROW = (lib.CQ_OP_EMBED, lib.CQ_OP_RMS_NORM, lib.CQ_OP_QUANTIZE, lib.CQ_OP_ROPE, lib.CQ_OP_SWIGLU, lib.CQ_OP_COMBINE)
@@ -70,7 +70,7 @@ class CPUBackend:
         for step in steps(program):
             native, reads, writes = self._native(step)
             rows = (native["rows"], native["top_k"]) if native["code"] in _BY_ROW else None
-            access = Access(self._places(reads), self._places(writes), rows)
+            access = Access(self._places(reads), self._places(writes, _section(step.op)), rows)
             lowered.append(native | {"waits": ordering.waits(access)})
             for done in step.done:
                 if isinstance(done, Quantize):
@@ -152,12 +152,16 @@ class CPUBackend:
         arguments |= {"n_ctx": self._n_ctx, "window": op.window, "scale": op.scale}
         return _native_op(lib.CQ_OP_ATTENTION, op.out, "attention", arguments)
 
-    def _places(self, used: list[Any]) -> frozenset[Any]:
-        """What stands for values, activations and routings where operations are put in order."""
+    def _places(self, used: list[Any], section: int | None = None) -> frozenset[Any]:
+        """What stands for values, activations and routings where operations are put in order.
+
+        A value stands in as many places as a weight can have sections, since these fill different rows of it.
+        """
+        sections = range(MAX_SECTIONS) if section is None else [section]
         places: list[Any] = []
         for one in used:
             if isinstance(one, p.Value):
-                places.append(self._values[one].ctypes.data)
+                places += [(self._values[one].ctypes.data, i) for i in sections]
             elif isinstance(one, p.Routing):
                 places.append(one)
             else:
@@ -212,6 +216,7 @@ def native_matrix(matrix: Matrix) -> Any:
     struct = ffi.new("cq_matrix *", {"type": int(matrix.type), "n_experts": matrix.n_experts})
     struct.n_rows, struct.n_cols = matrix.n_rows, matrix.n_cols
     struct.data = pointer(matrix.data, "const uint8_t *")
+    struct.experts = pointer(matrix.experts, "const int32_t *")
     if clustered is not None:
         struct.codebook_cols, struct.scale_cols = clustered.codebook_cols, clustered.scale_cols
         struct.codebook_rows = clustered.codebook_rows
@@ -223,6 +228,11 @@ def native_matrix(matrix: Matrix) -> Any:
 
 def _native_op(code: int, shape: p.Value, member: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"code": code, "rows": shape.rows.value, "top_k": shape.top_k, "u": {member: arguments}}
+
+
+def _section(op: p.Op | Quantize) -> int | None:
+    """The section of a weight cut by type that a linear layer multiplies."""
+    return op.w.section if isinstance(op, p.Linear) and op.w.experts is not None else None
 
 
 def _written(op: p.Op) -> list[p.Value | p.Routing]:

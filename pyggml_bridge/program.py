@@ -7,6 +7,7 @@ recording serves every backend.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -69,7 +70,10 @@ class RmsNorm:
 
 @dataclass(frozen=True)
 class Linear:
-    """out = x W^T + bias, or out += ... if accumulate. With a routing each slot uses its expert's matrix."""
+    """out = x W^T + bias, or out += ... if accumulate. With a routing each slot uses its expert's matrix.
+
+    Slots whose expert w does not hold are left to the other parts of a weight cut by type.
+    """
 
     x: Value
     w: Matrix
@@ -179,10 +183,13 @@ class Program:
         self.ops.append(Linear(x, w, bias, out, add_to is not None, None))
         return out
 
-    def expert_linear(self, x: Value, w: Matrix, routing: Routing) -> Value:
-        """Each slot's row of x (of the slot's token, if x has a row per token) times its expert's matrix."""
-        out = Value(w.n_rows, Rows.SLOTS, routing.top_k)
-        self.ops.append(Linear(x, w, None, out, False, routing))
+    def expert_linear(self, x: Value, parts: Sequence[Matrix], routing: Routing) -> Value:
+        """Each slot's row of x (of the slot's token, if x has a row per token) times its expert's matrix.
+
+        parts: the experts' matrices, of several types or of one (Weights.experts).
+        """
+        out = Value(parts[0].n_rows, Rows.SLOTS, routing.top_k)
+        self.ops += [Linear(x, w, None, out, False, routing) for w in parts]
         return out
 
     def rope(self, x: Value, head_dim: int, cos_sin: NDArray[np.float32], *, interleaved: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pyggml_bridge.format import CQType
 from pyggml_bridge.models import load_model
 from pyggml_bridge.ordering import Access, Ordering
 
@@ -41,6 +42,16 @@ def test_a_barrier_stands_between_all_that_conflict(seed):
         for earlier in range(later):
             if some[later].must_follow(some[earlier]):
                 assert barriers[earlier] < barriers[later]
+
+
+def test_experts_of_several_types_do_not_wait_for_each_other(tmp_path):
+    waiting = []
+    for cqs in ((), (CQType.CQ4, CQType.CQ2, CQType.CQ3, CQType.CQ4)):
+        write_tiny(tmp_path / "m.gguf", Tiny(n_experts=4, expert_cqs=cqs))
+        backend = load_model(tmp_path / "m.gguf")._backend
+        waiting.append([op.waits for op in backend._ops])
+    assert sum(waiting[0]) == sum(waiting[1])
+    assert len(waiting[1]) == len(waiting[0]) + 2 * 3 * 2  # two layers, three linears, two more types
 
 
 def test_barriers_of_a_model(tmp_path):

@@ -27,6 +27,7 @@ typedef struct {
     const int8_t *centroids;    /* [n_experts][n_rows / codebook_rows][n_cols / codebook_cols][K], rounded up */
     const int8_t *group_scales; /* [n_experts][n_rows][n_cols / scale_cols, rounded up], 0..127 */
     const float *scales;        /* [n_experts][n_rows] */
+    const int32_t *experts;     /* [n_experts]: which of a routing's experts these are; NULL: all of them in order */
 } cq_matrix;
 
 /* Activations quantized per token (group 0: for CQ types) or per 32 columns (group 32: for Q8_0). */

@@ -77,9 +77,9 @@ def _experts(
     block = f"blk.{layer}"
     logits = p.linear(normed, weights.matrix(f"{block}.ffn_gate_inp.weight", h.n_experts, h.hidden))
     routing: Routing = p.route(logits, layer, h.top_k, normalize=normalize)
-    gate_w = weights.matrix(f"{block}.ffn_gate_exps.weight", h.expert_ffn_width, h.hidden, h.n_experts)
-    up_w = weights.matrix(f"{block}.ffn_up_exps.weight", h.expert_ffn_width, h.hidden, h.n_experts)
-    down_w = weights.matrix(f"{block}.ffn_down_exps.weight", h.hidden, h.expert_ffn_width, h.n_experts)
+    gate_w = weights.experts(f"{block}.ffn_gate_exps.weight", h.expert_ffn_width, h.hidden, h.n_experts)
+    up_w = weights.experts(f"{block}.ffn_up_exps.weight", h.expert_ffn_width, h.hidden, h.n_experts)
+    down_w = weights.experts(f"{block}.ffn_down_exps.weight", h.hidden, h.expert_ffn_width, h.n_experts)
     gate = p.expert_linear(normed, gate_w, routing)
     up = p.expert_linear(normed, up_w, routing)
     hidden = p.swiglu(gate, up, weights.hadamard("ffn_down", h.expert_ffn_width))
