@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge import cuda_kernels as ck
@@ -214,12 +215,13 @@ class CUDAProgram:
         q, scales = self._activation(activation) if activation else (None, None)
         routing, routed = op.routing, self._routing(op.routing) if op.routing else None
         gather = routing is not None and op.x.rows is p.Rows.TOKENS
+        places = self._host(_places(op.w.experts, routing.n_experts)) if routing else None
 
         def build(n: int, _: int) -> list[ck.Launch]:
             n_items = n if routing else n * op.out.top_k
             experts = _device_routing(routing, routed) if routing else None
             inputs = (x.address, _address(q), _address(scales), _address(bias))
-            operands = cl.Operands(n_items, out.address, *inputs, experts, gather, op.accumulate)
+            operands = cl.Operands(n_items, out.address, *inputs, experts, gather, op.accumulate, _address(places))
             return [cl.linear(w(), operands, tensor_cores=self._device.tensor_cores)]
 
         return build
@@ -253,6 +255,15 @@ class CUDAProgram:
             return launches + ck.attention(shape, addresses, n, splits if n == 1 else 1)
 
         return build
+
+
+def _places(experts: NDArray[np.int32] | None, n_experts: int) -> NDArray[np.int32] | None:
+    """Which of a part's matrices each expert has, -1 for those of other parts: int32 [n_experts]."""
+    if experts is None:
+        return None
+    places = np.full(n_experts, -1, np.int32)
+    places[experts] = np.arange(len(experts))
+    return places
 
 
 def _address(buffer: Buffer | None) -> int:

@@ -27,6 +27,9 @@ N_PREFILL, N_DECODE, MAX_MEAN_KLD = 33, 5, 1e-5
 VARIANTS = {
     "moe": Tiny(n_experts=6, hadamard=32),
     "moe-cq3t": Tiny(cq=CQType.CQ3T, n_experts=3, codebook_rows=8, hidden=192, ffn=128, scale_group=-1),
+    "moe-types": Tiny(
+        n_experts=4, expert_cqs=(CQType.CQ4, CQType.CQ3T, CQType.CQ5, CQType.CQ3T), codebook_rows=8, ffn=128
+    ),
     "cq4t-biases-int4-tied": Tiny(cq=CQType.CQ4T, codebook_rows=4, biases=True, activation_bits=4, tied=True),
 }
 
