@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge import program as p
-from pyggml_bridge.backend import Quantize, Step, steps
+from pyggml_bridge.backend import Quantize, Step, Turn, Turns, finish, row_count, steps, turn_of, values_of
 from pyggml_bridge.kv_cache import KVCache
 from pyggml_bridge.native import aligned_empty, current_isa, ffi, lib, pointer
 from pyggml_bridge.ordering import Access, Ordering
@@ -40,44 +40,57 @@ class CPUBackend:
         self._quantized: dict[Quantize, Any] = {}
         self._routings: dict[p.Routing, Any] = {}
         self._chosen: dict[p.Routing, NDArray[np.int32]] = {}
-        lowered = self._lower(program)
+        turns = self._lower(program)
         self.routing_ids = [self._chosen[routing] for routing in program.routings]
-        self._ops = ffi.new("cq_op[]", lowered)
-        self._n_ops = len(lowered)
-        self._scratch = aligned_empty(lib.cq_scratch_bytes(self._ops, self._n_ops, n_threads))
+        self._turns = [(ffi.new("cq_op[]", turn.work), turn) for turn in turns]
+        scratch = max(lib.cq_scratch_bytes(ops, len(turn.work), n_threads) for ops, turn in self._turns)
+        self._scratch = aligned_empty(scratch)
         self._step = ffi.new("cq_step *")
         self._step.n_threads = n_threads
         self._step.scratch = pointer(self._scratch, "uint8_t *")
-        assert program.logits is not None
-        self._logits = self._values[program.logits]
+        self._logits = self._values[program.logits] if program.logits else np.empty((0, program.vocab_size), np.float32)
 
     def run(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> NDArray[np.float32]:
         """Logits [n_outputs, vocab] of the batch's last rows: a view that the next run overwrites.
 
         tokens: int32 [n], n <= n_batch, stored in the KV cache from `position` on.
         """
+        return finish(self.turns(tokens, position, n_outputs))
+
+    def turns(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> Turns:
+        """As Half.turns."""
         self._step.tokens = pointer(tokens, "const int32_t *")
         self._step.n_tokens, self._step.position, self._step.n_outputs = len(tokens), position, n_outputs
-        status = lib.cq_run(self._ops, self._n_ops, self._step)
-        assert status == lib.CQ_OK, f"cq_run refused a program of {self._n_ops} operations"
+        for ops, turn in self._turns:
+            status = lib.cq_run(ops, len(turn.work), self._step)
+            assert status == lib.CQ_OK, f"cq_run refused a program of {len(turn.work)} operations"
+            if turn.hands_over:
+                taken = yield [self._values[v][: row_count(v, len(tokens), n_outputs)] for v in turn.gives]
+                for value, array in zip(turn.takes, taken, strict=True):
+                    self._values[value][: len(array)] = array
         return self._logits[:n_outputs]
 
     # ---- lowering ----
 
-    def _lower(self, program: p.Program) -> list[Any]:
-        lowered: list[Any] = []
+    def _lower(self, program: p.Program) -> list[Turn[Any]]:
+        turns: list[Turn[Any]] = []
         ordering = Ordering()
         for step in steps(program):
-            native, reads, writes = self._native(step)
-            rows = (native["rows"], native["top_k"]) if native["code"] in _BY_ROW else None
-            access = Access(self._places(reads), self._places(writes, _section(step.op)), rows)
-            lowered.append(native | {"waits": ordering.waits(access)})
+            turn = turn_of(turns, step.op)
+            if isinstance(step.op, p.Give | p.Take):
+                for value in values_of(step.op):
+                    self._pointer(value)
+            else:
+                native, reads, writes = self._native(step)
+                rows = (native["rows"], native["top_k"]) if native["code"] in _BY_ROW else None
+                access = Access(self._places(reads), self._places(writes, _section(step.op)), rows)
+                turn.work.append(native | {"waits": ordering.waits(access)})
             for done in step.done:
                 if isinstance(done, Quantize):
                     self._buffers.release_all(self._quantized.pop(done))
                 else:
                     self._buffers.release(self._values[done])
-        return lowered
+        return turns
 
     def _native(self, step: Step) -> tuple[dict[str, Any], list[Any], list[Any]]:
         """A step as a cq_op, and what it reads and writes."""
@@ -243,6 +256,8 @@ def _written(op: p.Op) -> list[p.Value | p.Routing]:
             return [op.gate]
         case p.Route():
             return [op.routing]
+        case p.Give():
+            return []
     return [op.out]
 
 

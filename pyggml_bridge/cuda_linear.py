@@ -163,9 +163,12 @@ def linear_module(source: str, kind: int, *, tensor_cores: bool = True) -> Modul
 ROUTE = Module("route.cu")
 
 
-def route(logits: int, routing: DeviceRouting, n_tokens: int, *, normalize: bool) -> list[Launch]:
-    """Each token's experts, and for more tokens than the GEMV takes the slots sorted by expert."""
-    sizes = (np.int32(n_tokens), np.int32(routing.n_experts), np.int32(routing.top_k), np.int32(normalize))
+def route(logits: int, routing: DeviceRouting, n_tokens: int, scoring: int, *, normalize: bool) -> list[Launch]:
+    """Each token's experts, and for more tokens than the GEMV takes the slots sorted by expert.
+
+    scoring: of CQ_SOFTMAX and CQ_SIGMOID.
+    """
+    sizes = map(np.int32, (n_tokens, routing.n_experts, routing.top_k, scoring, normalize))
     args = (np.uint64(logits), np.uint64(routing.ids), np.uint64(routing.weights), *sizes)
     launches = [Launch(ROUTE, "route", (ceil_div(n_tokens, 4), 1, 1), 128, args)]
     if n_tokens > GEMV_MAX_TOKENS:

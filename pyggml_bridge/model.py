@@ -9,25 +9,41 @@ from numpy.typing import NDArray
 
 from pyggml_bridge.backend import Backend
 from pyggml_bridge.cpu import CPUBackend
-from pyggml_bridge.cuda import CUDABackend
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.program import Program
 from pyggml_bridge.reader import GGUFFile
+from pyggml_bridge.split import gpu_backend
 
 
 class Model:
     """A program on a backend, with its KV cache.
 
-    n_ctx: positions the cache holds.
+    n_ctx: positions the cache holds. gpu_layers: layers that are wholly on the GPU.
     """
 
-    def __init__(self, file: GGUFFile, program: Program, n_batch: int, n_threads: int, *, cuda: bool = False) -> None:
-        """Place the program on the CPU or the GPU; CQError if the buffers do not fit in memory."""
+    def __init__(
+        self,
+        file: GGUFFile,
+        program: Program,
+        n_batch: int,
+        n_threads: int,
+        *,
+        cuda: bool = False,
+        gpu_layers: int | None = None,
+    ) -> None:
+        """Place the program on the CPU or the GPU; CQError if the buffers do not fit in memory.
+
+        gpu_layers: with cuda at most so many layers are wholly on the GPU, None: all.
+        """
         self.file = file
         self.metadata: dict[str, Any] = file.metadata
         self.n_ctx, self.vocab_size = program.n_ctx, program.vocab_size
         try:
-            self._backend: Backend = CUDABackend(program, n_batch) if cuda else CPUBackend(program, n_batch, n_threads)
+            if cuda:
+                self.gpu_layers = program.n_layers if gpu_layers is None else min(gpu_layers, program.n_layers)
+                self._backend: Backend = gpu_backend(program, n_batch, n_threads, self.gpu_layers)
+            else:
+                self.gpu_layers, self._backend = 0, CPUBackend(program, n_batch, n_threads)
         except MemoryError as error:
             raise CQError(f"{file.path}: no memory for batches of {n_batch} tokens") from error
         self.backend = self._backend.name

@@ -146,7 +146,21 @@ class SelectOutputs:
     out: Value
 
 
-Op = Embed | RmsNorm | Linear | Rope | Attention | SwiGLU | Route | Combine | SelectOutputs
+@dataclass(frozen=True)
+class Give:
+    """x goes to the other half of a program that was cut in two (split.py)."""
+
+    x: Value
+
+
+@dataclass(frozen=True)
+class Take:
+    """out comes from the other half."""
+
+    out: Value
+
+
+Op = Embed | RmsNorm | Linear | Rope | Attention | SwiGLU | Route | Combine | SelectOutputs | Give | Take
 
 
 @dataclass
@@ -162,6 +176,11 @@ class Program:
     ops: list[Op] = field(default_factory=list)
     routings: list[Routing] = field(default_factory=list)  # of the layers that choose experts
     logits: Value | None = None
+    layer_starts: list[int] = field(default_factory=list)  # each layer's first operation
+
+    def begin_layer(self) -> None:
+        """The operations that follow are the next layer's, up to the output's select_outputs."""
+        self.layer_starts.append(len(self.ops))
 
     def embed(self, table: Matrix) -> Value:
         """Token embeddings [tokens, table.n_cols]."""

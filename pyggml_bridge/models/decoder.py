@@ -23,6 +23,7 @@ def build_decoder(weights: Weights, n_ctx: int, *, interleaved_rope: bool, norma
     x = p.embed(embedding := weights.matrix("token_embd.weight", h.vocab_size, h.hidden))
     for layer in range(h.n_layers):
         block = f"blk.{layer}"
+        p.begin_layer()
 
         normed = p.rms_norm(x, weights.vector(f"{block}.attn_norm.weight", h.hidden), h.eps)
         q = _projection(p, weights, normed, f"{block}.attn_q", h.n_heads * h.head_dim)
