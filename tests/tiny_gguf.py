@@ -17,12 +17,15 @@ register()
 
 @dataclass(frozen=True)
 class Tiny:
-    """Dimensions of a tiny model; n_experts 0: dense. expert_cqs: each expert's type where they differ."""
+    """Dimensions of a tiny model; n_experts 0: dense. expert_cqs: each expert's type where they differ; shared_ffn:
+    width of an expert for all tokens behind a gate."""
 
+    arch: str = "llama"
     cq: CQType = CQType.CQ4
     n_experts: int = 0
     expert_cqs: tuple[CQType, ...] = ()
     top_k: int = 2
+    shared_ffn: int = 0
     vocab: int = 320
     hidden: int = 128
     n_layers: int = 2
@@ -57,9 +60,9 @@ def random_clustered(rng: np.random.Generator, shape: tuple[int, ...], t: Tiny, 
 
 
 def write_tiny(path: Path, t: Tiny, keys: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
-    """Write a llama-architecture file with these further keys; returns the dequantized float32 weights by name."""
+    """Write a file with these further keys; returns the dequantized float32 weights by name."""
     rng = np.random.default_rng(t.seed)
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, t.arch)
     _write_keys(writer, t)
     for key, value in (keys or {}).items():
         kind = GGUFValueType.get_type(value)
@@ -109,6 +112,11 @@ def write_tiny(path: Path, t: Tiny, keys: dict[str, Any] | None = None) -> dict[
             experts(f"{b}.ffn_gate_exps.weight", t.ffn, t.hidden)
             experts(f"{b}.ffn_up_exps.weight", t.ffn, t.hidden)
             experts(f"{b}.ffn_down_exps.weight", t.hidden, t.ffn)
+            if t.shared_ffn:
+                plain(f"{b}.ffn_gate_inp_shexp.weight", rng.normal(0, 0.2, (1, t.hidden)))
+                clustered(f"{b}.ffn_gate_shexp.weight", t.shared_ffn, t.hidden)
+                clustered(f"{b}.ffn_up_shexp.weight", t.shared_ffn, t.hidden)
+                clustered(f"{b}.ffn_down_shexp.weight", t.hidden, t.shared_ffn)
         else:
             clustered(f"{b}.ffn_gate.weight", t.ffn, t.hidden)
             clustered(f"{b}.ffn_up.weight", t.ffn, t.hidden)
@@ -144,3 +152,5 @@ def _write_keys(writer: GGUFWriter, t: Tiny) -> None:
     if t.n_experts:
         writer.add_expert_count(t.n_experts)
         writer.add_expert_used_count(t.top_k)
+    if t.shared_ffn:
+        writer.add_expert_shared_feed_forward_length(t.shared_ffn)

@@ -166,3 +166,8 @@ class StandIn:
     def execute(self, launch: Launch) -> None:
         self.executed.append(launch)
         run(launch, seed=len(self.executed))
+
+
+def allocated_bytes(device: StandIn) -> int:
+    """As a device counts them."""
+    return sum(-(-n // 512) * 512 for n in device.allocated)
