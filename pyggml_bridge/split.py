@@ -9,6 +9,7 @@ docs/decisions.md has the figures.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -52,7 +53,7 @@ def cut(program: p.Program, on_cpu: Sequence[bool]) -> tuple[p.Program, p.Progra
     for cpu, group in groupby(zip(on_cpu, program.ops, strict=True), key=lambda pair: pair[0]):
         ops = [op for _, op in group]
         mine, other = halves[cpu], halves[not cpu]
-        lacking = [value for value in _needed(ops) if cpu not in current[value]]
+        lacking = [value for value in _needed(ops) if cpu not in current.get(value, {cpu})]
         assert lacking or not current, "halves take turns, so each turn needs something of the one before"
         other.ops += [p.Give(value) for value in lacking]
         mine.ops += [*(p.Take(value) for value in lacking), *ops]
@@ -130,10 +131,12 @@ def gpu_backend(program: p.Program, n_batch: int, n_threads: int, gpu_layers: in
 
 def most_layers(program: p.Program, n_batch: int, device: DeviceInfo, free_bytes: int, below: int) -> int | None:
     """The most layers, fewer than `below`, with which the GPU's half fits in free_bytes; None: not even without any."""
-    for gpu_layers in range(below - 1, -1, -1):
-        if _needed_bytes(_plan(program, n_batch, device, gpu_layers)[1]) <= free_bytes:
-            return gpu_layers
-    return None
+
+    def needed(gpu_layers: int) -> int:  # more layers need more
+        return _needed_bytes(_plan(program, n_batch, device, gpu_layers)[1])
+
+    n_fitting = bisect_right(range(below), free_bytes, key=needed)
+    return n_fitting - 1 if n_fitting else None
 
 
 def _plan(

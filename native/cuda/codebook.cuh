@@ -126,7 +126,7 @@ CQ_DEVICE void table_to_signed(u32 *table, u32 g) {
 struct cq_reader {
     const u8 *data;
     const i8 *centroids, *group_scales;
-    int n_rows, n_codebooks, n_groups, codebook_rows, codebook_shift, codebook_blocks, scale_blocks, row_bytes;
+    int n_rows, n_codebooks, n_groups, codebook_rows, codebook_blocks, scale_blocks, row_bytes;
 };
 
 /* Which codebook and group scale of its row a block of columns has: divisions, so once for all rows. */
@@ -139,7 +139,7 @@ CQ_DEVICE cq_reader reader_of(const cq_matrix &w, int expert) {
     cq_reader r;
     r.n_rows = w.n_rows;
     r.n_codebooks = ceil_div(w.n_cols, w.codebook_cols), r.n_groups = ceil_div(w.n_cols, scale_cols);
-    r.codebook_rows = w.codebook_rows, r.codebook_shift = __popc(w.codebook_rows - 1);
+    r.codebook_rows = w.codebook_rows;
     r.codebook_blocks = w.codebook_cols / CQ_BLOCK, r.scale_blocks = scale_cols / CQ_BLOCK;
     r.row_bytes = w.n_cols / CQ_BLOCK * CQ_BLOCK_BYTES;
     const long long first = (long long)expert * w.n_rows,
@@ -159,8 +159,10 @@ CQ_DEVICE cq_columns columns_of(const cq_reader &r, int block) {
     return {(u32)block / (u32)r.codebook_blocks, (u32)block / (u32)r.scale_blocks};
 }
 
+/* The division keeps what the GEMV does where a ring begins behind a branch: as a shift, all rings' loads go ahead of
+ * it, and CQ2T spills. */
 CQ_DEVICE const i8 *codebook_at(const cq_reader &r, int row, const cq_columns &columns) {
-    return r.centroids + (((u32)row >> r.codebook_shift) * (u32)r.n_codebooks + columns.codebook) * CQ_K;
+    return r.centroids + ((u32)(row / r.codebook_rows) * (u32)r.n_codebooks + columns.codebook) * CQ_K;
 }
 
 CQ_DEVICE u32 group_scale_at(const cq_reader &r, int row, const cq_columns &columns) {

@@ -31,7 +31,7 @@ COLUMNS = (
 HOT = ("gemv", "gemm")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _LABEL_OR_INSTRUCTION = re.compile(
-    rf"^(?P<label>\.L_\w+):|{_INSTRUCTION.pattern}(?:\s+`\((?P<target>\.L_\w+)\))?", re.MULTILINE
+    rf"^(?P<label>\.L_\w+):|{_INSTRUCTION.pattern}(?:[^\n]*?`\((?P<target>\.L_\w+)\))?", re.MULTILINE
 )
 # What Nsight Compute's documentation gives the ALU pipe: logic and integers, but not multiplications and dot products.
 _ALU = r"PRMT|LOP|P?LOP3|V?IADD|SHF|SEL|FSEL|[IF]SETP|LEA|V?IMNMX|FMNMX|IABS|SGXT|MOV|BMSK|FLO|ISCADD"
@@ -87,7 +87,8 @@ def _longest_loop(text: str) -> Counter[str]:
             labels[found["label"]] = len(names)
             continue
         names.append(found[2])
-        loop = range(labels.get(found["target"], len(names)), len(names))
+        back = labels.get(found["target"], len(names)) if found[2].startswith("BRA") else len(names)
+        loop = range(back, len(names))
         longest = max(longest, loop, key=len)
     return Counter(names[i] for i in longest)
 
