@@ -58,7 +58,8 @@ def test_barriers_of_a_model(tmp_path):
     """Ten a layer of 16 operations: q, rope, attention, its quantizer, attn_output, norm, gate, SwiGLU, down, norm."""
     write_tiny(tmp_path / "m.gguf", Tiny())
     backend = load_model(tmp_path / "m.gguf")._backend
-    waiting = [op.waits for op in backend._ops]
+    ((ops, _),) = backend._turns
+    waiting = [op.waits for op in ops]
     embed_norm, select_norm_head = 1, 3  # the first norm has its rows from the embedding
     assert sum(waiting) == 2 * 10 - embed_norm + select_norm_head
     assert len(waiting) > 2 * 16
