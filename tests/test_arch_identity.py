@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from codequant_converter import arch
-from codequant_converter.architecture import head_dim_of
+from codequant_converter.architecture import value_dim_of
 from codequant_converter.checkpoint import open_checkpoint
 from codequant_converter.fold import fold_norms
 from codequant_converter.rotation import random_rotation
@@ -45,8 +45,9 @@ def assert_same(logits: torch.Tensor, original: torch.Tensor) -> None:
 
 def test_fold_keeps_logits(case):
     checkpoint, original = case
-    folded = fold_norms(checkpoint.arch, checkpoint.layer(0))
-    assert all((folded[norm.name] == 1).all() for norm in checkpoint.arch.norms)
+    layer = checkpoint.arch_of(0)
+    folded = fold_norms(layer, checkpoint.layer(0))
+    assert all((folded[norm.name] == 1).all() for norm in layer.norms)
     assert_same(streamed_logits(TransformedModel(checkpoint)), original)
 
 
@@ -58,7 +59,7 @@ def test_rotation_keeps_logits(case):
 
 def test_rotated_heads_keep_logits(case):
     checkpoint, original = case
-    rotated = TransformedModel(checkpoint, None, random_rotation(head_dim_of(checkpoint.config), seed=5))
+    rotated = TransformedModel(checkpoint, None, random_rotation(value_dim_of(checkpoint.config), seed=5))
     before, after = TransformedModel(checkpoint).layer(1), rotated.layer(1)
     for name in (checkpoint.arch.heads.value, checkpoint.arch.heads.output):
         assert not torch.allclose(before[name], after[name])
@@ -70,7 +71,8 @@ def test_permutation_keeps_logits(case):
     checkpoint, original = case
     permuted = TransformedModel(checkpoint, permute_block=8)
     before, after = TransformedModel(checkpoint).layer(1), permuted.layer(1)
-    for name in (*(group.consumer for group in checkpoint.arch.channels), checkpoint.arch.heads.output):
+    layer = checkpoint.arch_of(1)
+    for name in (*(group.consumer for group in layer.channels), layer.heads.output):
         assert not torch.equal(before[name], after[name])
     assert_same(streamed_logits(permuted), original)
 
@@ -78,18 +80,21 @@ def test_permutation_keeps_logits(case):
 def test_all_stages_keep_logits(case):
     checkpoint, original = case
     rotation = random_rotation(checkpoint.config.hidden_size, seed=4)
-    head_rotation = random_rotation(head_dim_of(checkpoint.config), seed=5)
+    head_rotation = random_rotation(value_dim_of(checkpoint.config), seed=5)
     assert_same(streamed_logits(TransformedModel(checkpoint, rotation, head_rotation, permute_block=16)), original)
 
 
-@pytest.mark.parametrize("model_type", arch.supported())
-def test_tensor_names_are_those_of_llama_cpp(model_type):
+@pytest.mark.parametrize("name", MODELS)
+def test_tensor_names_are_those_of_llama_cpp(name):
     """gguf-py lists the tensors that llama.cpp reads for each of its architectures."""
-    described = arch.find(model_type)
+    described = arch.find(MODELS[name].model_type)
     (known,) = [key for key, name in MODEL_ARCH_NAMES.items() if name == described.gguf_name]
     names = {TENSOR_NAMES[tensor].format(bid=0) for tensor in MODEL_TENSORS[known]}
-    for spec in described.specs:
-        assert spec.in_file(0).rpartition(".")[0] in names
+    for layer in (0, 2):
+        specs = described.at(MODELS[name].config(), layer).specs
+        assert specs
+        for spec in specs:
+            assert spec.in_file(0).rpartition(".")[0] in names
 
 
 @pytest.mark.parametrize(

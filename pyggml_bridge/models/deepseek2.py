@@ -28,7 +28,8 @@ MAX_GROUPS = 64  # native/include/cq.h
 class Latent:
     """Widths of the attention.
 
-    q_rank 0: queries without a latent; nope, rope: columns of a query head; value: of a head's output; scale: of scores.
+    q_rank 0: queries without a latent; nope, rope: columns of a query head; value: of a head's output; scale: of the
+    scores.
     """
 
     q_rank: int
