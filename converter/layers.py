@@ -95,7 +95,7 @@ class LayerQuantizer:
         books, fixed = [], {}
         for linear in arch.linears:
             quantized, basis = tensors[linear.name], self.basis(linear)
-            if quantized.fits:
+            if quantized.fits and linear.measured:
                 books.append(Codebooks(linear, quantized, basis))
             else:
                 fixed[linear.name] = basis.from_file(quantized.weight(self.settings.threads))

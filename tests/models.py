@@ -176,7 +176,7 @@ MODELS = {
         DEEPSEEK_V2
         | {
             "tie_word_embeddings": True,
-            "q_lora_rank": 48,
+            "q_lora_rank": 64,
             "hidden_size": 192,
             "kv_lora_rank": 128,
             "qk_nope_head_dim": 64,

@@ -16,7 +16,7 @@ from codequant_converter.transform import TransformedModel
 from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
 from pyggml_bridge.errors import CQError
-from tests.models import MODELS, VOCAB, TinyModel
+from tests.models import DEEPSEEK_V2, MODELS, VOCAB, YARN, TinyModel
 
 TOLERANCE = 1e-3  # of the logit range
 TOKENS = torch.arange(60).mul(37).remainder(VOCAB)[None]
@@ -112,10 +112,25 @@ def test_tensor_names_are_those_of_llama_cpp(name):
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window = True"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
         ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob = True"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob = True"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func = 'sigmoid'"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
+        ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        ("deepseek_v2", {"attention_bias": True}, "attention_bias = True"),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias = True"),
+        ("deepseek_v2", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("deepseek_v2", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05"),
+        ("deepseek_v2", {"num_key_value_heads": 2}, "num_key_value_heads = 2"),
+        ("deepseek_v2", {"n_shared_experts": 0}, "n_shared_experts = 0"),
+        ("deepseek_v2", {"num_experts_per_tok": None}, "num_experts_per_tok = None"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 1}, "n_group = 4"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": None}, "topk_group = None"),
+        ("deepseek_v2", {"rope_parameters": YARN | {"truncate": False}}, "truncate = False"),
+        ("deepseek_v2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
     ],
 )
 def test_features_that_are_not_described_are_named(model_type, fields, named):
-    common = {"norm_topk_prob": True} if model_type == "qwen3_moe" else {}
+    common = {"qwen3_moe": {"norm_topk_prob": True}, "deepseek_v2": DEEPSEEK_V2}.get(model_type, {})
     config = TinyModel(model_type, common | fields).config()
     with pytest.raises(CQError, match=re.escape(named)):
         arch.find(model_type).check(config)

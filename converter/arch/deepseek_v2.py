@@ -110,7 +110,7 @@ def hparams(config: Any) -> HParams:
     """llama.cpp's keys of a DeepSeek-V2 model, below `deepseek2.`: one KV head as wide as the compressed cache."""
     rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
     keys: HParams = {
-        **llama.hparams(config),
+        **llama.dimensions(config),
         "attention.head_count_kv": 1,
         "attention.key_length": rank + rope,
         "attention.value_length": rank,
