@@ -18,14 +18,12 @@ ATTENTION, FFN, ROUTER = "attention", "ffn", "router"
 class LayerPair:
     """transformers' layer `module` holds the original weights; others are put in their place for one run at a time.
 
-    fixed: GGUF stem -> weight that takes the original's place in every such run; arch: of the layer, None where all
-    layers are alike.
+    arch: of this layer; fixed: GGUF stem -> weight that takes the original's place in every such run.
     """
 
-    def __init__(self, stream: LayerStream, module: nn.Module, fixed: Layer, arch: Architecture | None = None) -> None:
+    def __init__(self, stream: LayerStream, arch: Architecture, module: nn.Module, fixed: Layer) -> None:
         """Gradients go to the weights that are put in, not to the module's own."""
-        self.stream, self.arch, self.fixed = stream, arch or stream.checkpoint.arch, fixed
-        self.module = module.requires_grad_(False)
+        self.stream, self.arch, self.module, self.fixed = stream, arch, module.requires_grad_(False), fixed
 
     def outputs(self, hidden: Tensor, weights: Layer | None = None) -> dict[str, Tensor]:
         """What attention and FFN write, and the router's logits, for hidden [sequences, n, hidden]."""

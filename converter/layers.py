@@ -99,7 +99,7 @@ class LayerQuantizer:
                 books.append(Codebooks(linear, quantized, basis))
             else:
                 fixed[linear.name] = basis.from_file(quantized.weight(self.settings.threads))
-        return tuner.tune(LayerPair(self.stream, module, fixed, arch), books, hidden)
+        return tuner.tune(LayerPair(self.stream, arch, module, fixed), books, hidden)
 
     def _linear(
         self,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from codequant_converter import arch
 from codequant_converter.budget import DISTORTION
 from gguf.constants import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES
+from transformers import AutoConfig
 
 from pyggml_bridge.cuda_program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
@@ -142,7 +145,7 @@ def test_contradictions_are_named(tied, changes, named):
 def tied(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tied")
     MODELS["deepseek_v2-tied"].save(folder / "model")
-    convert(folder / "model", folder / "m.gguf", "--no-check")
+    convert(folder / "model", folder / "m.gguf", "--tensor-type", "attn_[kv]_b=cq4")
     return folder / "m.gguf"
 
 
@@ -154,3 +157,35 @@ def test_cuda_says_what_it_cannot_do(tied):
     grouped.ops = [replace(op, top_groups=2, n_groups=3) for op in grouped.ops]
     with pytest.raises(CQError, match="--cuda: experts chosen by groups"):
         CUDAProgram(grouped, 8, DeviceInfo(100))
+
+
+def test_expansions_can_be_clustered(tied):
+    """Each head's queries and latents are then quantized by themselves."""
+    types = {name: tensor.type.name for name, tensor in GGUFFile(tied).tensors.items()}
+    assert types["blk.0.attn_k_b.weight"] == types["blk.0.attn_v_b.weight"] == "CQ4"
+    assert np.isfinite(load_model(tied).forward(TOKENS, 0, 100)).all()
+
+
+def test_configuration_of_deepseek_v2_lite(tmp_path):
+    """The published config.json, in its old form: greedy choice, yarn with equal mscales."""
+    config = {"model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944}
+    config |= {"num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2}
+    config |= {"n_routed_experts": 64, "num_experts_per_tok": 6, "moe_intermediate_size": 1408, "kv_lora_rank": 512}
+    config |= {"q_lora_rank": None, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128, "n_group": 1}
+    config |= {"topk_method": "greedy", "topk_group": 1, "first_k_dense_replace": 1, "moe_layer_freq": 1}
+    config |= {"norm_topk_prob": False, "scoring_func": "softmax", "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-6}
+    config |= {"aux_loss_alpha": 0.001, "seq_aux": True, "max_position_embeddings": 163840, "rope_theta": 10000}
+    scaling = {"type": "yarn", "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
+    config["rope_scaling"] = scaling | {"original_max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = AutoConfig.from_pretrained(tmp_path)
+    described = arch.find("deepseek_v2")
+    described.check(read)
+    keys = described.hparams(read)
+    assert (keys["attention.key_length"], keys["attention.value_length"]) == (576, 512)
+    assert (keys["attention.key_length_mla"], keys["attention.value_length_mla"]) == (192, 128)
+    assert keys["rope.scaling.yarn_log_multiplier"] == pytest.approx(0.0707)
+    assert "rope.scaling.attn_factor" not in keys  # so llama.cpp's formula is the same
+    assert "attention.q_lora_rank" not in keys and "expert_group_count" not in keys
+    stems = [{linear.name for linear in described.at(read, layer).linears} for layer in (0, 1, 26)]
+    assert "ffn_down" in stems[0] and stems[1] == stems[2] and {"attn_q", "ffn_down_shexp"} <= stems[1]
