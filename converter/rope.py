@@ -31,7 +31,7 @@ def rope_hparams(config: Any) -> HParams:
 def yarn_hparams(config: Any) -> HParams:
     """GGUF rope keys of DeepSeek's yarn, below `<arch>.`; CQError for a field that is not supported.
 
-    attn_factor: what cos and sin are multiplied by, 1 where mscale is mscale_all_dim as in all released models.
+    attn_factor: what cos and sin are multiplied by, 1 where mscale is mscale_all_dim as in DeepSeek's own models.
     llama.cpp takes it for 1 here, cq-run reads it.
     """
     rope = config.rope_parameters
