@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import torch
 from codequant_converter import arch
 from codequant_converter.budget import DISTORTION
+from codequant_converter.tokenizer import _pre_tokenizer_name
 from gguf.constants import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES
 from transformers import AutoConfig
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
 
 from pyggml_bridge.cuda_program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.kv_cache import KVCache
 from pyggml_bridge.models import load_model
 from pyggml_bridge.models.deepseek2 import build
+from pyggml_bridge.models.rope import rope_table
 from pyggml_bridge.program import Attention
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.weights import Weights
@@ -166,8 +171,9 @@ def test_expansions_can_be_clustered(tied):
     assert np.isfinite(load_model(tied).forward(TOKENS, 0, 100)).all()
 
 
-def test_configuration_of_deepseek_v2_lite(tmp_path):
-    """The published config.json, in its old form: greedy choice, yarn with equal mscales."""
+@pytest.fixture
+def lite(tmp_path) -> Any:
+    """DeepSeek-V2-Lite's published config.json, in its old form: greedy choice, yarn with equal mscales."""
     config = {"model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944}
     config |= {"num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2}
     config |= {"n_routed_experts": 64, "num_experts_per_tok": 6, "moe_intermediate_size": 1408, "kv_lora_rank": 512}
@@ -178,14 +184,38 @@ def test_configuration_of_deepseek_v2_lite(tmp_path):
     scaling = {"type": "yarn", "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
     config["rope_scaling"] = scaling | {"original_max_position_embeddings": 4096}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    read = AutoConfig.from_pretrained(tmp_path)
+    return AutoConfig.from_pretrained(tmp_path)
+
+
+def test_configuration_of_deepseek_v2_lite(lite):
     described = arch.find("deepseek_v2")
-    described.check(read)
-    keys = described.hparams(read)
+    described.check(lite)
+    keys = described.hparams(lite)
     assert (keys["attention.key_length"], keys["attention.value_length"]) == (576, 512)
     assert (keys["attention.key_length_mla"], keys["attention.value_length_mla"]) == (192, 128)
     assert keys["rope.scaling.yarn_log_multiplier"] == pytest.approx(0.0707)
     assert "rope.scaling.attn_factor" not in keys  # so llama.cpp's formula is the same
     assert "attention.q_lora_rank" not in keys and "expert_group_count" not in keys
-    stems = [{linear.name for linear in described.at(read, layer).linears} for layer in (0, 1, 26)]
+    stems = [{linear.name for linear in described.at(lite, layer).linears} for layer in (0, 1, 26)]
     assert "ffn_down" in stems[0] and stems[1] == stems[2] and {"attn_q", "ffn_down_shexp"} <= stems[1]
+
+
+def test_rope_is_transformers_yarn_far_into_the_context(tied, lite):
+    file = GGUFFile(tied)
+    file.metadata |= {f"deepseek2.{key}": value for key, value in arch.find("deepseek_v2").hparams(lite).items()}
+    table = rope_table(Weights(file), "deepseek2", 16384, lite.qk_rope_head_dim, yarn=True)
+    want = DeepseekV2RotaryEmbedding(lite)(torch.zeros(1), torch.arange(16384)[None])[0]
+    # three roundings of an inverse frequency, one of the angle: each up to 16384 * 2^-24
+    np.testing.assert_allclose(table, torch.view_as_real(want).numpy(), atol=4 * 16384 * 2.0**-24)
+
+
+def test_llama_cpps_name_of_the_pre_tokenizer(capsys):
+    """The steps of DeepSeek's tokenizers; another class of punctuation is not taken for them."""
+    punctuation, cjk = "\\s?[!-/:-~！-／：-～‘-‟　-。]+", "[一-龥ࠀ-一가-퟿]+"
+    steps = [{"type": "Split", "pattern": {"Regex": r}} for r in ("[\r\n]", "\\s?[A-Za-z]+", punctuation, "\\s+$", cjk)]
+    steps += [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": False}]
+    assert _pre_tokenizer_name({"type": "Sequence", "pretokenizers": steps}) == "deepseek-llm"
+    assert capsys.readouterr().err == ""
+    steps[2]["pattern"]["Regex"] = "\\s?[!-/:-~]+"
+    assert _pre_tokenizer_name({"type": "Sequence", "pretokenizers": steps}) == "default"
+    assert "no llama.cpp name" in capsys.readouterr().err
