@@ -201,13 +201,23 @@ CQ_INLINE void packed_values(const int32_t dim, const attention_strides at, cons
     value_tiles(dim, dim, at, a, n_keys, out);
 }
 
-static void add_values(const attention_tile *a, const attention_strides at, int32_t n_keys, float *out) {
+CQ_INLINE void add_values(const attention_tile *a, const attention_strides at, int32_t n_keys, float *out) {
     const int32_t dim = a->op->value_dim, row = value_stride(a->op);
     if (row != dim) {
         value_tiles(dim, row, at, a, n_keys, out);
         return;
     }
     CQ_WITH_HEAD_DIM(dim, packed_values, at, a, n_keys, out)
+}
+
+static void add_batch_values(const attention_tile *a, int32_t n_keys, float *out) {
+    const attention_strides at = {CQ_QUERY_TILE, 1, (int64_t)a->op->n_heads * a->op->value_dim};
+    add_values(a, at, n_keys, out);
+}
+
+static void add_group_values(const attention_tile *a, int32_t n_keys, float *out, int64_t stride) {
+    const attention_strides at = {1, CQ_KEY_TILE, stride};
+    add_values(a, at, n_keys, out);
 }
 
 static void load_keys(const attention_tile *a, int64_t kv_head, int32_t first, int32_t n_keys) {
@@ -236,7 +246,6 @@ static void attention_head(const cq_attention *op, int32_t head, int32_t positio
                            float *out, float *scratch) {
     const int32_t dim = op->value_dim, end = position + n_queries;
     const int64_t stride = (int64_t)op->n_heads * dim, kv_head = head / (op->n_heads / op->n_kv_heads);
-    const attention_strides at = {CQ_QUERY_TILE, 1, stride};
     const attention_tile a = carve_scratch(op, position, n_queries, scratch);
     transpose_queries(&a, q);
     for (int32_t i = 0; i < n_queries; i++) memset(out + i * stride, 0, sizeof(float) * (size_t)dim);
@@ -246,7 +255,7 @@ static void attention_head(const cq_attention *op, int32_t head, int32_t positio
         batch_scores(&a, n_keys);
         batch_softmax(&a, first, n_keys);
         load_values(&a, kv_head, first, n_keys);
-        add_values(&a, at, n_keys, out);
+        add_batch_values(&a, n_keys, out);
     }
     for (int32_t i = 0; i < n_queries; i++)
         for (int32_t d = 0; d < dim; d++) out[i * stride + d] /= a.sum[i];
@@ -256,7 +265,6 @@ static void attention_chunk(const cq_attention *op, int32_t head, int32_t n_head
                             const float *q, float *parts, int64_t stride, float *scratch) {
     const int32_t dim = op->value_dim;
     const int64_t kv_head = head / (op->n_heads / op->n_kv_heads);
-    const attention_strides at = {1, CQ_KEY_TILE, stride};
     const attention_tile a = carve_scratch(op, 0, n_heads, scratch);
     for (int32_t i = 0; i < n_heads; i++) memset(parts + i * stride, 0, sizeof(float) * (size_t)dim);
     for (; first < end; first += CQ_KEY_TILE) {
@@ -265,7 +273,7 @@ static void attention_chunk(const cq_attention *op, int32_t head, int32_t n_head
         group_scores(&a, q, n_keys);
         group_softmax(&a, n_keys);
         load_values(&a, kv_head, first, n_keys);
-        add_values(&a, at, n_keys, parts);
+        add_group_values(&a, n_keys, parts, stride);
     }
     for (int32_t i = 0; i < n_heads; i++) {
         parts[i * stride + dim] = a.max[i];
