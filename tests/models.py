@@ -183,6 +183,7 @@ MODELS = {
             "v_head_dim": 64,
             "n_shared_experts": 1,
             "first_k_dense_replace": 0,
+            "n_routed_experts": 5,
         },
     ),
     "deepseek_v2-top-1": TinyModel(
