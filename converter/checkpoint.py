@@ -127,28 +127,35 @@ class Checkpoint:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
 
-    def expected_shape(self, spec: Norm | Vector | Linear) -> tuple[int, ...]:
+    def arch_of(self, layer: int) -> Architecture:
+        """The description of one layer."""
+        return self.arch.at(self.config, layer)
+
+    def expected_shape(self, spec: Norm | Vector | Linear, layer: int) -> tuple[int, ...]:
         """Shape of a layer's tensor according to the configuration."""
-        parameter = self.skeleton.get_decoder().layers[0].get_parameter(spec.parameter)
+        parameter = self._parameter(spec, layer)
         return tuple((spec.rows_of(parameter) if isinstance(spec, Linear) else parameter).shape)
+
+    def _parameter(self, spec: Norm | Vector | Linear, layer: int) -> Tensor:
+        parameter: Tensor = self.skeleton.get_decoder().layers[layer].get_parameter(spec.parameter)
+        return parameter
 
     def _validate(self) -> None:
         """Every tensor is present with the configuration's shape."""
         for layer in range(self.config.num_hidden_layers):
-            for spec in self.arch.specs:
+            for spec in self.arch_of(layer).specs:
                 self._check_shape(spec, layer)
         for name in (EMBEDDING, FINAL_NORM, *([] if self.tied else [HEAD])):
             self._require(self._model_name(name), tuple(self.skeleton.get_parameter(name).shape))
 
     def _check_shape(self, spec: Norm | Vector | Linear, layer: int) -> None:
-        name, shape = self._disk_name(spec, layer), self.expected_shape(spec)
+        name, shape = self._disk_name(spec, layer), self.expected_shape(spec, layer)
         if "{}" in name:
             for expert in range(shape[0]):
                 self._require(name.format(expert), shape[1:])
             return
-        if isinstance(spec, Linear) and spec.part[1] > 1 and not isinstance(self.source, GgufSource):
-            shape = (*shape[:-2], shape[-2] * spec.part[1], shape[-1])
-        self._require(name, shape)
+        on_disk = shape if isinstance(self.source, GgufSource) else tuple(self._parameter(spec, layer).shape)
+        self._require(name, on_disk)
 
     def _require(self, name: str, shape: tuple[int, ...]) -> None:
         found = self.source.shape(name)
@@ -182,12 +189,13 @@ class Checkpoint:
 
     def layer(self, index: int) -> Layer:
         """All tensors of one decoder layer, as architecture.Layer describes."""
-        return {spec.name: self._read_layer_tensor(spec, index) for spec in self.arch.specs}
+        return {spec.name: self._read_layer_tensor(spec, index) for spec in self.arch_of(index).specs}
 
     def _read_layer_tensor(self, spec: Norm | Vector | Linear, layer: int) -> Tensor:
         name = self._disk_name(spec, layer)
         if "{}" in name:
-            return torch.stack([self._read(name.format(expert)) for expert in range(self.expected_shape(spec)[0])])
+            n_experts = self.expected_shape(spec, layer)[0]
+            return torch.stack([self._read(name.format(expert)) for expert in range(n_experts)])
         return self._from_disk(spec, self._read(name))
 
     @cached_property

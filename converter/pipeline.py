@@ -12,7 +12,7 @@ from torch import Tensor
 from pyggml_bridge.output import publish
 
 from .accf import CentroidTuner
-from .architecture import head_dim_of
+from .architecture import value_dim_of
 from .budget import allocate, default_bpw
 from .calibration import read_tokens, tokenize
 from .check import check_file
@@ -115,7 +115,7 @@ class _Job:
         if saved["learned"]:
             self.report.rotation = LearnedRotation(saved["rotation"], *saved["learned"])
         if saved["rotation"] is not None:
-            heads = random_rotation(head_dim_of(self.checkpoint.config), self.settings.seed)
+            heads = random_rotation(value_dim_of(self.checkpoint.config), self.settings.seed)
             self.model = self.model.rotated(saved["rotation"], heads)
         return saved["logits"]
 
@@ -140,7 +140,7 @@ class _Job:
             return None
         found = measure(self.model, self.stream, tokens, work, self.settings.seed, self.settings.router_weight)
         if self.settings.bits is None:
-            has_experts = any(linear.experts for linear in self.checkpoint.arch.linears)
+            has_experts = self.checkpoint.arch.n_experts(self.checkpoint.config) > 0
             target = self.settings.target_bpw or default_bpw(self.plan, has_experts)
             self.plan = self.report.plan = allocate(self.plan, found.damage, self.settings, target)
             self._require_disk(work, tokens)

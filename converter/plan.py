@@ -171,23 +171,27 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
 
 
 def _hadamard_block(checkpoint: Checkpoint, settings: Settings) -> int:
-    shapes = [checkpoint.expected_shape(linear) for linear in checkpoint.arch.linears if linear.hadamard]
+    layers = range(checkpoint.config.num_hidden_layers)
+    linears = [(linear, i) for i in layers for linear in checkpoint.arch_of(i).linears if linear.hadamard]
+    shapes = [checkpoint.expected_shape(linear, i) for linear, i in linears]
     return BLOCK if settings.hadamard and all(shape[-1] % BLOCK == 0 for shape in shapes) else 0
 
 
 def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: str) -> Plan:
     planner = _Planner(settings)
-    config, arch = checkpoint.config, checkpoint.arch
+    config = checkpoint.config
     head_shape = (config.vocab_size, config.hidden_size)
     freqs = rope_freqs(config)
     first = [] if freqs is None else [planner.float32("rope_freqs.weight", freqs.shape)]
     first.append(planner.matrix(GGUF_NAMES[EMBEDDING], head_shape, "q8_0"))
     layers = []
     for i in range(config.num_hidden_layers):
-        tensors = [planner.float32(spec.in_file(i), checkpoint.expected_shape(spec)) for spec in arch.plain]
+        arch = checkpoint.arch_of(i)
+        tensors = [planner.float32(spec.in_file(i), checkpoint.expected_shape(spec, i)) for spec in arch.plain]
         for linear in arch.linears:
             kind = "f32" if linear.float32 else sensitive if linear.sensitive else settings.cq.name.lower()
-            tensors.append(planner.matrix(linear.in_file(i), checkpoint.expected_shape(linear), kind))
+            kind = "q8_0" if linear.q8_0 else kind
+            tensors.append(planner.matrix(linear.in_file(i), checkpoint.expected_shape(linear, i), kind))
         layers.append(tuple(tensors))
     norm = planner.float32(GGUF_NAMES[FINAL_NORM], (config.hidden_size,))
     head = planner.matrix(GGUF_NAMES[HEAD], head_shape, settings.head_type)

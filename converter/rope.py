@@ -1,4 +1,4 @@
-"""Rope scaling as llama.cpp's converter writes it: keys for linear scaling, a tensor of factors for llama3."""
+"""Rope scaling as llama.cpp's converter writes it: keys for linear scaling and yarn, a tensor of factors for llama3."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pyggml_bridge.errors import CQError
 
@@ -24,6 +25,34 @@ def rope_hparams(config: Any) -> HParams:
     keys: HParams = {"rope.freq_base": float(rope["rope_theta"])}
     if kind == "linear":
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    return keys
+
+
+def yarn_hparams(config: Any) -> HParams:
+    """GGUF rope keys of DeepSeek's yarn, below `<arch>.`; CQError for a field that is not supported.
+
+    attn_factor: what cos and sin are multiplied by, 1 where mscale is mscale_all_dim as in DeepSeek's own models.
+    llama.cpp takes it for 1 here, cq-run reads it.
+    """
+    rope = config.rope_parameters
+    for field, only in (("truncate", True), ("partial_rotary_factor", 1.0)):
+        if rope.get(field, only) != only:
+            raise CQError(f"{config.model_type}: {field} = {rope[field]} is not supported (only {only})")
+    if not rope.get("factor") or not rope.get("original_max_position_embeddings"):
+        raise CQError(f"{config.model_type}: yarn without factor or original_max_position_embeddings is not supported")
+    keys: HParams = {
+        "rope.freq_base": float(rope["rope_theta"]),
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(rope["factor"]),
+        "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
+        "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32),
+        "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1),
+    }
+    if rope.get("mscale_all_dim"):
+        keys["rope.scaling.yarn_log_multiplier"] = 0.1 * float(rope["mscale_all_dim"])
+    _, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    if attention_factor != 1:
+        keys["rope.scaling.attn_factor"] = float(attention_factor)
     return keys
 
 

@@ -79,16 +79,17 @@ def _unpacked(matrix: Tensor, tokens: int) -> Moments:
 def folder_bytes(model: TransformedModel, n_tokens: int, measured: bool) -> int:
     """What lies in the work folder at most beside the output: hidden states, and what measure leaves."""
     checkpoint = model.checkpoint
-    arch, config = checkpoint.arch, checkpoint.config
+    config = checkpoint.config
     hidden_bytes = FLOAT_BYTES * n_tokens * config.hidden_size
     if not measured:
         return STATES * hidden_bytes
     outputs = 0
-    for linear in arch.linears:
-        if not linear.float32:
-            *n_experts, out, _ = checkpoint.expected_shape(linear)
-            outputs += out * out * (n_experts[0] if n_experts and not linear.writes_residual else 1)
-    return config.num_hidden_layers * (HALF_BYTES * outputs + hidden_bytes) + STATES * hidden_bytes
+    for i in range(config.num_hidden_layers):
+        for linear in checkpoint.arch_of(i).linears:
+            if linear.measured:
+                *n_experts, out, _ = checkpoint.expected_shape(linear, i)
+                outputs += out * out * (n_experts[0] if n_experts and not linear.writes_residual else 1)
+    return HALF_BYTES * outputs + (config.num_hidden_layers + STATES) * hidden_bytes
 
 
 def measure(
@@ -112,7 +113,7 @@ def measure(
         found = Sensitivity(work, state["damage"])
         for i in reversed(range(state["layers"])):
             module = stream.module(i, model.layer(i))
-            arch = model.checkpoint.arch
+            arch = model.checkpoint.arch_of(i)
             with _capture_gradients(arch, module) as capture, _router_losses(arch, module, router_weight, generator):
                 stream.backward(module, work.load(f"hidden-{i}"), state["gradient"])
             found.save(i, capture.result())
@@ -184,7 +185,7 @@ class _GradientCapture:
         self.inputs: dict[str, Moments] = {}  # linear -> of some of its inputs, weighted by |g|^2, of all experts alike
         self.outputs: dict[str, list[Moments]] = {}
         self.energy: dict[str, Tensor] = {}  # linear -> [1] or [n_experts]
-        self.linears = [linear for linear in arch.linears if not linear.float32]
+        self.linears = [linear for linear in arch.linears if linear.measured]
         for linear in self.linears:
             *n_experts, out, cols = linear.rows_of(module.get_parameter(linear.parameter)).shape
             entries = n_experts[0] if n_experts and not linear.writes_residual else 1
@@ -232,7 +233,7 @@ def _capture_gradients(arch: Architecture, module: nn.Module) -> Iterator[_Gradi
     capture = _GradientCapture(arch, module)
     handles = []
     for linear in arch.linears:
-        if not linear.float32 and not linear.experts:
+        if linear.measured and not linear.experts:
             layer = module.get_submodule(linear.parameter.removesuffix(".weight"))
             handles.append(layer.register_forward_hook(_linear_hook(capture, linear)))
     if arch.experts_site:

@@ -25,7 +25,7 @@ class LayerStream:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Take the skeleton's layers; no weights yet."""
-        self.arch = checkpoint.arch
+        self.checkpoint = checkpoint
         self.decoder = checkpoint.skeleton.get_decoder()
         self.rotary = type(self.decoder.rotary_emb)(checkpoint.config)
         self.eps = checkpoint.config.rms_norm_eps
@@ -33,7 +33,7 @@ class LayerStream:
     def module(self, index: int, layer: Layer) -> nn.Module:
         """transformers' decoder layer with these weights."""
         module = copy.deepcopy(self.decoder.layers[index]).to_empty(device="cpu").eval()
-        self.arch.install(module, layer)
+        self.checkpoint.arch_of(index).install(module, layer)
         return module
 
     def forward(self, module: nn.Module, hidden: Tensor) -> None:

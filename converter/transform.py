@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .architecture import Layer, head_dim_of
+from .architecture import Layer, value_dim_of
 from .checkpoint import Checkpoint
 from .fold import fold_final_norm, fold_norms
 from .permutation import permute_layer
@@ -17,8 +17,8 @@ from .rotation import rotate_heads, rotate_layer
 class TransformedModel:
     """A checkpoint seen through fold, rotations and permutation.
 
-    rotation [hidden, hidden]: of the residual stream; head_rotation [head_dim, head_dim]: of the value heads (or None);
-    permute_block: columns per codebook, 0 for no permutation.
+    rotation [hidden, hidden]: of the residual stream; head_rotation [value_dim, value_dim]: of the value heads; None:
+    none. permute_block: columns per codebook, 0 for no permutation.
     """
 
     checkpoint: Checkpoint
@@ -43,12 +43,12 @@ class TransformedModel:
 
     def layer(self, index: int) -> Layer:
         """All tensors of one decoder layer; norm scales are 1."""
-        arch, config = self.checkpoint.arch, self.checkpoint.config
+        arch, config = self.checkpoint.arch_of(index), self.checkpoint.config
         layer = fold_norms(arch, self.checkpoint.layer(index))
         if self.rotation is not None:
             layer = rotate_layer(arch, layer, self.rotation)
         if self.head_rotation is not None:
             layer = rotate_heads(arch, layer, self.head_rotation)
         if self.permute_block:
-            layer = permute_layer(arch, layer, self.permute_block, head_dim_of(config))
+            layer = permute_layer(arch, layer, self.permute_block, value_dim_of(config))
         return layer

@@ -91,10 +91,14 @@ def row_count(value: p.Value, n_tokens: int, n_outputs: int) -> int:
 
 @dataclass(frozen=True)
 class Quantize:
-    """The int8 or int4 form of x [rows, width], per row (group 0: for CQ types) or per 32 columns (for Q8_0)."""
+    """The int8 or int4 form of x [rows, width], per row (group 0: for CQ types) or per 32 columns (for Q8_0).
+
+    parts: equal parts of a row that are quantized like rows of their own.
+    """
 
     x: p.Value
     group: int
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,13 +120,14 @@ def steps(program: p.Program) -> Iterator[Step]:
     for i, op in enumerate(program.ops):
         activation = None
         if isinstance(op, p.Linear) and op.w.is_quantized:
-            activation = Quantize(op.x, Q8_0_BLOCK if op.w.type == GGMLQuantizationType.Q8_0 else 0)
+            parts = op.w.n_experts if op.routing is None else 1
+            activation = Quantize(op.x, Q8_0_BLOCK if op.w.type == GGMLQuantizationType.Q8_0 else 0, parts)
             if activation not in live:
                 live.add(activation)
                 yield Step(activation, None, [])
         done: list[p.Value | Quantize] = [value for value in values_of(op) if last_use[value] == i]
         stale = [quantized for quantized in live if quantized.x in done or quantized.x is updated_in_place(op)]
-        stale.sort(key=lambda quantized: quantized.group)
+        stale.sort(key=lambda quantized: (quantized.group, quantized.parts))
         live.difference_update(stale)
         yield Step(op, activation, [*done, *stale])
 
@@ -138,6 +143,6 @@ def updated_in_place(op: p.Op) -> p.Value | None:
         return op.x
     if isinstance(op, p.SwiGLU):
         return op.gate
-    if isinstance(op, p.Take):
+    if isinstance(op, p.Combine | p.CopyColumns | p.Take) or (isinstance(op, p.Linear) and op.accumulate):
         return op.out
-    return op.out if isinstance(op, p.Combine) or (isinstance(op, p.Linear) and op.accumulate) else None
+    return None

@@ -21,7 +21,10 @@ from pyggml_bridge.ordering import Access, Ordering
 from pyggml_bridge.weights import MAX_SECTIONS, Matrix
 
 # Operations whose threads share out rows, each computed from the same row of what they read.
-_BY_ROW = (lib.CQ_OP_EMBED, lib.CQ_OP_RMS_NORM, lib.CQ_OP_QUANTIZE, lib.CQ_OP_ROPE, lib.CQ_OP_SWIGLU, lib.CQ_OP_COMBINE)
+_BY_ROW = (
+    lib.CQ_OP_EMBED, lib.CQ_OP_RMS_NORM, lib.CQ_OP_QUANTIZE, lib.CQ_OP_ROPE, lib.CQ_OP_SWIGLU, lib.CQ_OP_COMBINE,
+    lib.CQ_OP_COPY,
+)  # fmt: skip
 
 
 class CPUBackend:
@@ -31,7 +34,9 @@ class CPUBackend:
         """Allocate buffers and lower the program."""
         self.name = f"CPU ({current_isa()})"
         self.n_batch, self.n_threads = n_batch, n_threads
-        self._cache = KVCache(program.n_layers, program.n_kv_heads, program.n_ctx, program.head_dim)
+        has_values = any(isinstance(op, p.Attention) and op.v is not None for op in program.ops)
+        sizes = (program.n_layers, program.n_kv_heads, program.n_ctx, program.head_dim)
+        self._cache = KVCache(*sizes, has_values=has_values)
         self._n_kv_heads, self._n_ctx = program.n_kv_heads, program.n_ctx
         self._bits = program.activation_bits
         self._keep: list[Any] = []  # what C points to
@@ -96,9 +101,10 @@ class CPUBackend:
         """A step as a cq_op, and what it reads and writes."""
         op = step.op
         if isinstance(op, Quantize):
-            self._quantized[op] = self._activation(op.x, op.group)
-            arguments = {"x": self._pointer(op.x), "out": self._quantized[op], "n": op.x.width}
-            return _native_op(lib.CQ_OP_QUANTIZE, op.x, "quantize", arguments), [op.x], [self._quantized[op]]
+            part = _part_of(op.x, op.parts)
+            self._quantized[op] = self._activation(part, op.group)
+            arguments = {"x": self._pointer(op.x), "out": self._quantized[op], "n": part.width}
+            return _native_op(lib.CQ_OP_QUANTIZE, part, "quantize", arguments), [op.x], [self._quantized[op]]
         if not isinstance(op, p.Linear):
             return self._simple(op), _read(op), _written(op)
         if step.activation is None:
@@ -117,12 +123,13 @@ class CPUBackend:
             case p.RmsNorm():
                 weight = self._array(op.weight, "const float *")
                 arguments = {"x": at(op.x), "weight": weight, "out": at(op.out), "n": len(op.weight), "eps": op.eps}
-                parts = p.Value(len(op.weight), p.Rows.SLOTS, op.x.width // len(op.weight))
-                return _native_op(lib.CQ_OP_RMS_NORM, parts if parts.top_k > 1 else op.x, "rms_norm", arguments)
+                return _native_op(
+                    lib.CQ_OP_RMS_NORM, _part_of(op.x, op.x.width // len(op.weight)), "rms_norm", arguments
+                )
             case p.Rope():
                 n_heads, n_rot = op.x.width // op.head_dim, op.cos_sin.shape[1] * 2
                 table = self._array(op.cos_sin, "const float *")
-                arguments = {"x": at(op.x), "cos_sin": table, "n_heads": n_heads, "head_dim": op.head_dim}
+                arguments = {"x": at(op.x) + op.first, "cos_sin": table, "n_heads": n_heads, "head_dim": op.head_dim}
                 arguments |= {"n_rot": n_rot, "interleaved": op.interleaved}
                 return _native_op(lib.CQ_OP_ROPE, op.x, "rope", arguments)
             case p.Attention():
@@ -134,6 +141,7 @@ class CPUBackend:
             case p.Route():
                 arguments = {"logits": at(op.logits), "routing": self._routing(op.routing)}
                 arguments |= {"scoring": op.scoring.value, "normalize": op.normalize}
+                arguments |= {"n_groups": op.n_groups, "top_groups": op.top_groups, "scale": op.scale}
                 return _native_op(lib.CQ_OP_ROUTE, op.logits, "route", arguments)
             case p.Combine():
                 arguments = {"y": at(op.y), "routing": self._routing(op.routing), "out": at(op.out), "n": op.out.width}
@@ -141,6 +149,11 @@ class CPUBackend:
             case p.SelectOutputs():
                 arguments = {"x": at(op.x), "out": at(op.out), "n": op.x.width}
                 return _native_op(lib.CQ_OP_SELECT_OUTPUTS, op.out, "select_outputs", arguments)
+            case p.CopyColumns():
+                x, out = _part_of(op.x, op.parts), _part_of(op.out, op.parts)
+                arguments = {"x": at(op.x) + op.first, "out": at(op.out) + op.at, "n": op.n}
+                arguments |= {"x_width": x.width, "out_width": out.width}
+                return _native_op(lib.CQ_OP_COPY, x, "copy", arguments)
         raise AssertionError(f"no lowering for {type(op).__name__}")
 
     def _linear(self, op: p.Linear, activation: Any) -> Any:
@@ -155,14 +168,17 @@ class CPUBackend:
             "gather": gather,
             "accumulate": op.accumulate,
         }
-        return _native_op(lib.CQ_OP_LINEAR, op.out, "linear", arguments)
+        rows = op.out if op.routing else _part_of(op.out, op.w.n_experts)
+        return _native_op(lib.CQ_OP_LINEAR, rows, "linear", arguments)
 
     def _attention(self, op: p.Attention) -> Any:
-        arguments = {name: self._pointer(getattr(op, name)) for name in ("q", "k", "v", "out")}
+        arguments = {name: self._pointer(getattr(op, name)) for name in ("q", "k", "out")}
+        arguments |= {"v": ffi.NULL if op.v is None else self._pointer(op.v)}
+        values = None if op.v is None or self._cache.v is None else self._cache.v[op.layer]
         arguments |= {"k_cache": self._array(self._cache.k[op.layer], "uint16_t *")}
-        arguments |= {"v_cache": self._array(self._cache.v[op.layer], "uint16_t *")}
+        arguments |= {"v_cache": self._array(values, "uint16_t *")}
         arguments |= {"n_heads": op.q.width // op.head_dim, "n_kv_heads": self._n_kv_heads, "head_dim": op.head_dim}
-        arguments |= {"n_ctx": self._n_ctx, "window": op.window, "scale": op.scale}
+        arguments |= {"value_dim": op.value_dim, "n_ctx": self._n_ctx, "window": op.window, "scale": op.scale}
         return _native_op(lib.CQ_OP_ATTENTION, op.out, "attention", arguments)
 
     def _places(self, used: list[Any], section: int | None = None) -> frozenset[Any]:
@@ -237,6 +253,11 @@ def native_matrix(matrix: Matrix) -> Any:
         struct.group_scales = pointer(clustered.group_scales, "const int8_t *")
         struct.scales = pointer(clustered.scales, "const float *")
     return struct
+
+
+def _part_of(x: p.Value, parts: int) -> p.Value:
+    """The rows that x [tokens or slots, width] is if each of its rows is `parts` of them."""
+    return x if parts == 1 else p.Value(x.width // parts, p.Rows.SLOTS, x.top_k * parts)
 
 
 def _native_op(code: int, shape: p.Value, member: str, arguments: dict[str, Any]) -> dict[str, Any]:

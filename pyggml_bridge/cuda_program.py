@@ -65,6 +65,8 @@ class CUDAProgram:
 
     def __init__(self, program: p.Program, n_batch: int, device: DeviceInfo) -> None:
         """Plan the memory; CQError naming what the kernels cannot address or compute."""
+        for op in program.ops:
+            _require_kernel(op)
         self.buffers: list[Buffer] = []
         self.inputs = self._new(4 * (1 + n_batch))
         self.routings: dict[p.Routing, RoutingBuffers] = {}
@@ -255,6 +257,7 @@ class CUDAProgram:
         return lambda n, _: [cl.combine(y.address, _device_routing(routing, buffers), out.address, width, n)]
 
     def _attention(self, op: p.Attention) -> Build:
+        assert op.v is not None  # _require_kernel
         q, k, v, out = (self.buffer_of(value) for value in (op.q, op.k, op.v, op.out))
         n_kv_heads, n_ctx = self._program.n_kv_heads, self._program.n_ctx
         k_cache, v_cache = (self._new(2 * n_kv_heads * n_ctx * op.head_dim) for _ in range(2))
@@ -282,6 +285,14 @@ def _places(experts: NDArray[np.int32] | None, n_experts: int) -> NDArray[np.int
     places = np.full(n_experts, -1, np.int32)
     places[experts] = np.arange(len(experts))
     return places
+
+
+def _require_kernel(op: p.Op) -> None:
+    """CQError for what only the CPU computes."""
+    if isinstance(op, p.CopyColumns) or (isinstance(op, p.Attention) and op.v is None):
+        raise CQError("--cuda: latent attention over a compressed KV cache (DeepSeek-V2) is not supported")
+    if isinstance(op, p.Route) and (op.top_groups or op.scale != 1):
+        raise CQError("--cuda: experts chosen by groups, or weights that are scaled, are not supported")
 
 
 def _address(buffer: Buffer | None) -> int:

@@ -67,8 +67,9 @@ def _dequantized(matrix: Matrix) -> NDArray[np.float32]:
 def _converted(weights: Weights, tensor: Tensor, kind: GGMLQuantizationType) -> NDArray[np.uint8]:
     *experts, n_rows, n_cols = tensor.shape
     if experts:
-        parts = weights.experts(tensor.name, n_rows, n_cols, weights.n_experts)
-        values = np.empty((weights.n_experts, n_rows, n_cols), np.float32)
+        n = weights.n_experts if weights.has(Sidecars.of(tensor.name).experts) else experts[0]  # else maybe of heads
+        parts = weights.experts(tensor.name, n_rows, n_cols, n)
+        values = np.empty((n, n_rows, n_cols), np.float32)
         for part in parts:
             values[... if part.experts is None else part.experts] = _dequantized(part)
     else:

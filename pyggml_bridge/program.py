@@ -73,6 +73,8 @@ class Linear:
     """out = x W^T + bias, or out += ... if accumulate. With a routing each slot uses its expert's matrix.
 
     Slots whose expert w does not hold are left to the other parts of a weight cut by type.
+    Without one, a weight of n_experts matrices [n_rows, n_cols] multiplies so many parts of every row of x, each part
+    with the matrix of its own: x is [rows, n_experts * n_cols], out [rows, n_experts * n_rows].
     """
 
     x: Value
@@ -87,24 +89,30 @@ class Linear:
 class Rope:
     """Rotary position embedding of x [rows, n_heads * head_dim] in place.
 
-    cos_sin: float32 [n_ctx, n_rot / 2, 2]. interleaved: pairs (2i, 2i+1), else (i, i + n_rot/2).
+    cos_sin: float32 [n_ctx, n_rot / 2, 2]. interleaved: pairs (2i, 2i+1), else (i, i + n_rot/2). first: where in each
+    head its n_rot columns are.
     """
 
     x: Value
     head_dim: int
     cos_sin: NDArray[np.float32]
     interleaved: bool
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Appends k and v to the layer's cache, then causal attention of q. window: keys seen, 0 for all."""
+    """Appends k and v to the layer's cache, then causal attention of q. window: keys seen, 0 for all.
+
+    v None: the values are the first value_dim columns of each key, and only keys are cached.
+    """
 
     layer: int
     q: Value
     k: Value
-    v: Value
+    v: Value | None
     head_dim: int
+    value_dim: int
     scale: float
     window: int
     out: Value
@@ -121,12 +129,19 @@ class SwiGLU:
 
 @dataclass(frozen=True)
 class Route:
-    """The top_k experts by their scores, which become their weights; normalize: these then sum to 1."""
+    """The top_k experts by their scores, which become their weights; normalize: these then sum to 1.
+
+    top_groups: only experts of so many of the n_groups groups of consecutive experts, those with the best expert; 0: of
+    all. scale: the weights times this at last.
+    """
 
     logits: Value
     routing: Routing
     scoring: Scoring
     normalize: bool
+    n_groups: int = 1
+    top_groups: int = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -160,7 +175,19 @@ class Take:
     out: Value
 
 
-Op = Embed | RmsNorm | Linear | Rope | Attention | SwiGLU | Route | Combine | SelectOutputs | Give | Take
+@dataclass(frozen=True)
+class CopyColumns:
+    """n columns of each of `parts` equal parts of a row: from `first` on in x, to `at` on in out."""
+
+    x: Value
+    first: int
+    out: Value
+    at: int
+    n: int
+    parts: int
+
+
+Op = Embed | RmsNorm | Linear | Rope | Attention | SwiGLU | Route | Combine | SelectOutputs | CopyColumns | Give | Take
 
 
 @dataclass
@@ -197,8 +224,11 @@ class Program:
     def linear(
         self, x: Value, w: Matrix, bias: NDArray[np.float32] | None = None, *, add_to: Value | None = None
     ) -> Value:
-        """x W^T + bias as a new value, or added to `add_to` (the residual stream)."""
-        out = add_to or Value(w.n_rows, x.rows, x.top_k)
+        """x W^T + bias as a new value, or added to `add_to` (the residual stream).
+
+        A weight of several matrices (one per attention head) multiplies as many parts of each row.
+        """
+        out = add_to or Value(w.n_experts * w.n_rows, x.rows, x.top_k)
         self.ops.append(Linear(x, w, bias, out, add_to is not None, None))
         return out
 
@@ -211,14 +241,31 @@ class Program:
         self.ops += [Linear(x, w, None, out, False, routing) for w in parts]
         return out
 
-    def rope(self, x: Value, head_dim: int, cos_sin: NDArray[np.float32], *, interleaved: bool) -> None:
-        """Rotate the heads of x in place (arXiv 2104.09864)."""
-        self.ops.append(Rope(x, head_dim, cos_sin, interleaved))
+    def rope(self, x: Value, head_dim: int, cos_sin: NDArray[np.float32], *, interleaved: bool, first: int = 0) -> None:
+        """Rotate the heads of x in place (arXiv 2104.09864), each head's columns from `first` on."""
+        self.ops.append(Rope(x, head_dim, cos_sin, interleaved, first))
 
     def attention(self, layer: int, q: Value, k: Value, v: Value, *, scale: float, window: int = 0) -> Value:
         """Grouped-query attention over the layer's KV cache; returns [tokens, q.width]."""
         out = Value(q.width)
-        self.ops.append(Attention(layer, q, k, v, self.head_dim, scale, window, out))
+        self.ops.append(Attention(layer, q, k, v, self.head_dim, self.head_dim, scale, window, out))
+        return out
+
+    def latent_attention(self, layer: int, q: Value, k: Value, value_dim: int, *, scale: float) -> Value:
+        """Attention whose values are the first value_dim columns of the keys; returns [tokens, n_heads * value_dim]."""
+        out = Value(q.width // self.head_dim * value_dim)
+        self.ops.append(Attention(layer, q, k, None, self.head_dim, value_dim, scale, 0, out))
+        return out
+
+    def copy_columns(
+        self, x: Value, first: int, n: int, parts: int = 1, *, to: Value | None = None, at: int = 0
+    ) -> Value:
+        """n columns from `first` on of each of x's parts [x.width / parts], as a new value [parts * n].
+
+        to: the value whose parts take them instead, from column `at` on.
+        """
+        out = to or Value(parts * n)
+        self.ops.append(CopyColumns(x, first, out, at, n, parts))
         return out
 
     def swiglu(self, gate: Value, up: Value, hadamard: int = 0) -> Value:
@@ -229,11 +276,20 @@ class Program:
         self.ops.append(SwiGLU(gate, up, hadamard))
         return gate
 
-    def route(self, logits: Value, layer: int, top_k: int, *, normalize: bool) -> Routing:
-        """Choose each token's experts from the router's logits [tokens, n_experts]."""
+    def route(
+        self,
+        logits: Value,
+        layer: int,
+        top_k: int,
+        *,
+        normalize: bool,
+        groups: tuple[int, int] = (1, 0),
+        scale: float = 1.0,
+    ) -> Routing:
+        """Choose each token's experts from the router's logits [tokens, n_experts]. groups: n_groups and top_groups."""
         routing = Routing(layer, logits.width, top_k)
         self.routings.append(routing)
-        self.ops.append(Route(logits, routing, Scoring.SOFTMAX, normalize))
+        self.ops.append(Route(logits, routing, Scoring.SOFTMAX, normalize, *groups, scale))
         return routing
 
     def gate(self, logit: Value, layer: int) -> Routing:

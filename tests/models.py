@@ -89,6 +89,32 @@ QWEN2_MOE = {
     "shared_expert_intermediate_size": 128,
 }
 
+# Dense first layer, experts and two shared ones after it; narrow heads whose keys, values and rope differ in width.
+DEEPSEEK_V2 = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 64,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 64,
+}
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+
 MODELS = {
     "llama-tied": TinyModel("llama", {"tie_word_embeddings": True}),
     "llama-wide-heads-llama3": TinyModel("llama", {"rope_parameters": LLAMA3_ROPE}, head_dim=32),
@@ -128,6 +154,40 @@ MODELS = {
     "qwen2_moe-top-1": TinyModel(
         "qwen2_moe",
         QWEN2_MOE | {"num_experts_per_tok": 1, "hidden_size": 192, "shared_expert_intermediate_size": 64},
+    ),
+    "deepseek_v2": TinyModel("deepseek_v2", DEEPSEEK_V2 | {"rope_parameters": YARN}),
+    "deepseek_v2-q-lora-groups": TinyModel(
+        "deepseek_v2",
+        DEEPSEEK_V2
+        | {
+            "q_lora_rank": 64,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 2,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 8, "factor": 8.0},
+        },
+    ),
+    "deepseek_v2-tied": TinyModel(
+        "deepseek_v2",
+        DEEPSEEK_V2
+        | {
+            "tie_word_embeddings": True,
+            "q_lora_rank": 64,
+            "hidden_size": 192,
+            "kv_lora_rank": 128,
+            "qk_nope_head_dim": 64,
+            "v_head_dim": 64,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 0,
+            "n_routed_experts": 5,
+        },
+    ),
+    "deepseek_v2-top-1": TinyModel(
+        "deepseek_v2", DEEPSEEK_V2 | {"num_experts_per_tok": 1, "rope_parameters": YARN | {"mscale_all_dim": 0.0}}
     ),
     "olmoe": TinyModel("olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
     "olmoe-tied": TinyModel("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True}),

@@ -52,6 +52,24 @@ def test_scores_of_the_best(scoring: Scoring, normalize: bool, n_experts: int, t
     np.testing.assert_allclose(weights, chosen, rtol=2 * (40 + n_experts + 6) * EPS)
 
 
+@pytest.mark.parametrize(("n_groups", "top_groups", "top_k"), [(4, 2, 5), (8, 3, 6), (8, 8, 4), (64, 1, 1), (2, 1, 32)])
+def test_only_experts_of_the_best_groups(n_groups: int, top_groups: int, top_k: int) -> None:
+    """DeepSeek-V2's choice: groups by their best expert; then the weights times a constant."""
+    logits = drawn_logits(64)
+    logits[5] = 0.5  # ties go to the lower index
+    ids, weights, _, _ = route(
+        logits, top_k, scoring=Scoring.SOFTMAX.value, n_groups=n_groups, top_groups=top_groups, scale=2.5
+    )
+    best = logits.reshape(N_TOKENS, n_groups, -1).max(-1)
+    chosen = np.argsort(-best, axis=-1, kind="stable")[:, :top_groups]
+    allowed = np.zeros((N_TOKENS, n_groups), bool)
+    np.put_along_axis(allowed, chosen, True, axis=-1)
+    masked = np.where(np.repeat(allowed, 64 // n_groups, axis=-1), logits, -np.inf)
+    np.testing.assert_array_equal(ids, np.argsort(-masked, axis=-1, kind="stable")[:, :top_k])
+    scores = np.take_along_axis(softmax(logits), ids, -1)  # over all experts
+    np.testing.assert_allclose(weights, 2.5 * scores, rtol=2 * (40 + 64 + 7) * EPS)
+
+
 def test_slots_are_sorted_by_expert_then_by_token() -> None:
     ids, _, order, offsets = route(drawn_logits(7), 3)
     np.testing.assert_array_equal(order, np.argsort(ids.reshape(-1), kind="stable"))

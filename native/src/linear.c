@@ -97,7 +97,7 @@ void cq_run_linear(const cq_worker *worker, const cq_linear *op, int32_t n_rows)
     int32_t units = cq_ceil_div(w->n_rows, unit_rows), first = 0, unit = cq_next_unit(worker);
     for (int32_t i = 0; i < w->n_experts; i++) {
         const int32_t expert = w->experts ? w->experts[i] : i;
-        cq_items it = {op, NULL, n_rows};
+        cq_items it = {op, NULL, n_rows / w->n_experts, i, w->n_experts};
         if (op->routing) {
             it.slots = op->routing->order + op->routing->offsets[expert];
             it.n = op->routing->offsets[expert + 1] - op->routing->offsets[expert];

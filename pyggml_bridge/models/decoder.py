@@ -6,7 +6,7 @@ from pyggml_bridge.errors import CQError
 from pyggml_bridge.models.hparams import HParams
 from pyggml_bridge.models.rope import rope_table
 from pyggml_bridge.program import Program, Routing, Value
-from pyggml_bridge.weights import Weights
+from pyggml_bridge.weights import Matrix, Weights
 
 
 def build_decoder(weights: Weights, n_ctx: int, *, interleaved_rope: bool, normalize_top_k: bool = True) -> Program:
@@ -16,6 +16,8 @@ def build_decoder(weights: Weights, n_ctx: int, *, interleaved_rope: bool, norma
     interleaved_rope: pairs (2i, 2i + 1), else halves; normalize_top_k: the chosen experts' weights sum to 1.
     """
     h = HParams.read(weights)
+    if h.value_dim != h.head_dim:
+        raise CQError(f"{weights.file.path}: attention.key_length and attention.value_length differ")
     if h.n_rot > h.head_dim:
         raise CQError(f"{weights.file.path}: rope over {h.n_rot} of {h.head_dim} dimensions")
     p = Program(n_ctx, h.n_layers, h.n_kv_heads, h.head_dim, h.vocab_size, weights.activation_bits)
@@ -36,18 +38,30 @@ def build_decoder(weights: Weights, n_ctx: int, *, interleaved_rope: bool, norma
         _projection(p, weights, attended, f"{block}.attn_output", h.hidden, add_to=x)
 
         normed = p.rms_norm(x, weights.vector(f"{block}.ffn_norm.weight", h.hidden), h.eps)
-        if h.n_experts:
-            _experts(p, weights, h, layer, normed, x, normalize_top_k)
-            if h.shared_ffn_width:
-                _shared_expert(p, weights, h, layer, normed, x)
-        else:
-            hidden = _gated_units(p, weights, normed, layer, "", h.ffn_width)
-            _projection(p, weights, hidden, f"{block}.ffn_down", h.hidden, add_to=x)
+        feed_forward(p, weights, h, layer, normed, x, normalize=normalize_top_k)
 
+    p.logits = output_logits(p, weights, h, x, embedding)
+    return p
+
+
+def feed_forward(
+    p: Program, weights: Weights, h: HParams, layer: int, normed: Value, residual: Value, *, normalize: bool
+) -> None:
+    """Add the layer's FFN of normed [tokens, hidden] to the residual stream: with experts if h has any, else dense."""
+    if h.n_experts:
+        _experts(p, weights, h, layer, normed, residual, normalize)
+        if h.shared_ffn_width:
+            _shared_expert(p, weights, h, layer, normed, residual)
+    else:
+        hidden = _gated_units(p, weights, normed, layer, "", h.ffn_width)
+        _projection(p, weights, hidden, f"blk.{layer}.ffn_down", h.hidden, add_to=residual)
+
+
+def output_logits(p: Program, weights: Weights, h: HParams, x: Value, embedding: Matrix) -> Value:
+    """Logits [outputs, vocab] of the residual stream; the embedding is the head where the file has no other."""
     last = p.rms_norm(p.select_outputs(x), weights.vector("output_norm.weight", h.hidden), h.eps)
     tied = not weights.has("output.weight")
-    p.logits = p.linear(last, embedding if tied else weights.matrix("output.weight", h.vocab_size, h.hidden))
-    return p
+    return p.linear(last, embedding if tied else weights.matrix("output.weight", h.vocab_size, h.hidden))
 
 
 def _projection(p: Program, weights: Weights, x: Value, name: str, n_out: int, add_to: Value | None = None) -> Value:
@@ -77,7 +91,9 @@ def _experts(
     """Sparse FFN: softmax over all experts, the top_k weighted by it."""
     block = f"blk.{layer}"
     logits = p.linear(normed, weights.matrix(f"{block}.ffn_gate_inp.weight", h.n_experts, h.hidden))
-    routing: Routing = p.route(logits, layer, h.top_k, normalize=normalize)
+    routing: Routing = p.route(
+        logits, layer, h.top_k, normalize=normalize, groups=h.expert_groups, scale=h.expert_scale
+    )
     gate_w = weights.experts(f"{block}.ffn_gate_exps.weight", h.expert_ffn_width, h.hidden, h.n_experts)
     up_w = weights.experts(f"{block}.ffn_up_exps.weight", h.expert_ffn_width, h.hidden, h.n_experts)
     down_w = weights.experts(f"{block}.ffn_down_exps.weight", h.hidden, h.expert_ffn_width, h.n_experts)
