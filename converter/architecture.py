@@ -23,6 +23,7 @@ class Norm:
 
     name: str  # GGUF stem: blk.N.<name>.weight
     parameter: str  # inside transformers' decoder layer
+    bias: str | None = None  # vector with its bias, if it is a LayerNorm: the stream's mean is folded away (fold.py)
 
     def in_file(self, layer: int) -> str:
         """Name of the GGUF tensor."""
@@ -35,6 +36,8 @@ class Vector:
 
     name: str  # in GGUF: blk.N.<name>
     parameter: str  # inside transformers' decoder layer
+    switch: str | None = None  # config field: where it is false, checkpoints hold no such vector and it is zero
+    residual: bool = False  # in the residual stream's basis
 
     def in_file(self, layer: int) -> str:
         """Name of the GGUF tensor."""
@@ -58,6 +61,7 @@ class Linear:
     router: bool = False  # its outputs choose experts
     hadamard: bool = False  # the runner can transform its input, which no norm feeds (docs/format.md)
     sensitive: bool = False  # worth more bits than others where the budget allows
+    bias: str | None = None  # vector with its bias, where it can take that of the LayerNorm before it
     view: Callable[[Tensor], Tensor] | None = None  # of the parameter, where it is not a row block of it
     q8_0: bool = False  # small, and not what transformers multiplies as it is: Q8_0 unless --tensor-type says otherwise
 
@@ -118,10 +122,18 @@ class Architecture:
     gguf_input: bool = True  # a GGUF file of this architecture can be converted
     vectors: tuple[Vector, ...] = ()
     by_layer: Callable[[Any, int], Architecture] | None = None
+    head_bias: str | None = None  # config field: whether the head has a bias; None: there is no output.bias
+    window: Callable[[Any], int] = lambda config: 0  # keys that attention sees, 0 for all
+    correct_rope: Callable[[torch.nn.Module], None] = lambda rotary: None  # what transformers' own computes otherwise
 
     def at(self, config: Any, layer: int) -> Architecture:
         """The description of one layer."""
         return self.by_layer(config, layer) if self.by_layer else self
+
+    @property
+    def has_layer_norms(self) -> bool:
+        """Whether its norms subtract the mean and add a bias, the final one too."""
+        return any(norm.bias for norm in self.norms)
 
     @property
     def plain(self) -> list[Norm | Vector]:

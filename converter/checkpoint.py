@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,8 @@ GGUF_NAMES = {
     "lm_head.weight": "output.weight",
 }
 EMBEDDING, FINAL_NORM, HEAD = GGUF_NAMES
+FINAL_NORM_BIAS, HEAD_BIAS = "model.norm.bias", "lm_head.bias"
+GGUF_BIASES = {FINAL_NORM_BIAS: "output_norm.bias", HEAD_BIAS: "output.bias"}
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -123,9 +126,13 @@ class Checkpoint:
 
     @cached_property
     def skeleton(self) -> torch.nn.Module:
-        """transformers' model on the meta device: shapes without weights."""
+        """transformers' model on the meta device: shapes without weights, of every vector that there may be."""
+        config = copy.deepcopy(self.config)
+        for vector in self.arch.vectors:
+            if vector.switch:
+                setattr(config, vector.switch, True)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
     def arch_of(self, layer: int) -> Architecture:
         """The description of one layer."""
@@ -145,10 +152,17 @@ class Checkpoint:
         for layer in range(self.config.num_hidden_layers):
             for spec in self.arch_of(layer).specs:
                 self._check_shape(spec, layer)
-        for name in (EMBEDDING, FINAL_NORM, *([] if self.tied else [HEAD])):
+        expected = {HEAD: not self.tied, FINAL_NORM_BIAS: self.arch.has_layer_norms, HEAD_BIAS: self.has_head_bias}
+        for name in (EMBEDDING, FINAL_NORM, *(name for name, there in expected.items() if there)):
             self._require(self._model_name(name), tuple(self.skeleton.get_parameter(name).shape))
 
+    def _is_absent(self, spec: Norm | Vector | Linear) -> bool:
+        """Whether the configuration leaves this vector out."""
+        return isinstance(spec, Vector) and spec.switch is not None and not getattr(self.config, spec.switch)
+
     def _check_shape(self, spec: Norm | Vector | Linear, layer: int) -> None:
+        if self._is_absent(spec):
+            return
         name, shape = self._disk_name(spec, layer), self.expected_shape(spec, layer)
         if "{}" in name:
             for expert in range(shape[0]):
@@ -183,6 +197,19 @@ class Checkpoint:
         """[hidden]."""
         return self._read(self._model_name(FINAL_NORM))
 
+    @property
+    def has_head_bias(self) -> bool:
+        """Whether the checkpoint holds one."""
+        return self.arch.head_bias is not None and bool(getattr(self.config, self.arch.head_bias))
+
+    def final_norm_bias(self) -> Tensor:
+        """[hidden], of a LayerNorm."""
+        return self._read(self._model_name(FINAL_NORM_BIAS))
+
+    def head_bias(self) -> Tensor:
+        """[vocab]; zero where the configuration has none."""
+        return self._read(self._model_name(HEAD_BIAS)) if self.has_head_bias else torch.zeros(self.config.vocab_size)
+
     def head(self) -> Tensor:
         """[vocab, hidden]; the embedding where they are tied."""
         return self.embedding() if self.tied else self._read(self._model_name(HEAD))
@@ -192,6 +219,8 @@ class Checkpoint:
         return {spec.name: self._read_layer_tensor(spec, index) for spec in self.arch_of(index).specs}
 
     def _read_layer_tensor(self, spec: Norm | Vector | Linear, layer: int) -> Tensor:
+        if self._is_absent(spec):
+            return torch.zeros(self.expected_shape(spec, layer))
         name = self._disk_name(spec, layer)
         if "{}" in name:
             n_experts = self.expected_shape(spec, layer)[0]
@@ -223,7 +252,9 @@ class Checkpoint:
     def model(self) -> torch.nn.Module:
         """The original in float32 through transformers, whole in memory."""
         path, options = self._load_arguments()
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+        self.arch.correct_rope(model.get_decoder().rotary_emb)
+        return model
 
 
 class GgufCheckpoint(Checkpoint):

@@ -35,5 +35,5 @@ def observe(model: TransformedModel, stream: LayerStream, tokens: Tensor) -> Obs
                 stream.forward(module, hidden)
             rows += found
             advance()
-    logits = stream.final_norm(hidden[0]) @ model.head().T
+    logits = model.logits(stream.final_norm(hidden[0]))
     return Observation(torch.stack(rows), logits)

@@ -12,9 +12,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import BLOCK, MAX_COLS, CQType, Sidecars, packed_shape, section_name
 
-from .checkpoint import EMBEDDING, FINAL_NORM, GGUF_NAMES, HEAD, Checkpoint
+from .checkpoint import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, GGUF_BIASES, GGUF_NAMES, HEAD, HEAD_BIAS, Checkpoint
 from .clustering import Grouping
-from .rope import rope_freqs
+from .rope import rope_tensors
 from .settings import Settings
 
 Q8_0_BLOCK, Q8_0_BYTES = GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0]
@@ -117,7 +117,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tensors in file order: rope factors and embedding, the layers, the final norm and the head."""
+    """All tensors in file order: rope factors and embedding, the layers, the final norm and the head with biases."""
 
     first: tuple[PlannedTensor, ...]
     layers: tuple[tuple[PlannedTensor, ...], ...]
@@ -156,7 +156,8 @@ class Plan:
 
     @property
     def _body(self) -> list[PlannedTensor]:
-        return [t for t in self.tensors if t.name not in (GGUF_NAMES[EMBEDDING], GGUF_NAMES[HEAD])]
+        outside = (GGUF_NAMES[EMBEDDING], GGUF_NAMES[HEAD], GGUF_BIASES[HEAD_BIAS])
+        return [t for t in self.tensors if t.name not in outside]
 
 
 def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
@@ -181,8 +182,7 @@ def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: str) -> Pl
     planner = _Planner(settings)
     config = checkpoint.config
     head_shape = (config.vocab_size, config.hidden_size)
-    freqs = rope_freqs(config)
-    first = [] if freqs is None else [planner.float32("rope_freqs.weight", freqs.shape)]
+    first = [planner.float32(name, factors.shape) for name, factors in rope_tensors(config).items()]
     first.append(planner.matrix(GGUF_NAMES[EMBEDDING], head_shape, "q8_0"))
     layers = []
     for i in range(config.num_hidden_layers):
@@ -193,10 +193,14 @@ def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: str) -> Pl
             kind = "q8_0" if linear.q8_0 else kind
             tensors.append(planner.matrix(linear.in_file(i), checkpoint.expected_shape(linear, i), kind))
         layers.append(tuple(tensors))
-    norm = planner.float32(GGUF_NAMES[FINAL_NORM], (config.hidden_size,))
-    head = planner.matrix(GGUF_NAMES[HEAD], head_shape, settings.head_type)
+    last = [planner.float32(GGUF_NAMES[FINAL_NORM], (config.hidden_size,))]
+    if arch.has_layer_norms:
+        last.append(planner.float32(GGUF_BIASES[FINAL_NORM_BIAS], (config.hidden_size,)))
+    if arch.head_bias is not None:
+        last.append(planner.float32(GGUF_BIASES[HEAD_BIAS], (config.vocab_size,)))
+    last.append(planner.matrix(GGUF_NAMES[HEAD], head_shape, settings.head_type))
     planner.require_all_used()
-    return Plan(tuple(first), tuple(layers), (norm, head), _hadamard_block(checkpoint, settings))
+    return Plan(tuple(first), tuple(layers), tuple(last), _hadamard_block(checkpoint, settings))
 
 
 class _Planner:

@@ -56,11 +56,32 @@ def yarn_hparams(config: Any) -> HParams:
     return keys
 
 
-def rope_freqs(config: Any) -> NDArray[np.float32] | None:
-    """rope_freqs.weight [head_dim / 2]: what each frequency is divided by; None unless the rope type is llama3."""
+def longrope_hparams(config: Any) -> HParams:
+    """GGUF rope keys below `<arch>.` of Phi-MoE's longrope; llama.cpp reads the first of its two attention factors."""
+    rope, n_pairs = config.rope_parameters, head_dim_of(config) // 2
+    for field in ("short_factor", "long_factor"):
+        if len(rope[field]) != n_pairs or min(rope[field]) <= 0:
+            raise CQError(f"{config.model_type}: {field} = {rope[field]} is not supported (only {n_pairs} above 0)")
+    return {
+        "rope.freq_base": float(rope["rope_theta"]),
+        "rope.scaling.type": "longrope",
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        "rope.scaling.attn_factor": float(rope["short_mscale"]),
+        "rope.scaling.attn_factor_long": float(rope["long_mscale"]),
+    }
+
+
+def rope_tensors(config: Any) -> dict[str, NDArray[np.float32]]:
+    """Name in the file -> what each frequency is divided by [head_dim / 2]: for llama3, and two for longrope."""
     rope = config.rope_parameters
-    if rope["rope_type"] != "llama3":
-        return None
+    if rope["rope_type"] == "longrope":
+        names = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
+        return {name: np.array(rope[field], np.float32) for name, field in names.items()}
+    return {"rope_freqs.weight": _llama3_factors(config)} if rope["rope_type"] == "llama3" else {}
+
+
+def _llama3_factors(config: Any) -> NDArray[np.float32]:
+    rope = config.rope_parameters
     head_dim = head_dim_of(config)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     wavelength = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)

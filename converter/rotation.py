@@ -128,4 +128,7 @@ def rotate_layer(arch: Architecture, layer: Layer, rotation: Tensor) -> Layer:
             rotated[linear.name] = rotated[linear.name] @ rotation
         if linear.writes_residual:
             rotated[linear.name] = rotation.T @ rotated[linear.name]
+    for vector in arch.vectors:
+        if vector.residual:
+            rotated[vector.name] = rotated[vector.name] @ rotation
     return rotated

@@ -105,7 +105,7 @@ def measure(
         state = work.load(BACKWARD)
         if state is None:
             hidden = _forward(model, stream, tokens, work, advance)
-            gradient = _head_gradient(stream, hidden, model.head(), generator)
+            gradient = _head_gradient(stream, hidden, model.head(), generator, model.head_bias())
             state = {"layers": n_layers, "gradient": gradient, "damage": [{}] * n_layers}
         else:
             generator.set_state(state["generator"])
@@ -138,13 +138,16 @@ def _forward(model: TransformedModel, stream: LayerStream, tokens: Tensor, work:
     return hidden
 
 
-def _head_gradient(stream: LayerStream, hidden: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
+def _head_gradient(
+    stream: LayerStream, hidden: Tensor, head: Tensor, generator: torch.Generator, bias: Tensor | None = None
+) -> Tensor:
     """Gradient of the sum of -log p(y) by hidden [sequences, n, hidden], y drawn from p."""
     gradient = torch.empty_like(hidden)
+    shift = 0.0 if bias is None else bias
     for rows, out in zip(hidden.flatten(0, 1).split(HEAD_ROWS), gradient.flatten(0, 1).split(HEAD_ROWS), strict=True):
         x = rows.clone().requires_grad_()
         normed = stream.final_norm(x)
-        normed.backward(_gradient_of_draw(normed.detach() @ head.T, generator) @ head)
+        normed.backward(_gradient_of_draw(normed.detach() @ head.T + shift, generator) @ head)
         out.copy_(x.grad)
     return gradient
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .architecture import Layer, value_dim_of
 from .checkpoint import Checkpoint
-from .fold import fold_final_norm, fold_norms
+from .fold import fold_embedding, fold_final_norm, fold_norms
 from .permutation import permute_layer
 from .rotation import rotate_heads, rotate_layer
 
@@ -35,11 +35,22 @@ class TransformedModel:
 
     def embedding(self) -> Tensor:
         """[vocab, hidden]."""
-        return self._rotate(self.checkpoint.embedding())
+        return self._rotate(fold_embedding(self.checkpoint.arch, self.checkpoint.embedding()))
 
     def head(self) -> Tensor:
         """[vocab, hidden]: reads the final norm without its scale, so it is never tied to the embedding."""
         return self._rotate(fold_final_norm(self.checkpoint.head(), self.checkpoint.final_norm()))
+
+    def head_bias(self) -> Tensor | None:
+        """[vocab]: the head's own and what it reads of the final norm's; None where the architecture has neither."""
+        if self.checkpoint.arch.head_bias is None:
+            return None
+        return self.checkpoint.head_bias() + self.checkpoint.head() @ self.checkpoint.final_norm_bias()
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """[..., vocab] of the final norm's output without its scale, [..., hidden]."""
+        logits, bias = normed @ self.head().T, self.head_bias()
+        return logits if bias is None else logits + bias
 
     def layer(self, index: int) -> Layer:
         """All tensors of one decoder layer; norm scales are 1."""

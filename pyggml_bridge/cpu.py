@@ -123,6 +123,7 @@ class CPUBackend:
             case p.RmsNorm():
                 weight = self._array(op.weight, "const float *")
                 arguments = {"x": at(op.x), "weight": weight, "out": at(op.out), "n": len(op.weight), "eps": op.eps}
+                arguments |= {"bias": self._array(op.bias, "const float *")}
                 return _native_op(
                     lib.CQ_OP_RMS_NORM, _part_of(op.x, op.x.width // len(op.weight)), "rms_norm", arguments
                 )
@@ -141,7 +142,12 @@ class CPUBackend:
             case p.Route():
                 arguments = {"logits": at(op.logits), "routing": self._routing(op.routing)}
                 arguments |= {"scoring": op.scoring.value, "normalize": op.normalize}
-                arguments |= {"n_groups": op.n_groups, "top_groups": op.top_groups, "scale": op.scale}
+                arguments |= {
+                    "n_groups": op.n_groups,
+                    "top_groups": op.top_groups,
+                    "scale": op.scale,
+                    "jitter": op.jitter,
+                }
                 return _native_op(lib.CQ_OP_ROUTE, op.logits, "route", arguments)
             case p.Combine():
                 arguments = {"y": at(op.y), "routing": self._routing(op.routing), "out": at(op.out), "n": op.out.width}

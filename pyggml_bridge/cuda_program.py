@@ -73,6 +73,8 @@ class CUDAProgram:
         self.n_batch, self.vocab_size = n_batch, program.vocab_size
         self._device, self._bits = device, program.activation_bits
         self._program = program
+        if program.long_rope:
+            raise CQError("--cuda: rope that changes with the length (longrope) is not supported")
         self._partial: dict[int, Buffer] = {}
         self._free: dict[int, list[Buffer]] = defaultdict(list)
         self._of: dict[p.Value | Quantize, tuple[Buffer, ...]] = {}
@@ -289,6 +291,10 @@ def _places(experts: NDArray[np.int32] | None, n_experts: int) -> NDArray[np.int
 
 def _require_kernel(op: p.Op) -> None:
     """CQError for what only the CPU computes."""
+    if isinstance(op, p.RmsNorm) and op.bias is not None:
+        raise CQError("--cuda: norms with biases (phimoe) are not supported")
+    if isinstance(op, p.Route) and op.scoring is p.Scoring.SPARSEMIXER:
+        raise CQError("--cuda: SparseMixer routing (phimoe) is not supported")
     if isinstance(op, p.CopyColumns) or (isinstance(op, p.Attention) and op.v is None):
         raise CQError("--cuda: latent attention over a compressed KV cache (DeepSeek-V2) is not supported")
     if isinstance(op, p.Route) and (op.top_groups or op.scale != 1):

@@ -26,10 +26,15 @@ class Rows(Enum):
 
 
 class Scoring(Enum):
-    """Scores of a router's logits: softmax over all experts, or each one's sigmoid."""
+    """Scores of a router's logits: softmax over all experts, each one's sigmoid, or SparseMixer's.
+
+    SparseMixer (arXiv 2409.12136, at inference) chooses one expert after the other. Each is weighted by its softmax
+    over those not yet chosen whose logits are at most 2 * jitter below its own, relative to their own magnitude or it.
+    """
 
     SOFTMAX = 0
     SIGMOID = 1
+    SPARSEMIXER = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +65,13 @@ class Embed:
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """out = x / sqrt(mean(x^2) + eps) * weight, over each of a row's parts of len(weight) columns."""
+    """out = x / sqrt(mean(x^2) + eps) * weight + bias, over each of a row's parts of len(weight) columns."""
 
     x: Value
     weight: NDArray[np.float32]
     eps: float
     out: Value
+    bias: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,7 @@ class Route:
     n_groups: int = 1
     top_groups: int = 0
     scale: float = 1.0
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,19 @@ class CopyColumns:
     parts: int
 
 
+@dataclass(frozen=True, eq=False)
+class LongRope:
+    """Rope whose angles depend on the length of the sequence: the backend's operations read `table`, its user fills it.
+
+    table float32 [n_ctx, n_rot / 2, 2]: its first rows are those of `short` for sequences of up to len(short) tokens,
+    as at the start, and those of `long` for longer ones.
+    """
+
+    table: NDArray[np.float32]
+    short: NDArray[np.float32]
+    long: NDArray[np.float32]
+
+
 Op = Embed | RmsNorm | Linear | Rope | Attention | SwiGLU | Route | Combine | SelectOutputs | CopyColumns | Give | Take
 
 
@@ -203,6 +223,7 @@ class Program:
     ops: list[Op] = field(default_factory=list)
     routings: list[Routing] = field(default_factory=list)  # of the layers that choose experts
     logits: Value | None = None
+    long_rope: LongRope | None = None
     layer_starts: list[int] = field(default_factory=list)  # each layer's first operation
 
     def begin_layer(self) -> None:
@@ -215,10 +236,12 @@ class Program:
         self.ops.append(Embed(table, out))
         return out
 
-    def rms_norm(self, x: Value, weight: NDArray[np.float32], eps: float) -> Value:
+    def rms_norm(
+        self, x: Value, weight: NDArray[np.float32], eps: float, bias: NDArray[np.float32] | None = None
+    ) -> Value:
         """RMSNorm (arXiv 1910.07467) of each row, or of each of its heads if the weight is only as wide as one."""
         out = Value(x.width, x.rows, x.top_k)
-        self.ops.append(RmsNorm(x, weight, eps, out))
+        self.ops.append(RmsNorm(x, weight, eps, out, bias))
         return out
 
     def linear(
@@ -290,6 +313,13 @@ class Program:
         routing = Routing(layer, logits.width, top_k)
         self.routings.append(routing)
         self.ops.append(Route(logits, routing, Scoring.SOFTMAX, normalize, *groups, scale))
+        return routing
+
+    def sparsemixer(self, logits: Value, layer: int, top_k: int, jitter: float) -> Routing:
+        """Choose each token's experts from the router's logits [tokens, n_experts], as Scoring says."""
+        routing = Routing(layer, logits.width, top_k)
+        self.routings.append(routing)
+        self.ops.append(Route(logits, routing, Scoring.SPARSEMIXER, normalize=False, jitter=jitter))
         return routing
 
     def gate(self, logit: Value, layer: int) -> Routing:

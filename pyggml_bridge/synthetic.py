@@ -53,6 +53,9 @@ class Shape:
     dense_layers: int = 0
     dense_ffn: int = 0
     latent: Latent | None = None
+    biases: bool = False  # of norms, attention and head
+    window: int = 0
+    jitter: float | None = None  # of SparseMixer routing
 
 
 SHAPES = {
@@ -74,6 +77,9 @@ SHAPES = {
         dense_layers=1,
         dense_ffn=10944,
         latent=Latent(512, 128, 64, 128),
+    ),
+    "phi-mini-moe": Shape(
+        "phimoe", 32, 4096, 32, 8, 128, 960, 16, 2, 32064, 1e4, biases=True, window=2047, jitter=0.01
     ),
 }
 
@@ -142,6 +148,10 @@ def _write_keys(writer: GGUFWriter, s: Shape, layers: int, cq: CQType) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_expert_count(s.experts)
     writer.add_expert_used_count(s.top_k)
+    if s.window:
+        writer.add_sliding_window(s.window)
+    if s.jitter is not None:
+        writer.add_float32(f"{s.arch}.router_jitter_noise", s.jitter)
     writer.add_uint32("cq.version", VERSION)
     writer.add_uint32("cq.bits", cq.bits)
     writer.add_int32("cq.group_size", -1)
@@ -167,9 +177,13 @@ def _tensors(s: Shape, layers: int, cq: CQType) -> Iterator[_Tensor]:
         block = f"blk.{i}"
         yield _float32(f"{block}.attn_norm.weight", s.hidden)
         yield _float32(f"{block}.ffn_norm.weight", s.hidden)
+        if s.biases:
+            yield from _biases(s, block)
         yield from _latent_attention(s, s.latent, block, cq) if s.latent else _attention(s, block, cq)
         yield from _gated(block, "", (s.dense_ffn, s.hidden), cq) if i < s.dense_layers else _experts(s, block, cq)
     yield _float32("output_norm.weight", s.hidden)
+    for name, width in (("output_norm", s.hidden), ("output", s.vocab)) if s.biases else ():
+        yield _float32(f"{name}.bias", width)
     yield from _clustered("output.weight", (s.vocab, s.hidden), HEAD)
 
 
@@ -182,6 +196,13 @@ def _attention(s: Shape, block: str, cq: CQType) -> Iterator[_Tensor]:
     yield from _clustered(f"{block}.attn_k.weight", (kv_width, s.hidden), cq)
     yield from _clustered(f"{block}.attn_v.weight", (kv_width, s.hidden), cq)
     yield from _clustered(f"{block}.attn_output.weight", (s.hidden, q_width), cq)
+
+
+def _biases(s: Shape, block: str) -> Iterator[_Tensor]:
+    for name in ("attn_norm", "ffn_norm", "attn_output"):
+        yield _float32(f"{block}.{name}.bias", s.hidden)
+    for name, heads in (("attn_q", s.heads), ("attn_k", s.kv_heads), ("attn_v", s.kv_heads)):
+        yield _float32(f"{block}.{name}.bias", heads * s.head_dim)
 
 
 def _latent_attention(s: Shape, a: Latent, block: str, cq: CQType) -> Iterator[_Tensor]:

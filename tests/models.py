@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from codequant_converter import arch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -49,6 +50,7 @@ class TinyModel:
                     parameter.uniform_(0.5, 1.5)
                 if "bias" in name:
                     parameter.uniform_(-0.5, 0.5)
+        arch.find(self.model_type).correct_rope(model.get_decoder().rotary_emb)
         return model
 
     def save(self, folder: Path, seed: int = 0) -> torch.nn.Module:
@@ -79,6 +81,18 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.5, 1.8, 2.0, 2.5, 3.0],
+    "long_factor": [1.0, 1.5, 2.5, 4.0, 8.0, 12.0, 20.0, 30.0],
+    "short_mscale": 1.1,
+    "long_mscale": 1.25,
+    "original_max_position_embeddings": 24,  # tests run 32 tokens and more
+}
+
+PHIMOE = {"num_local_experts": 6, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True}
 
 QWEN3_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 
@@ -191,5 +205,33 @@ MODELS = {
     ),
     "olmoe": TinyModel("olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
     "olmoe-tied": TinyModel("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True}),
+    "phimoe": TinyModel("phimoe", PHIMOE),
+    "phimoe-longrope-long": TinyModel("phimoe", PHIMOE | {"rope_parameters": LONGROPE, "router_jitter_noise": 0.2}),
+    "phimoe-longrope-short": TinyModel(
+        "phimoe",
+        PHIMOE
+        | {
+            "rope_parameters": LONGROPE | {"original_max_position_embeddings": 200},
+            "attention_bias": False,
+            "num_key_value_heads": 6,
+        },
+    ),
+    "phimoe-window-wide-heads": TinyModel(
+        "phimoe",
+        PHIMOE | {"sliding_window": 17, "lm_head_bias": False, "num_local_experts": 4, "hidden_size": 192},
+        head_dim=64,
+    ),
+    # A jitter that masks nothing: at SparseMixer's thresholds a rounding can move half of an expert's weight.
+    "phimoe-tied-no-biases": TinyModel(
+        "phimoe",
+        PHIMOE
+        | {
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "lm_head_bias": False,
+            "hidden_size": 192,
+            "router_jitter_noise": 10.0,
+        },
+    ),
     "olmoe-mha": TinyModel("olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 6}),
 }

@@ -16,7 +16,7 @@ from codequant_converter.transform import TransformedModel
 from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
 from pyggml_bridge.errors import CQError
-from tests.models import DEEPSEEK_V2, MODELS, VOCAB, YARN, TinyModel
+from tests.models import DEEPSEEK_V2, LONGROPE, MODELS, VOCAB, YARN, TinyModel
 
 TOLERANCE = 1e-3  # of the logit range
 TOKENS = torch.arange(60).mul(37).remainder(VOCAB)[None]
@@ -36,7 +36,7 @@ def streamed_logits(model: TransformedModel) -> torch.Tensor:
     hidden = model.embedding()[TOKENS]
     for i in range(model.checkpoint.config.num_hidden_layers):
         stream.forward(stream.module(i, model.layer(i)), hidden)
-    return (stream.final_norm(hidden) @ model.head().T)[0]
+    return model.logits(stream.final_norm(hidden))[0]
 
 
 def assert_same(logits: torch.Tensor, original: torch.Tensor) -> None:
@@ -127,6 +127,13 @@ def test_tensor_names_are_those_of_llama_cpp(name):
         ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": None}, "topk_group = None"),
         ("deepseek_v2", {"rope_parameters": YARN | {"truncate": False}}, "truncate = False"),
         ("deepseek_v2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ("phimoe", {"num_experts_per_tok": 4}, "num_experts_per_tok = 4"),
+        ("phimoe", {"num_local_experts": 1}, "num_local_experts = 1"),
+        ("phimoe", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("phimoe", {"sliding_window": 0}, "sliding_window = 0"),
+        ("phimoe", {"rope_parameters": LONGROPE | {"rope_type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+        ("phimoe", {"rope_parameters": LONGROPE | {"long_factor": [1.0] * 7 + [0.0]}}, "long_factor = [1.0"),
+        ("phimoe", {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 5}}, "short_factor = [1.0"),
     ],
 )
 def test_features_that_are_not_described_are_named(model_type, fields, named):

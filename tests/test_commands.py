@@ -161,7 +161,7 @@ def test_bad_usage_and_bad_input(files, tmp_path):
     assert_refused(run("bench"), "FILE")
     assert_refused(run("bench", model, "--synthetic", "mixtral-8x7b"), "--synthetic")
     assert_refused(run("bench", model, "--layers", 2), "--layers")
-    assert_refused(run("bench", "--synthetic", "phi-mini-moe"), "phi-mini-moe")
+    assert_refused(run("bench", "--synthetic", "phi-maxi-moe"), "phi-maxi-moe")
     assert_refused(run("bench", "--synthetic", "qwen3-30b-a3b", "--layers", 49), "49")
     assert_refused(run("info", tmp_path), str(tmp_path))
     assert_refused(run("export", model, "--out", "/nonexistent/x.gguf"), "/nonexistent")

@@ -131,6 +131,9 @@ def test_rms_norm(n: int) -> None:
     wide = x.astype(np.float64)
     want = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + np.float64(np.float32(1e-5))) * weight
     assert (np.abs(out - want) <= 4 * EPS * np.abs(want)).all()  # the scale, two products, one to spare
+    bias, shifted = guarded(rng.normal(size=n).astype(np.float32)), np.empty_like(x)
+    run(lib.CQ_OP_RMS_NORM, "rms_norm", arguments | {"bias": floats(bias), "out": floats(shifted)}, 3)
+    np.testing.assert_array_equal(shifted, out + bias)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

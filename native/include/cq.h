@@ -56,7 +56,8 @@ enum cq_opcode {
 enum cq_rows { CQ_ROWS_TOKENS, CQ_ROWS_SLOTS, CQ_ROWS_OUTPUTS };
 
 typedef struct { const cq_matrix *table; float *out; } cq_embed;
-typedef struct { const float *x, *weight; float *out; int32_t n; float eps; } cq_rms_norm;
+/* bias [n] may be NULL. */
+typedef struct { const float *x, *weight, *bias; float *out; int32_t n; float eps; } cq_rms_norm;
 typedef struct { const float *x; cq_activation *out; int32_t n; } cq_quantize;
 /* out (+)= x W^T (+ bias). With a routing, expert e multiplies its slots; the input row of a slot is its token if
  * gather is set, else the slot itself. Without one, row r is multiplied by matrix r % n_experts. CQ types and Q8_0 read
@@ -77,11 +78,13 @@ typedef struct {
  * 0: none. */
 typedef struct { const float *gate, *up; float *out; int32_t n, hadamard; } cq_swiglu;
 /* The top_k experts of largest score: softmax over all experts, or each one's sigmoid; normalize: their weights are
- * divided by their sum. top_groups: only experts of so many of the n_groups (at most 64) groups of consecutive experts,
- * those with the best expert; 0: all. scale: what the weights are multiplied by at last; 0: nothing. */
-enum cq_scoring { CQ_SOFTMAX, CQ_SIGMOID };
+ * divided by their sum. SparseMixer: one after the other, each with its softmax over itself and those not chosen before
+ * it that are at most 2 * jitter below it, relative to the larger of its logit and their magnitude. top_groups: only
+ * experts of so many of the n_groups (at most 64) groups of consecutive experts, those with the best expert; 0: all.
+ * scale: what the weights are multiplied by at last; 0: nothing. */
+enum cq_scoring { CQ_SOFTMAX, CQ_SIGMOID, CQ_SPARSEMIXER };
 typedef struct {
-    const float *logits; cq_routing *routing; int32_t scoring, normalize, n_groups, top_groups; float scale;
+    const float *logits; cq_routing *routing; int32_t scoring, normalize, n_groups, top_groups; float scale, jitter;
 } cq_route;
 /* out[t] += sum over rank of weights[t][rank] * y[slot] */
 typedef struct { const float *y; const cq_routing *routing; float *out; int32_t n; } cq_combine;

@@ -13,8 +13,10 @@ static void run_embed(const cq_worker *worker, const cq_embed *op) {
 
 static void run_rms_norm(const cq_worker *worker, const cq_rms_norm *op, int32_t n_rows) {
     cq_range range = cq_share(worker, n_rows);
-    for (int64_t t = range.begin; t < range.end; t++)
+    for (int64_t t = range.begin; t < range.end; t++) {
         worker->kernels->rms_norm(op->x + t * op->n, op->weight, op->out + t * op->n, op->n, op->eps);
+        if (op->bias) worker->kernels->axpy(1.0f, op->bias, op->out + t * op->n, op->n);
+    }
 }
 
 static void run_quantize(const cq_worker *worker, const cq_quantize *op, int32_t n_rows) {
@@ -51,6 +53,24 @@ static void run_swiglu(const cq_worker *worker, const cq_swiglu *op, int32_t n_r
     }
 }
 
+static int is_among(int32_t expert, const int32_t *ids, int32_t n) {
+    int found = 0;
+    for (int32_t i = 0; i < n; i++) found |= ids[i] == expert;
+    return found;
+}
+
+/* SparseMixer's weight (arXiv 2409.12136, at inference) of the rank-th choice. Every step is a float operation of
+ * transformers' own, so that a logit at the threshold falls on the same side; 0 / 0 is not beyond it. */
+static float sparsemixer_weight(const cq_route *op, const float *logits, const int32_t *ids, int32_t rank) {
+    const float best = logits[ids[rank]];
+    float total = 0.0f;
+    for (int32_t e = 0; e < op->routing->n_experts; e++) {
+        const float factor = fmaxf(fabsf(logits[e]), best), below = (best - logits[e]) / factor;
+        if (!is_among(e, ids, rank) && !(below > 2.0f * op->jitter)) total += expf(logits[e] - best);
+    }
+    return 1.0f / total;
+}
+
 /* A bit per group of experts: those with the best experts, ties to the lower index. */
 static uint64_t best_groups(const cq_route *op, const float *logits) {
     if (op->top_groups <= 0) return 1; /* one group */
@@ -80,14 +100,13 @@ static void route_token(const cq_route *op, const float *logits, int32_t *ids, f
     for (int32_t e = 0; e < n_experts; e++) total += expf(logits[e] - max);
     for (int32_t rank = 0; rank < top_k; rank++) {
         int32_t best = -1;
-        for (int32_t e = 0; e < n_experts; e++) {
-            int taken = !(groups >> (e / group_size) & 1);
-            for (int32_t before = 0; before < rank; before++) taken |= ids[before] == e;
-            if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
-        }
+        for (int32_t e = 0; e < n_experts; e++)
+            if ((groups >> (e / group_size) & 1) && !is_among(e, ids, rank) && (best < 0 || logits[e] > logits[best]))
+                best = e;
         ids[rank] = best;
-        weights[rank] =
-            op->scoring == CQ_SIGMOID ? 1.0f / (1.0f + expf(-logits[best])) : expf(logits[best] - max) / total;
+        weights[rank] = op->scoring == CQ_SPARSEMIXER ? sparsemixer_weight(op, logits, ids, rank)
+                        : op->scoring == CQ_SIGMOID   ? 1.0f / (1.0f + expf(-logits[best]))
+                                                      : expf(logits[best] - max) / total;
         chosen += weights[rank];
     }
     if (op->normalize && chosen > 0.0f)
