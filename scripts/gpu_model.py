@@ -149,7 +149,7 @@ def matrix_bytes(w: Matrix) -> int:
 
 def used_share(op: p.Linear) -> float:
     """Of a matrix's experts that a token multiplies."""
-    return op.routing.top_k / op.w.n_experts if op.routing else 1.0
+    return op.routing.top_k / op.routing.n_experts if op.routing else 1.0
 
 
 def token_bytes(ops: Sequence[p.Op]) -> float:

@@ -48,6 +48,7 @@ def build(weights: Weights, n_ctx: int) -> Program:
     cos_sin = rope_table(weights, h.arch, n_ctx, a.rope, yarn=True)
     x = p.embed(embedding := weights.matrix("token_embd.weight", h.vocab_size, h.hidden))
     for layer in range(h.n_layers):
+        p.begin_layer()
         normed = p.rms_norm(x, weights.vector(f"blk.{layer}.attn_norm.weight", h.hidden), h.eps)
         _attention(p, weights, h, a, layer, normed, x, cos_sin)
         normed = p.rms_norm(x, weights.vector(f"blk.{layer}.ffn_norm.weight", h.hidden), h.eps)

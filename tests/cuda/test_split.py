@@ -13,6 +13,7 @@ import pytest
 from pyggml_bridge import program as p
 from pyggml_bridge.cli import bench, perplexity, run
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import CQType
 from pyggml_bridge.models import load_model
 from pyggml_bridge.models.llama import build
 from pyggml_bridge.reader import GGUFFile
@@ -27,6 +28,9 @@ N_LAYERS = 3
 MODELS = {
     "dense": Tiny(n_layers=N_LAYERS),
     "moe": Tiny(n_layers=N_LAYERS, n_experts=6, hadamard=32, ffn=64, arch="qwen2moe", shared_ffn=64),
+    "moe-types": Tiny(
+        n_layers=N_LAYERS, n_experts=3, expert_cqs=(CQType.CQ4, CQType.CQ3T, CQType.CQ4), codebook_rows=8
+    ),
 }
 
 
