@@ -194,9 +194,9 @@ def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: str) -> Pl
             tensors.append(planner.matrix(linear.in_file(i), checkpoint.expected_shape(linear, i), kind))
         layers.append(tuple(tensors))
     last = [planner.float32(GGUF_NAMES[FINAL_NORM], (config.hidden_size,))]
-    if arch.has_layer_norms:
+    if checkpoint.arch.has_layer_norms:
         last.append(planner.float32(GGUF_BIASES[FINAL_NORM_BIAS], (config.hidden_size,)))
-    if arch.head_bias is not None:
+    if checkpoint.arch.head_bias is not None:
         last.append(planner.float32(GGUF_BIASES[HEAD_BIAS], (config.vocab_size,)))
     last.append(planner.matrix(GGUF_NAMES[HEAD], head_shape, settings.head_type))
     planner.require_all_used()

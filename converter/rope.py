@@ -1,4 +1,4 @@
-"""Rope scaling as llama.cpp's converter writes it: keys for linear scaling and yarn, a tensor of factors for llama3."""
+"""Rope scaling as llama.cpp's converter writes it: keys, and tensors of factors for llama3 and longrope."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class Route:
     """The top_k experts by their scores, which become their weights; normalize: these then sum to 1.
 
     top_groups: only experts of so many of the n_groups groups of consecutive experts, those with the best expert; 0: of
-    all. scale: the weights times this at last.
+    all. scale: the weights times this at last. jitter: SparseMixer leaves out what lies so far below its choice.
     """
 
     logits: Value

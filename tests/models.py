@@ -221,7 +221,6 @@ MODELS = {
         PHIMOE | {"sliding_window": 17, "lm_head_bias": False, "num_local_experts": 4, "hidden_size": 192},
         head_dim=64,
     ),
-    # A jitter that masks nothing: at SparseMixer's thresholds a rounding can move half of an expert's weight.
     "phimoe-tied-no-biases": TinyModel(
         "phimoe",
         PHIMOE
@@ -230,7 +229,6 @@ MODELS = {
             "attention_bias": False,
             "lm_head_bias": False,
             "hidden_size": 192,
-            "router_jitter_noise": 10.0,
         },
     ),
     "olmoe-mha": TinyModel("olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 6}),
