@@ -23,6 +23,7 @@ class Norm:
 
     name: str  # GGUF stem: blk.N.<name>.weight
     parameter: str  # inside transformers' decoder layer
+    bias: str | None = None  # vector with its bias, if it is a LayerNorm: the stream's mean is folded away (fold.py)
 
     def in_file(self, layer: int) -> str:
         """Name of the GGUF tensor."""
@@ -35,6 +36,8 @@ class Vector:
 
     name: str  # in GGUF: blk.N.<name>
     parameter: str  # inside transformers' decoder layer
+    switch: str | None = None  # config field: where it is false, checkpoints hold no such vector and it is zero
+    residual: bool = False  # in the residual stream's basis
 
     def in_file(self, layer: int) -> str:
         """Name of the GGUF tensor."""
@@ -58,6 +61,14 @@ class Linear:
     router: bool = False  # its outputs choose experts
     hadamard: bool = False  # the runner can transform its input, which no norm feeds (docs/format.md)
     sensitive: bool = False  # worth more bits than others where the budget allows
+    bias: str | None = None  # vector with its bias, where it can take that of the LayerNorm before it
+    view: Callable[[Tensor], Tensor] | None = None  # of the parameter, where it is not a row block of it
+    q8_0: bool = False  # small, and not what transformers multiplies as it is: Q8_0 unless --tensor-type says otherwise
+
+    @property
+    def measured(self) -> bool:
+        """Whether its inputs and the gradients of its outputs are looked at."""
+        return not (self.float32 or self.q8_0)
 
     def in_file(self, layer: int) -> str:
         """Name of the GGUF tensor."""
@@ -65,8 +76,10 @@ class Linear:
 
     def rows_of(self, parameter: Tensor) -> Tensor:
         """The view of this linear [..., out, in] in the parameter [..., n * out, in]."""
+        if self.view:
+            return self.view(parameter)
         index, count = self.part
-        return parameter.chunk(count, dim=-2)[index]
+        return parameter.unflatten(-2, (count, -1)).select(-3, index)
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ class ChannelGroup:
 class HeadGroup:
     """Rows of the value projection inside each KV head, with the columns of the output projection that read them.
 
-    bias: of the value projection, [kv_heads * head_dim], where it has one.
+    value: [kv_heads * head_dim, in], or [kv_heads, head_dim, in]; bias: of it, [kv_heads * head_dim], where it has one.
     """
 
     value: str
@@ -91,7 +104,11 @@ class HeadGroup:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model_type. `check` raises CQError for a config field that is not supported, naming it and its value."""
+    """One model_type. `check` raises CQError for a config field that is not supported, naming it and its value.
+
+    by_layer: the description of one layer, from the configuration and its index, where layers or configurations differ
+    in their tensors.
+    """
 
     model_type: str
     gguf_name: str
@@ -104,6 +121,19 @@ class Architecture:
     n_experts: Callable[[Any], int] = lambda config: 0
     gguf_input: bool = True  # a GGUF file of this architecture can be converted
     vectors: tuple[Vector, ...] = ()
+    by_layer: Callable[[Any, int], Architecture] | None = None
+    head_bias: str | None = None  # config field: whether the head has a bias; None: there is no output.bias
+    window: Callable[[Any], int] = lambda config: 0  # keys that attention sees, 0 for all
+    correct_rope: Callable[[torch.nn.Module], None] = lambda rotary: None  # what transformers' own computes otherwise
+
+    def at(self, config: Any, layer: int) -> Architecture:
+        """The description of one layer."""
+        return self.by_layer(config, layer) if self.by_layer else self
+
+    @property
+    def has_layer_norms(self) -> bool:
+        """Whether its norms subtract the mean and add a bias, the final one too."""
+        return any(norm.bias for norm in self.norms)
 
     @property
     def plain(self) -> list[Norm | Vector]:
@@ -132,6 +162,11 @@ class Architecture:
 def head_dim_of(config: Any) -> int:
     """Width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def value_dim_of(config: Any) -> int:
+    """Width of a head's values."""
+    return getattr(config, "v_head_dim", None) or head_dim_of(config)
 
 
 def interleave_rope(weight: Tensor, n_heads: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 
 from pyggml_bridge.errors import CQError
 
@@ -24,8 +25,8 @@ DISTORTION = {
     "q8_0": (2.2 / 127) ** 2 / 12,
 }
 
-
 RING = 8  # rows around which the distortions of the types with T were measured
+ID_BYTES = 4  # an expert's number beside a part of a weight that is cut by type
 
 # Defaults of --target-bpw: the size of llama.cpp's Q4_0, and a little less where experts fill the memory.
 DEFAULT_BPW, DEFAULT_EXPERTS_BPW = 4.5, 4.4
@@ -36,58 +37,89 @@ def default_bpw(plan: Plan, has_experts: bool) -> float:
     return max(plan.bpw, DEFAULT_EXPERTS_BPW if has_experts else DEFAULT_BPW)
 
 
-def allocate(plan: Plan, damage: list[dict[str, float]], settings: Settings, target_bpw: float) -> Plan:
+def allocate(plan: Plan, damage: list[dict[str, list[float]]], settings: Settings, target_bpw: float) -> Plan:
     """The plan with new types for all linears that --tensor-type leaves free and that can be clustered.
 
-    damage: per layer, linear -> divergence in nats per token at a distortion of 1 (sensitivity.py). From the smallest
-    types up, the step that saves most per byte comes first, as long as one fits. CQError if not even those fit.
+    damage: per layer, linear -> divergence in nats per token at a distortion of 1 (sensitivity.py); where there is one
+    per expert and the settings allow it, each expert gets a type of its own. From the smallest types up, the step that
+    saves most per byte comes first, as long as one fits. CQError if not even the smallest types do.
     """
-    first = _with_types(plan, {t.name: "cq2" for t in _free(plan, damage, settings)})
+    free = list(_free(plan, damage, settings))
+    first = _with_types(plan, {tensor.name: ["cq2"] for tensor in free})
     if first.bpw > target_bpw:
         raise CQError(f"--target-bpw {target_bpw:g}: the smallest types take {first.bpw:.3f}")
-    choices = {t.name: _choices(t, damage, settings) for t in _free(first, damage, settings)}
-    at = dict.fromkeys(choices, 0)
+    items = [item for tensor in free for item in _items(tensor, damage, settings)]
     n_weights = first.body_bytes * 8 / first.bpw
-    room = int(target_bpw * n_weights / 8) - first.body_bytes
-    while True:
-        steps = [
-            ((own[at[name]].loss - larger.loss) / (larger.nbytes - own[at[name]].nbytes), name, i)
-            for name, own in choices.items()
-            for i, larger in enumerate(own[at[name] + 1 :], at[name] + 1)
-            if larger.nbytes - own[at[name]].nbytes <= room
-        ]
-        if not steps:
-            return _with_types(plan, {name: own[at[name]].type for name, own in choices.items()})
-        _, name, i = max(steps, key=lambda step: step[:2])
-        room -= choices[name][i].nbytes - choices[name][at[name]].nbytes
-        at[name] = i
+    room = int(target_bpw * n_weights / 8) - first.body_bytes - ID_BYTES * sum(item.expert for item in items)
+    at = _climb([item.choices for item in items], room)
+    types: dict[str, list[str]] = {}
+    for item, i in zip(items, at, strict=True):
+        types.setdefault(item.name, []).append(item.choices[i].type)
+    return _with_types(plan, types)
+
+
+def _climb(items: list[list[_Choice]], room: int) -> list[int]:
+    """Which choice each item gets: the step with the largest gain per byte first, until none fits into the room."""
+    at = [0] * len(items)
+    steps: list[tuple[float, int, int, int]] = []  # -gain per byte, item, from, to
+
+    def push(i: int) -> None:
+        own = items[i][at[i]]
+        for to, larger in enumerate(items[i][at[i] + 1 :], at[i] + 1):
+            heappush(steps, ((larger.loss - own.loss) / (larger.nbytes - own.nbytes), i, at[i], to))
+
+    for i in range(len(items)):
+        push(i)
+    while steps:
+        _, i, start, to = heappop(steps)
+        nbytes = items[i][to].nbytes - items[i][start].nbytes
+        if start == at[i] and nbytes <= room:  # what does not fit now never will
+            room -= nbytes
+            at[i] = to
+            push(i)
+    return at
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """A type that a tensor can have. loss: predicted divergence in nats per token."""
+    """A type that an item can have. loss: predicted divergence in nats per token."""
 
     type: str
     nbytes: int
     loss: float
 
 
-def _choices(smallest: PlannedTensor, damage: list[dict[str, float]], settings: Settings) -> list[_Choice]:
-    """From the smallest type up, each larger than the one before and better."""
-    _, layer, stem, _ = smallest.name.split(".")
-    weight = damage[int(layer)][stem]
+@dataclass(frozen=True)
+class _Item:
+    """A tensor, or one expert of it, and its types from the smallest up, each larger than the one before and better."""
+
+    name: str
+    expert: bool
+    choices: list[_Choice]
+
+
+def _items(tensor: PlannedTensor, damage: list[dict[str, list[float]]], settings: Settings) -> list[_Item]:
+    _, layer, stem, _ = tensor.name.split(".")
+    known = damage[int(layer)][stem]
+    if len(known) == 1 or not settings.expert_types:
+        return [_Item(tensor.name, False, _choices(tensor, sum(known), settings))]
+    one = replace(tensor, shape=(1, *tensor.shape[1:]))
+    return [_Item(tensor.name, True, _choices(one, value, settings)) for value in known]
+
+
+def _choices(tensor: PlannedTensor, damage: float, settings: Settings) -> list[_Choice]:
     trellis = settings.trellis and settings.grouping.codebook_rows == RING  # a shorter ring gains less than measured
     kinds = [kind for kind in DISTORTION if trellis or not kind.endswith("t")]
-    sizes = {kind: replace(smallest, type=kind).nbytes for kind in kinds}
+    sizes = {kind: tensor.of_types([kind]).nbytes for kind in kinds}
     found: list[_Choice] = []
     for kind in sorted(kinds, key=lambda kind: (sizes[kind], DISTORTION[kind])):
-        choice = _Choice(kind, sizes[kind], weight * DISTORTION[kind])
+        choice = _Choice(kind, sizes[kind], damage * DISTORTION[kind])
         if not found or (choice.nbytes > found[-1].nbytes and DISTORTION[kind] < DISTORTION[found[-1].type]):
             found.append(choice)
     return found
 
 
-def _free(plan: Plan, damage: list[dict[str, float]], settings: Settings) -> Iterable[PlannedTensor]:
+def _free(plan: Plan, damage: list[dict[str, list[float]]], settings: Settings) -> Iterable[PlannedTensor]:
     for layer, known in zip(plan.layers, damage, strict=True):
         for tensor in layer:
             _, _, stem, kind = tensor.name.split(".")  # a bias has its linear's stem
@@ -96,6 +128,6 @@ def _free(plan: Plan, damage: list[dict[str, float]], settings: Settings) -> Ite
                 yield tensor
 
 
-def _with_types(plan: Plan, types: dict[str, str]) -> Plan:
-    layers = [tuple(replace(t, type=types.get(t.name, t.type)) for t in layer) for layer in plan.layers]
+def _with_types(plan: Plan, types: dict[str, list[str]]) -> Plan:
+    layers = [tuple(t.of_types(types[t.name]) if t.name in types else t for t in layer) for layer in plan.layers]
     return replace(plan, layers=tuple(layers))

@@ -62,7 +62,7 @@ def capture(
     found: Statistics = {}
     handles = []
     for linear in arch.linears:
-        if linear.float32 or linear.site in found:
+        if not linear.measured or linear.site in found:
             continue
         cols = linear.rows_of(module.get_parameter(linear.parameter)).shape[-1]
         found[linear.site] = [Moments(cols, sampled=True) for _ in range(n_experts if linear.experts else 1)]

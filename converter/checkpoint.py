@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,8 @@ GGUF_NAMES = {
     "lm_head.weight": "output.weight",
 }
 EMBEDDING, FINAL_NORM, HEAD = GGUF_NAMES
+FINAL_NORM_BIAS, HEAD_BIAS = "model.norm.bias", "lm_head.bias"
+GGUF_BIASES = {FINAL_NORM_BIAS: "output_norm.bias", HEAD_BIAS: "output.bias"}
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -123,32 +126,50 @@ class Checkpoint:
 
     @cached_property
     def skeleton(self) -> torch.nn.Module:
-        """transformers' model on the meta device: shapes without weights."""
+        """transformers' model on the meta device: shapes without weights, of every vector that there may be."""
+        config = copy.deepcopy(self.config)
+        for vector in self.arch.vectors:
+            if vector.switch:
+                setattr(config, vector.switch, True)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
-    def expected_shape(self, spec: Norm | Vector | Linear) -> tuple[int, ...]:
+    def arch_of(self, layer: int) -> Architecture:
+        """The description of one layer."""
+        return self.arch.at(self.config, layer)
+
+    def expected_shape(self, spec: Norm | Vector | Linear, layer: int) -> tuple[int, ...]:
         """Shape of a layer's tensor according to the configuration."""
-        parameter = self.skeleton.get_decoder().layers[0].get_parameter(spec.parameter)
+        parameter = self._parameter(spec, layer)
         return tuple((spec.rows_of(parameter) if isinstance(spec, Linear) else parameter).shape)
+
+    def _parameter(self, spec: Norm | Vector | Linear, layer: int) -> Tensor:
+        parameter: Tensor = self.skeleton.get_decoder().layers[layer].get_parameter(spec.parameter)
+        return parameter
 
     def _validate(self) -> None:
         """Every tensor is present with the configuration's shape."""
         for layer in range(self.config.num_hidden_layers):
-            for spec in self.arch.specs:
+            for spec in self.arch_of(layer).specs:
                 self._check_shape(spec, layer)
-        for name in (EMBEDDING, FINAL_NORM, *([] if self.tied else [HEAD])):
+        expected = {HEAD: not self.tied, FINAL_NORM_BIAS: self.arch.has_layer_norms, HEAD_BIAS: self.has_head_bias}
+        for name in (EMBEDDING, FINAL_NORM, *(name for name, there in expected.items() if there)):
             self._require(self._model_name(name), tuple(self.skeleton.get_parameter(name).shape))
 
+    def _is_absent(self, spec: Norm | Vector | Linear) -> bool:
+        """Whether the configuration leaves this vector out."""
+        return isinstance(spec, Vector) and spec.switch is not None and not getattr(self.config, spec.switch)
+
     def _check_shape(self, spec: Norm | Vector | Linear, layer: int) -> None:
-        name, shape = self._disk_name(spec, layer), self.expected_shape(spec)
+        if self._is_absent(spec):
+            return
+        name, shape = self._disk_name(spec, layer), self.expected_shape(spec, layer)
         if "{}" in name:
             for expert in range(shape[0]):
                 self._require(name.format(expert), shape[1:])
             return
-        if isinstance(spec, Linear) and spec.part[1] > 1 and not isinstance(self.source, GgufSource):
-            shape = (*shape[:-2], shape[-2] * spec.part[1], shape[-1])
-        self._require(name, shape)
+        on_disk = shape if isinstance(self.source, GgufSource) else tuple(self._parameter(spec, layer).shape)
+        self._require(name, on_disk)
 
     def _require(self, name: str, shape: tuple[int, ...]) -> None:
         found = self.source.shape(name)
@@ -176,18 +197,34 @@ class Checkpoint:
         """[hidden]."""
         return self._read(self._model_name(FINAL_NORM))
 
+    @property
+    def has_head_bias(self) -> bool:
+        """Whether the checkpoint holds one."""
+        return self.arch.head_bias is not None and bool(getattr(self.config, self.arch.head_bias))
+
+    def final_norm_bias(self) -> Tensor:
+        """[hidden], of a LayerNorm."""
+        return self._read(self._model_name(FINAL_NORM_BIAS))
+
+    def head_bias(self) -> Tensor:
+        """[vocab]; zero where the configuration has none."""
+        return self._read(self._model_name(HEAD_BIAS)) if self.has_head_bias else torch.zeros(self.config.vocab_size)
+
     def head(self) -> Tensor:
         """[vocab, hidden]; the embedding where they are tied."""
         return self.embedding() if self.tied else self._read(self._model_name(HEAD))
 
     def layer(self, index: int) -> Layer:
         """All tensors of one decoder layer, as architecture.Layer describes."""
-        return {spec.name: self._read_layer_tensor(spec, index) for spec in self.arch.specs}
+        return {spec.name: self._read_layer_tensor(spec, index) for spec in self.arch_of(index).specs}
 
     def _read_layer_tensor(self, spec: Norm | Vector | Linear, layer: int) -> Tensor:
+        if self._is_absent(spec):
+            return torch.zeros(self.expected_shape(spec, layer))
         name = self._disk_name(spec, layer)
         if "{}" in name:
-            return torch.stack([self._read(name.format(expert)) for expert in range(self.expected_shape(spec)[0])])
+            n_experts = self.expected_shape(spec, layer)[0]
+            return torch.stack([self._read(name.format(expert)) for expert in range(n_experts)])
         return self._from_disk(spec, self._read(name))
 
     @cached_property
@@ -215,7 +252,9 @@ class Checkpoint:
     def model(self) -> torch.nn.Module:
         """The original in float32 through transformers, whole in memory."""
         path, options = self._load_arguments()
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+        self.arch.correct_rope(model.get_decoder().rotary_emb)
+        return model
 
 
 class GgufCheckpoint(Checkpoint):

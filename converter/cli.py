@@ -60,6 +60,7 @@ def parser() -> ArgumentParser:
         help=f"mix types by sensitivity to X bits per weight ({DEFAULT_BPW}; {DEFAULT_EXPERTS_BPW} with experts)",
     )
     p.add_argument("--no-trellis", action="store_true", help="mix the plain types only")
+    p.add_argument("--no-expert-types", action="store_true", help="the same type for all experts of a layer's linear")
     p.add_argument("--group-size", type=int, default=-1, metavar="N", help="columns that share a codebook; -1: the row")
     p.add_argument(
         "--codebook-rows",
@@ -144,6 +145,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         bits=a.bits or (4 if paper else None),
         target_bpw=a.target_bpw,
         trellis=not a.no_trellis,
+        expert_types=not a.no_expert_types,
         grouping=Grouping(
             a.group_size, a.scale_group or (-1 if paper else 64), a.codebook_rows or (1 if paper else CODEBOOK_ROWS)
         ),

@@ -18,12 +18,12 @@ ATTENTION, FFN, ROUTER = "attention", "ffn", "router"
 class LayerPair:
     """transformers' layer `module` holds the original weights; others are put in their place for one run at a time.
 
-    fixed: GGUF stem -> weight that takes the original's place in every such run.
+    arch: of this layer; fixed: GGUF stem -> weight that takes the original's place in every such run.
     """
 
-    def __init__(self, stream: LayerStream, module: nn.Module, fixed: Layer) -> None:
+    def __init__(self, stream: LayerStream, arch: Architecture, module: nn.Module, fixed: Layer) -> None:
         """Gradients go to the weights that are put in, not to the module's own."""
-        self.stream, self.arch, self.module, self.fixed = stream, stream.arch, module.requires_grad_(False), fixed
+        self.stream, self.arch, self.module, self.fixed = stream, arch, module.requires_grad_(False), fixed
 
     def outputs(self, hidden: Tensor, weights: Layer | None = None) -> dict[str, Tensor]:
         """What attention and FFN write, and the router's logits, for hidden [sequences, n, hidden]."""
@@ -53,11 +53,10 @@ class LayerPair:
         parameters: dict[str, Tensor] = {}
         if weights is not None:
             replaced = self.fixed | weights
-            parts: dict[str, dict[int, Tensor]] = {}
             for linear in self.arch.linears:
                 if linear.name in replaced:
-                    parts.setdefault(linear.parameter, {})[linear.part[0]] = replaced[linear.name]
-            parameters = {name: torch.cat([part[i] for i in sorted(part)], dim=-2) for name, part in parts.items()}
+                    own = self.module.get_parameter(linear.parameter).detach()
+                    linear.rows_of(parameters.setdefault(linear.parameter, own.clone())).copy_(replaced[linear.name])
         self.stream.call(self.module, hidden, parameters)
 
 
@@ -117,7 +116,7 @@ def _input_hooks(
         found[arch.experts_site or ""] = rows
         found[f"{arch.experts_site}.hidden"] = [layer.act_fn(gate) * up for gate, up in halves]
 
-    sites = {linear.site for linear in arch.linears if not (linear.float32 or linear.experts)}
+    sites = {linear.site for linear in arch.linears if linear.measured and not linear.experts}
     hooks: list[Hook] = [(module.get_submodule(site), True, dense(site)) for site in sorted(sites)]
     if arch.experts_site:
         hooks.append((module.get_submodule(arch.experts_site), True, experts))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .accf import CentroidTuner, Codebooks
-from .architecture import Layer, Linear
+from .architecture import Architecture, Layer, Linear
 from .basis import FileBasis
 from .calibration import Statistics, capture
 from .layer_pair import LayerPair
@@ -61,7 +61,7 @@ class LayerQuantizer:
                 advance(f"layer {index}")
 
     def _layer(self, index: int, planned: tuple[PlannedTensor, ...], hidden: Tensor | None) -> QuantizedLayer:
-        arch, config = self.model.checkpoint.arch, self.model.checkpoint.config
+        arch, config = self.model.checkpoint.arch_of(index), self.model.checkpoint.config
         layer = self.model.layer(index)
         statistics: Statistics = {}
         module: Any = None
@@ -83,20 +83,23 @@ class LayerQuantizer:
         tuned = None
         if hidden is not None:
             if self.tuner:
-                tuned = self._tune(self.tuner, module, tensors, hidden)
-            arch.install(module, self.effective(tensors))
+                tuned = self._tune(arch, self.tuner, module, tensors, hidden)
+            arch.install(module, self.effective(arch, tensors))
             self.stream.forward(module, hidden)
-        return QuantizedLayer(tensors, self._expert_tokens(statistics), tuned)
+        tokens = [entry.tokens for entry in statistics[arch.experts_site]] if arch.experts_site and statistics else []
+        return QuantizedLayer(tensors, tokens, tuned)
 
-    def _tune(self, tuner: CentroidTuner, module: Any, tensors: dict[str, Quantized], hidden: Tensor) -> Tuned:
+    def _tune(
+        self, arch: Architecture, tuner: CentroidTuner, module: Any, tensors: dict[str, Quantized], hidden: Tensor
+    ) -> Tuned:
         books, fixed = [], {}
-        for linear in self.model.checkpoint.arch.linears:
+        for linear in arch.linears:
             quantized, basis = tensors[linear.name], self.basis(linear)
-            if quantized.fits:
+            if quantized.fits and linear.measured:
                 books.append(Codebooks(linear, quantized, basis))
             else:
                 fixed[linear.name] = basis.from_file(quantized.weight(self.settings.threads))
-        return tuner.tune(LayerPair(self.stream, module, fixed), books, hidden)
+        return tuner.tune(LayerPair(self.stream, arch, module, fixed), books, hidden)
 
     def _linear(
         self,
@@ -112,14 +115,10 @@ class LayerQuantizer:
         stored = basis.to_file(weight).contiguous()
         return quantize(planned, stored, moments, by_output, self.settings.refinement)
 
-    def effective(self, tensors: dict[str, Quantized]) -> Layer:
+    def effective(self, arch: Architecture, tensors: dict[str, Quantized]) -> Layer:
         """The weights that the file stands for, in transformers' basis."""
-        arch, n_threads = self.model.checkpoint.arch, self.settings.threads
+        n_threads = self.settings.threads
         layer = {spec.name: tensors[spec.name].weight(n_threads) for spec in arch.plain}
         for linear in arch.linears:
             layer[linear.name] = self.basis(linear).from_file(tensors[linear.name].weight(n_threads))
         return layer
-
-    def _expert_tokens(self, statistics: Statistics) -> list[int]:
-        site = self.model.checkpoint.arch.experts_site
-        return [entry.tokens for entry in statistics[site]] if site and statistics else []

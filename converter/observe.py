@@ -31,9 +31,9 @@ def observe(model: TransformedModel, stream: LayerStream, tokens: Tensor) -> Obs
     with progress("observing", n_layers) as advance:
         for i in range(n_layers):
             module = stream.module(i, model.layer(i))
-            with capture_norms(model.checkpoint.arch, module, ROWS_PER_NORM) as found:
+            with capture_norms(model.checkpoint.arch_of(i), module, ROWS_PER_NORM) as found:
                 stream.forward(module, hidden)
             rows += found
             advance()
-    logits = stream.final_norm(hidden[0]) @ model.head().T
+    logits = model.logits(stream.final_norm(hidden[0]))
     return Observation(torch.stack(rows), logits)

@@ -54,9 +54,9 @@ def _permute_channels(group: ChannelGroup, layer: Layer, block: int) -> Layer:
 
 
 def _permute_heads(arch: Architecture, layer: Layer, block: int, head_dim: int) -> Layer:
-    """Value rows [kv_heads * head_dim, in] and output columns [out, heads * head_dim], reordered per KV head."""
+    """Value rows (as HeadGroup says) and output columns [out, heads * head_dim], reordered per KV head."""
     value, output = layer[arch.heads.value], layer[arch.heads.output]
-    v = value.unflatten(0, (-1, head_dim))  # [kv_heads, head_dim, in]
+    v = value.reshape(-1, head_dim, value.shape[-1])  # [kv_heads, head_dim, in]
     o = output.unflatten(1, (v.shape[0], -1, head_dim))  # [out, kv_heads, queries per KV head, head_dim]
     orders = [outlier_order(o[:, head].flatten(0, 1), block) for head in range(v.shape[0])]
     v = torch.stack([v[head, order] for head, order in enumerate(orders)])

@@ -12,11 +12,11 @@ from torch import Tensor
 from pyggml_bridge.output import publish
 
 from .accf import CentroidTuner
-from .architecture import head_dim_of
+from .architecture import value_dim_of
 from .budget import allocate, default_bpw
 from .calibration import read_tokens, tokenize
 from .check import check_file
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import GGUF_BIASES, HEAD_BIAS, Checkpoint, open_checkpoint
 from .layers import LayerQuantizer
 from .metadata import metadata
 from .moments import Moments
@@ -24,7 +24,7 @@ from .observe import Observation, observe
 from .plan import Plan, PlannedTensor, make_plan
 from .quantize import Quantized, quantize
 from .report import Report, warn
-from .rope import rope_freqs
+from .rope import rope_tensors
 from .rotation import LearnedRotation, learn_rotation, random_rotation
 from .sensitivity import Sensitivity, folder_bytes, measure
 from .settings import Settings
@@ -115,7 +115,7 @@ class _Job:
         if saved["learned"]:
             self.report.rotation = LearnedRotation(saved["rotation"], *saved["learned"])
         if saved["rotation"] is not None:
-            heads = random_rotation(head_dim_of(self.checkpoint.config), self.settings.seed)
+            heads = random_rotation(value_dim_of(self.checkpoint.config), self.settings.seed)
             self.model = self.model.rotated(saved["rotation"], heads)
         return saved["logits"]
 
@@ -140,7 +140,7 @@ class _Job:
             return None
         found = measure(self.model, self.stream, tokens, work, self.settings.seed, self.settings.router_weight)
         if self.settings.bits is None:
-            has_experts = any(linear.experts for linear in self.checkpoint.arch.linears)
+            has_experts = self.checkpoint.arch.n_experts(self.checkpoint.config) > 0
             target = self.settings.target_bpw or default_bpw(self.plan, has_experts)
             self.plan = self.report.plan = allocate(self.plan, found.damage, self.settings, target)
             self._require_disk(work, tokens)
@@ -163,9 +163,8 @@ class _Job:
 
     def _write_first(self, file: OutputFile, tokens: Tensor | None) -> Written:
         *_, planned_embedding = self.plan.first
-        freqs = rope_freqs(self.checkpoint.config)
-        if freqs is not None:
-            file.write(self.plan.first[0], [freqs])
+        for planned, factors in zip(self.plan.first, rope_tensors(self.checkpoint.config).values(), strict=False):
+            file.write(planned, [factors])
         embedding = self._quantize(planned_embedding, self.model.embedding())
         self._write_tensor(file, embedding)
         written = Written(rel_errors=self.report.rel_errors)
@@ -198,8 +197,11 @@ class _Job:
 
     def _write_last(self, file: OutputFile, hidden: Tensor | None) -> None:
         """hidden: the calibration's, behind the last layer."""
-        norm, planned_head = self.plan.last
+        norm, *biases, planned_head = self.plan.last
         self._write_tensor(file, self._quantize(norm, torch.ones(norm.shape)))
+        for planned in biases:  # the head's takes in the final norm's, which leaves zero
+            bias = self.model.head_bias() if planned.name == GGUF_BIASES[HEAD_BIAS] else None
+            self._write_tensor(file, self._quantize(planned, torch.zeros(planned.shape) if bias is None else bias))
         inputs = None if hidden is None else Moments.of_rows(self.stream.final_norm(hidden).flatten(0, 1))
         self._write_tensor(file, self._quantize(planned_head, self.model.head(), inputs))
 

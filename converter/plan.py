@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import BLOCK, MAX_COLS, CQType, Sidecars, packed_shape
+from pyggml_bridge.format import BLOCK, MAX_COLS, CQType, Sidecars, packed_shape, section_name
 
-from .checkpoint import EMBEDDING, FINAL_NORM, GGUF_NAMES, HEAD, Checkpoint
+from .checkpoint import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, GGUF_BIASES, GGUF_NAMES, HEAD, HEAD_BIAS, Checkpoint
 from .clustering import Grouping
-from .rope import rope_freqs
+from .rope import rope_tensors
 from .settings import Settings
 
 Q8_0_BLOCK, Q8_0_BYTES = GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0]
@@ -34,19 +35,41 @@ class Part:
         return prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
+def _ids_part(section: PlannedTensor, ids: list[int]) -> Part:
+    return Part(Sidecars.of(section.name).experts, (len(ids),), np.int32, GGMLQuantizationType.I32)
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A weight [..., cols] of the output. note: why it has another type than asked for ("" if it has not)."""
+    """A weight [..., cols] of the output. note: why it has another type than asked for ("" if it has not).
+
+    expert_types: each expert's type where they differ, else (); type then names all that occur.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: str
     grouping: Grouping
     note: str = ""
+    expert_types: tuple[str, ...] = ()
+
+    def of_types(self, types: Sequence[str]) -> PlannedTensor:
+        """The same of another type, or of one type per expert."""
+        kinds = sorted(set(types))
+        return replace(self, type="+".join(kinds), expert_types=tuple(types) if len(kinds) > 1 else ())
+
+    def sections(self) -> list[tuple[list[int], PlannedTensor]]:
+        """Per type of a weight whose experts have several: whose matrices, and the part of the file that holds them."""
+        found = []
+        for i, kind in enumerate(self.type.split("+")):
+            ids = [expert for expert, own in enumerate(self.expert_types) if own == kind]
+            name, shape = section_name(self.name, i), (len(ids), *self.shape[1:])
+            found.append((ids, replace(self, name=name, shape=shape, type=kind, expert_types=())))
+        return found
 
     @property
     def cq(self) -> CQType | None:
-        """The clustered type, None for an ordinary one."""
+        """The clustered type, None for an ordinary one. Of a section, where there are any."""
         return CQType[self.type.upper()] if self.type.startswith("cq") else None
 
     @property
@@ -65,7 +88,9 @@ class PlannedTensor:
         return 8 * self.nbytes / self.n_weights
 
     def parts(self) -> list[Part]:
-        """The GGUF tensors of this weight: itself, and its sidecars if it is clustered."""
+        """The GGUF tensors of this weight: itself, and its sidecars if it is clustered; those of all its sections."""
+        if self.expert_types:
+            return [part for ids, section in self.sections() for part in [*section.parts(), _ids_part(section, ids)]]
         if self.cq:
             return self._clustered_parts(self.cq)
         if self.type == "q8_0":
@@ -92,7 +117,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tensors in file order: rope factors and embedding, the layers, the final norm and the head."""
+    """All tensors in file order: rope factors and embedding, the layers, the final norm and the head with biases."""
 
     first: tuple[PlannedTensor, ...]
     layers: tuple[tuple[PlannedTensor, ...], ...]
@@ -119,8 +144,9 @@ class Plan:
         """Bits per index of most clustered weights; 0 without any."""
         weights: dict[int, int] = {}
         for tensor in self.tensors:
-            if tensor.cq:
-                weights[tensor.cq.bits] = weights.get(tensor.cq.bits, 0) + tensor.n_weights
+            for section in [part for _, part in tensor.sections()] if tensor.expert_types else [tensor]:
+                if section.cq:
+                    weights[section.cq.bits] = weights.get(section.cq.bits, 0) + section.n_weights
         return max(weights, key=lambda bits: weights[bits], default=0)
 
     @property
@@ -130,7 +156,8 @@ class Plan:
 
     @property
     def _body(self) -> list[PlannedTensor]:
-        return [t for t in self.tensors if t.name not in (GGUF_NAMES[EMBEDDING], GGUF_NAMES[HEAD])]
+        outside = (GGUF_NAMES[EMBEDDING], GGUF_NAMES[HEAD], GGUF_BIASES[HEAD_BIAS])
+        return [t for t in self.tensors if t.name not in outside]
 
 
 def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
@@ -145,28 +172,35 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
 
 
 def _hadamard_block(checkpoint: Checkpoint, settings: Settings) -> int:
-    shapes = [checkpoint.expected_shape(linear) for linear in checkpoint.arch.linears if linear.hadamard]
+    layers = range(checkpoint.config.num_hidden_layers)
+    linears = [(linear, i) for i in layers for linear in checkpoint.arch_of(i).linears if linear.hadamard]
+    shapes = [checkpoint.expected_shape(linear, i) for linear, i in linears]
     return BLOCK if settings.hadamard and all(shape[-1] % BLOCK == 0 for shape in shapes) else 0
 
 
 def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: str) -> Plan:
     planner = _Planner(settings)
-    config, arch = checkpoint.config, checkpoint.arch
+    config = checkpoint.config
     head_shape = (config.vocab_size, config.hidden_size)
-    freqs = rope_freqs(config)
-    first = [] if freqs is None else [planner.float32("rope_freqs.weight", freqs.shape)]
+    first = [planner.float32(name, factors.shape) for name, factors in rope_tensors(config).items()]
     first.append(planner.matrix(GGUF_NAMES[EMBEDDING], head_shape, "q8_0"))
     layers = []
     for i in range(config.num_hidden_layers):
-        tensors = [planner.float32(spec.in_file(i), checkpoint.expected_shape(spec)) for spec in arch.plain]
+        arch = checkpoint.arch_of(i)
+        tensors = [planner.float32(spec.in_file(i), checkpoint.expected_shape(spec, i)) for spec in arch.plain]
         for linear in arch.linears:
             kind = "f32" if linear.float32 else sensitive if linear.sensitive else settings.cq.name.lower()
-            tensors.append(planner.matrix(linear.in_file(i), checkpoint.expected_shape(linear), kind))
+            kind = "q8_0" if linear.q8_0 else kind
+            tensors.append(planner.matrix(linear.in_file(i), checkpoint.expected_shape(linear, i), kind))
         layers.append(tuple(tensors))
-    norm = planner.float32(GGUF_NAMES[FINAL_NORM], (config.hidden_size,))
-    head = planner.matrix(GGUF_NAMES[HEAD], head_shape, settings.head_type)
+    last = [planner.float32(GGUF_NAMES[FINAL_NORM], (config.hidden_size,))]
+    if checkpoint.arch.has_layer_norms:
+        last.append(planner.float32(GGUF_BIASES[FINAL_NORM_BIAS], (config.hidden_size,)))
+    if checkpoint.arch.head_bias is not None:
+        last.append(planner.float32(GGUF_BIASES[HEAD_BIAS], (config.vocab_size,)))
+    last.append(planner.matrix(GGUF_NAMES[HEAD], head_shape, settings.head_type))
     planner.require_all_used()
-    return Plan(tuple(first), tuple(layers), (norm, head), _hadamard_block(checkpoint, settings))
+    return Plan(tuple(first), tuple(layers), tuple(last), _hadamard_block(checkpoint, settings))
 
 
 class _Planner:

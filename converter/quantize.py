@@ -73,6 +73,24 @@ class Quantized:
         return relative_error(self.original, self.weight(n_threads), self.moments)
 
 
+@dataclass
+class QuantizedByType(Quantized):
+    """Experts of several types: whose matrices, and these, for each section of the plan."""
+
+    sections: list[tuple[list[int], Quantized]]
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """What the file holds, in the order of the plan's parts."""
+        return [array for ids, part in self.sections for array in [*part.arrays(), np.array(ids, np.int32)]]
+
+    def weight(self, n_threads: int) -> Tensor:
+        """Float32, what a kernel effectively multiplies."""
+        out = torch.empty_like(self.original)
+        for ids, part in self.sections:
+            out[ids] = part.weight(n_threads)
+        return out
+
+
 def quantize_plain(planned: PlannedTensor, weight: Tensor) -> Quantized:
     """A weight whose planned type is not clustered."""
     return Quantized(planned, weight, None, [], _plain(planned, weight))
@@ -90,6 +108,8 @@ def quantize(
     moments, outputs: statistics of its inputs and of its outputs' gradients, one entry or one per expert; an entry
     that has seen no token counts as none. One entry of outputs may serve all experts.
     """
+    if planned.expert_types:
+        return _quantize_by_type(planned, weight, moments, outputs, refinement)
     if planned.cq is None:
         return Quantized(planned, weight, moments, [], _plain(planned, weight)), []
     matrices = weight if weight.dim() == 3 else weight[None]
@@ -105,6 +125,23 @@ def quantize(
         tasks.append(_clustering_task(fit, seen, output if output is not None and output.tokens else None, refinement))
         fits.append(fit)
     return Quantized(planned, weight, moments, fits, None), tasks
+
+
+def _quantize_by_type(
+    planned: PlannedTensor,
+    weight: Tensor,
+    moments: list[Moments] | None,
+    outputs: list[Moments] | None,
+    refinement: Refinement,
+) -> tuple[Quantized, list[Task]]:
+    sections, tasks = [], []
+    for ids, section in planned.sections():
+        own_moments = moments and [moments[expert] for expert in ids]
+        own_outputs = [outputs[expert] for expert in ids] if outputs and len(outputs) > 1 else outputs
+        quantized, own = quantize(section, weight[ids], own_moments, own_outputs, refinement)
+        sections.append((ids, quantized))
+        tasks += own
+    return QuantizedByType(planned, weight, moments, [], None, sections), tasks
 
 
 def _clustering_task(fit: Fit, moments: Moments | None, output: Moments | None, refinement: Refinement) -> Task:

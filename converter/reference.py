@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,19 +18,27 @@ class Reference:
         """Load the whole model; CQError if it is not a checkpoint that cq-convert accepts."""
         checkpoint = open_checkpoint(path)
         self._model = checkpoint.model()
-        self._top_k = getattr(checkpoint.config, "num_experts_per_tok", None)
+        self._chosen: list[NDArray[np.int64]] = []
+        for i in range(checkpoint.config.num_hidden_layers):
+            layer = self._model.get_decoder().layers[i]
+            for linear in checkpoint.arch_of(i).linears:
+                if linear.router:
+                    layer.get_submodule(linear.parameter.removesuffix(".weight")).register_forward_hook(
+                        self._keep_choice
+                    )
         self._routed: NDArray[np.int64] | None = None
 
     def logits(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """float32 [n, vocab] of one sequence of tokens int32 [n]."""
         ids = torch.from_numpy(np.asarray(tokens, np.int64))[None]
-        options = {"output_router_logits": True} if self._top_k else {}
+        self._chosen.clear()
         with torch.no_grad():
-            output = self._model(input_ids=ids, use_cache=False, **options)
-        if self._top_k:
-            layers = [layer.topk(self._top_k, dim=-1).indices.numpy() for layer in output.router_logits]
-            self._routed = np.stack(layers)
+            output = self._model(input_ids=ids, use_cache=False)
+        self._routed = np.stack(self._chosen) if self._chosen else None
         return output.logits[0].float().numpy()
+
+    def _keep_choice(self, router: Any, arguments: Any, output: tuple[torch.Tensor, ...]) -> None:
+        self._chosen.append(output[-1].numpy())  # transformers' routers give the chosen experts last
 
     def router_top_k(self) -> NDArray[np.int64] | None:
         """Experts [layers, n, top_k] that the last call of logits selected; None for a dense model."""

@@ -112,9 +112,9 @@ def rotate_heads(arch: Architecture, layer: Layer, rotation: Tensor) -> Layer:
     Attention sums value rows of one head with scalar weights, so logits are unchanged.
     """
     value, output = arch.heads.value, arch.heads.output
-    heads = layer[value].unflatten(0, (-1, len(rotation)))
+    heads = layer[value].reshape(-1, len(rotation), layer[value].shape[-1])
     columns = layer[output].unflatten(1, (-1, len(rotation)))
-    rotated = layer | {value: (rotation.T @ heads).flatten(0, 1), output: (columns @ rotation).flatten(1)}
+    rotated = layer | {value: (rotation.T @ heads).reshape(layer[value].shape), output: (columns @ rotation).flatten(1)}
     if arch.heads.bias:
         rotated[arch.heads.bias] = (layer[arch.heads.bias].unflatten(0, (-1, len(rotation))) @ rotation).flatten()
     return rotated
@@ -128,4 +128,7 @@ def rotate_layer(arch: Architecture, layer: Layer, rotation: Tensor) -> Layer:
             rotated[linear.name] = rotated[linear.name] @ rotation
         if linear.writes_residual:
             rotated[linear.name] = rotation.T @ rotated[linear.name]
+    for vector in arch.vectors:
+        if vector.residual:
+            rotated[vector.name] = rotated[vector.name] @ rotation
     return rotated

@@ -27,6 +27,7 @@ from .transform import TransformedModel
 from .work import WorkFolder
 
 INPUT_STRIDE = 4  # every fourth token's inputs are enough to predict what feedback gains
+EXPERTS_IN_COMMON = 0.1  # share of an expert's damage that is the mean of all: another text chooses others
 HEAD_ROWS = 512  # tokens whose logits are in memory at a time
 HALF_BYTES, FLOAT_BYTES = 2, 4
 BACKWARD = "backward"  # the state between two layers of the backward pass
@@ -46,11 +47,11 @@ class Sensitivity:
     """Every layer's, in a work folder.
 
     damage: per layer, linear -> predicted divergence, in nats per token, if its weights are quantized with a squared
-    error of 1 relative to their row's energy and error feedback does what it can.
+    error of 1 relative to their row's energy and error feedback does what it can: one value, or one per expert.
     """
 
     work: WorkFolder
-    damage: list[dict[str, float]]
+    damage: list[dict[str, list[float]]]
 
     def layer(self, index: int) -> LayerSensitivity:
         """Read one layer's."""
@@ -78,16 +79,17 @@ def _unpacked(matrix: Tensor, tokens: int) -> Moments:
 def folder_bytes(model: TransformedModel, n_tokens: int, measured: bool) -> int:
     """What lies in the work folder at most beside the output: hidden states, and what measure leaves."""
     checkpoint = model.checkpoint
-    arch, config = checkpoint.arch, checkpoint.config
+    config = checkpoint.config
     hidden_bytes = FLOAT_BYTES * n_tokens * config.hidden_size
     if not measured:
         return STATES * hidden_bytes
     outputs = 0
-    for linear in arch.linears:
-        if not linear.float32:
-            *n_experts, out, _ = checkpoint.expected_shape(linear)
-            outputs += out * out * (n_experts[0] if n_experts and not linear.writes_residual else 1)
-    return config.num_hidden_layers * (HALF_BYTES * outputs + hidden_bytes) + STATES * hidden_bytes
+    for i in range(config.num_hidden_layers):
+        for linear in checkpoint.arch_of(i).linears:
+            if linear.measured:
+                *n_experts, out, _ = checkpoint.expected_shape(linear, i)
+                outputs += out * out * (n_experts[0] if n_experts and not linear.writes_residual else 1)
+    return HALF_BYTES * outputs + (config.num_hidden_layers + STATES) * hidden_bytes
 
 
 def measure(
@@ -103,7 +105,7 @@ def measure(
         state = work.load(BACKWARD)
         if state is None:
             hidden = _forward(model, stream, tokens, work, advance)
-            gradient = _head_gradient(stream, hidden, model.head(), generator)
+            gradient = _head_gradient(stream, hidden, model.head(), generator, model.head_bias())
             state = {"layers": n_layers, "gradient": gradient, "damage": [{}] * n_layers}
         else:
             generator.set_state(state["generator"])
@@ -111,7 +113,7 @@ def measure(
         found = Sensitivity(work, state["damage"])
         for i in reversed(range(state["layers"])):
             module = stream.module(i, model.layer(i))
-            arch = model.checkpoint.arch
+            arch = model.checkpoint.arch_of(i)
             with _capture_gradients(arch, module) as capture, _router_losses(arch, module, router_weight, generator):
                 stream.backward(module, work.load(f"hidden-{i}"), state["gradient"])
             found.save(i, capture.result())
@@ -136,13 +138,16 @@ def _forward(model: TransformedModel, stream: LayerStream, tokens: Tensor, work:
     return hidden
 
 
-def _head_gradient(stream: LayerStream, hidden: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
+def _head_gradient(
+    stream: LayerStream, hidden: Tensor, head: Tensor, generator: torch.Generator, bias: Tensor | None = None
+) -> Tensor:
     """Gradient of the sum of -log p(y) by hidden [sequences, n, hidden], y drawn from p."""
     gradient = torch.empty_like(hidden)
+    shift = 0.0 if bias is None else bias
     for rows, out in zip(hidden.flatten(0, 1).split(HEAD_ROWS), gradient.flatten(0, 1).split(HEAD_ROWS), strict=True):
         x = rows.clone().requires_grad_()
         normed = stream.final_norm(x)
-        normed.backward(_gradient_of_draw(normed.detach() @ head.T, generator) @ head)
+        normed.backward(_gradient_of_draw(normed.detach() @ head.T + shift, generator) @ head)
         out.copy_(x.grad)
     return gradient
 
@@ -182,14 +187,14 @@ class _GradientCapture:
         self.norms: dict[tuple[str, str], list[Tensor]] = {}  # site and linear -> gradient norms of each batch
         self.inputs: dict[str, Moments] = {}  # linear -> of some of its inputs, weighted by |g|^2, of all experts alike
         self.outputs: dict[str, list[Moments]] = {}
-        self.energy: dict[str, float] = {}
-        self.linears = [linear for linear in arch.linears if not linear.float32]
+        self.energy: dict[str, Tensor] = {}  # linear -> [1] or [n_experts]
+        self.linears = [linear for linear in arch.linears if linear.measured]
         for linear in self.linears:
             *n_experts, out, cols = linear.rows_of(module.get_parameter(linear.parameter)).shape
             entries = n_experts[0] if n_experts and not linear.writes_residual else 1
             self.outputs[linear.name] = [Moments(out) for _ in range(entries)]
             self.inputs[linear.name] = Moments(cols)
-            self.energy[linear.name] = 0.0
+            self.energy[linear.name] = torch.zeros(n_experts[0] if n_experts else 1, dtype=torch.float64)
 
     def add(self, linear: Linear, gradient: Tensor, x: Tensor, weight: Tensor, expert: int = 0) -> Tensor:
         """Gradients [tokens, out] of the outputs of weight [out, in] for inputs x; returns the gradients' norms.
@@ -198,7 +203,7 @@ class _GradientCapture:
         """
         norms = gradient.norm(dim=-1)
         row_energy = weight.square().mean(dim=1)  # errors of the weights relative to their row, independent
-        self.energy[linear.name] += float((gradient.square() @ row_energy) @ x.square().sum(dim=-1))
+        self.energy[linear.name][expert] += float((gradient.square() @ row_energy) @ x.square().sum(dim=-1))
         self.inputs[linear.name].add(x[::INPUT_STRIDE], norms[::INPUT_STRIDE].square())
         entries = self.outputs[linear.name]
         entries[expert if len(entries) > 1 else 0].add(gradient, 1 / norms.clamp_min(torch.finfo(torch.float32).tiny))
@@ -213,14 +218,17 @@ class _GradientCapture:
             weights.setdefault(site, []).append(norms / mean)
         return LayerSensitivity({site: torch.stack(w).mean(dim=0) for site, w in weights.items()}, self.outputs)
 
-    def damage(self, n_tokens: int) -> dict[str, float]:
+    def damage(self, n_tokens: int) -> dict[str, list[float]]:
         """Per linear half the mean square of g e for independent errors of the weights, less what feedback gains."""
-        return {linear.name: self._damage(linear) / n_tokens for linear in self.linears}
+        return {linear.name: (self._damage(linear) / n_tokens).tolist() for linear in self.linears}
 
-    def _damage(self, linear: Linear) -> float:
+    def _damage(self, linear: Linear) -> Tensor:
+        """[1], or [n_experts]: an expert that few tokens chose counts a tenth of the mean one at least."""
         entries = [entry for entry in self.outputs[linear.name] if entry.tokens]
         gain = sum(entry.feedback_gain for entry in entries) / max(1, len(entries))
-        return 0.5 * self.energy[linear.name] * gain * self.inputs[linear.name].feedback_gain
+        energy = self.energy[linear.name]
+        shrunk = (1 - EXPERTS_IN_COMMON) * energy + EXPERTS_IN_COMMON * energy.mean()
+        return 0.5 * gain * self.inputs[linear.name].feedback_gain * shrunk
 
 
 @contextmanager
@@ -228,7 +236,7 @@ def _capture_gradients(arch: Architecture, module: nn.Module) -> Iterator[_Gradi
     capture = _GradientCapture(arch, module)
     handles = []
     for linear in arch.linears:
-        if not linear.float32 and not linear.experts:
+        if linear.measured and not linear.experts:
             layer = module.get_submodule(linear.parameter.removesuffix(".weight"))
             handles.append(layer.register_forward_hook(_linear_hook(capture, linear)))
     if arch.experts_site:

@@ -40,10 +40,10 @@ class Settings:
     """One conversion. calibration None: weight-only clustering and a random rotation.
 
     bits: one type for all ordinary linears. None: types by sensitivity, to target_bpw bits per weight (None: the
-    default), or four bits where sensitivity is not measured. trellis: mix in the types with T. method: METHODS;
-    rotation: ROTATIONS, of the residual stream and the value heads. finetune: of centroids, where the method has it.
-    router_weight: how much the divergence of a router's choice counts beside that of the output. work_dir: what is kept
-    of unfinished work; resume: go on with it.
+    default), or four bits where sensitivity is not measured. trellis: mix in the types with T. expert_types: each
+    expert may have its own type. method: METHODS; rotation: ROTATIONS, of the residual stream and the value heads.
+    finetune: of centroids, where the method has it. router_weight: how much the divergence of a router's choice counts
+    beside that of the output. work_dir: what is kept of unfinished work; resume: go on with it.
     """
 
     model: str
@@ -51,6 +51,7 @@ class Settings:
     bits: int | None
     target_bpw: float | None
     trellis: bool
+    expert_types: bool
     grouping: Grouping
     activation_bits: int
     calibration: Path | None

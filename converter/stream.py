@@ -15,6 +15,20 @@ from .checkpoint import Checkpoint
 BATCH_TOKENS = 4096
 
 
+class FoldedLayerNorm(nn.Module):
+    """What a LayerNorm computes of a stream without a mean: its RMS norm, plus the bias [n]."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        """With the norm's parameters."""
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n], like x."""
+        out: Tensor = nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps) + self.bias
+        return out
+
+
 def batch_size(hidden: Tensor) -> int:
     """Sequences that go through a layer at once."""
     return max(1, BATCH_TOKENS // hidden.shape[1])
@@ -25,15 +39,22 @@ class LayerStream:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Take the skeleton's layers; no weights yet."""
-        self.arch = checkpoint.arch
+        self.checkpoint = checkpoint
         self.decoder = checkpoint.skeleton.get_decoder()
         self.rotary = type(self.decoder.rotary_emb)(checkpoint.config)
+        checkpoint.arch.correct_rope(self.rotary)
         self.eps = checkpoint.config.rms_norm_eps
+        self.window = checkpoint.arch.window(checkpoint.config)
 
     def module(self, index: int, layer: Layer) -> nn.Module:
         """transformers' decoder layer with these weights."""
         module = copy.deepcopy(self.decoder.layers[index]).to_empty(device="cpu").eval()
-        self.arch.install(module, layer)
+        arch = self.checkpoint.arch_of(index)
+        for norm in arch.norms:
+            if norm.bias:
+                name = norm.parameter.removesuffix(".weight")
+                module.set_submodule(name, FoldedLayerNorm(module.get_submodule(name)))
+        arch.install(module, layer)
         return module
 
     def forward(self, module: nn.Module, hidden: Tensor) -> None:
@@ -61,8 +82,12 @@ class LayerStream:
     def _arguments(self, hidden: Tensor) -> dict[str, Any]:
         positions = torch.arange(hidden.shape[1])[None]
         rope = self.rotary(hidden, position_ids=positions)
-        # Without a mask, attention is causal.
-        return {"position_embeddings": rope, "position_ids": positions, "attention_mask": None}
+        mask = None  # attention is causal then
+        if 0 < self.window < hidden.shape[1]:
+            distance = positions.T - positions
+            seen = (distance >= 0) & (distance < self.window)
+            mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None]
+        return {"position_embeddings": rope, "position_ids": positions, "attention_mask": mask}
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The final norm without its scale, which the head has taken."""

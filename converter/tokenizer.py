@@ -24,6 +24,13 @@ PRE_TOKENIZERS = {
     (LLAMA3,): "llama-bpe",
     (LLAMA3.replace("{1,3}", ""),): "qwen2",
 }
+# DeepSeek's steps behind the two for line ends and letters; those list every cased letter.
+DEEPSEEK_LLM = (
+    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+    r"\s+$",
+    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+    "Digits",
+)
 
 
 def tokenizer_keys(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -111,7 +118,7 @@ def _pre_tokenizer_name(pre: dict[str, Any]) -> str:
             kinds.append(step["pattern"].get("Regex", ""))
         elif step.get("type") == "Digits" and step.get("individual_digits"):
             kinds.append("Digits")
-    name = PRE_TOKENIZERS.get(tuple(kinds))
+    name = "deepseek-llm" if tuple(kinds[2:]) == DEEPSEEK_LLM else PRE_TOKENIZERS.get(tuple(kinds))
     if name is None:
         warn(f"pre-tokenizer {kinds}: no llama.cpp name is known, the file says 'default' (cq-run is unaffected)")
     return name or "default"

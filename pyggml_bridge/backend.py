@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Protocol
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 from pyggml_bridge import program as p
 
 Q8_0_BLOCK = 32
+
+Arrays: TypeAlias = list[NDArray[np.float32]]
+Turns: TypeAlias = Generator[Arrays, Arrays, NDArray[np.float32]]
+Work = TypeVar("Work")
 
 
 class Backend(Protocol):
@@ -31,12 +35,70 @@ class Backend(Protocol):
         """
 
 
+class Half(Protocol):
+    """A backend as one of two that take turns on a program that was cut in two."""
+
+    @property
+    def routing_ids(self) -> list[NDArray[np.int32]]:
+        """As Backend's, of the MoE layers whose experts this half chooses."""
+
+    def turns(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> Turns:
+        """As Backend.run in turns: each yields the values given, float32 [rows, width], and is sent those taken.
+
+        Arrays may change when the turn after next begins. Returns the logits, without rows if the other half has them.
+        """
+
+
+def finish(turns: Turns) -> NDArray[np.float32]:
+    """The logits of a program that is whole, which hands nothing over."""
+    try:
+        next(turns)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("half a program cannot run alone")
+
+
+@dataclass
+class Turn(Generic[Work]):
+    """Operations as a backend lowers them, then the values that are given and those that the next turn takes."""
+
+    work: list[Work] = field(default_factory=list)
+    gives: list[p.Value] = field(default_factory=list)
+    takes: list[p.Value] = field(default_factory=list)
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether the other half goes on after it."""
+        return bool(self.gives or self.takes)
+
+
+def turn_of(turns: list[Turn[Work]], op: p.Op | Quantize) -> Turn[Work]:
+    """The turn that the next operation belongs to, begun if need be; Give and Take are entered in it."""
+    handed = isinstance(op, p.Give | p.Take)
+    if not turns or (turns[-1].hands_over and not handed):
+        turns.append(Turn())
+    if isinstance(op, p.Give):
+        turns[-1].gives.append(op.x)
+    if isinstance(op, p.Take):
+        turns[-1].takes.append(op.out)
+    return turns[-1]
+
+
+def row_count(value: p.Value, n_tokens: int, n_outputs: int) -> int:
+    """Rows of a value in a batch."""
+    return n_outputs if value.rows is p.Rows.OUTPUTS else n_tokens * value.top_k
+
+
 @dataclass(frozen=True)
 class Quantize:
-    """The int8 or int4 form of x [rows, width], per row (group 0: for CQ types) or per 32 columns (for Q8_0)."""
+    """The int8 or int4 form of x [rows, width], per row (group 0: for CQ types) or per 32 columns (for Q8_0).
+
+    parts: equal parts of a row that are quantized like rows of their own.
+    """
 
     x: p.Value
     group: int
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,19 +114,20 @@ class Step:
 def steps(program: p.Program) -> Iterator[Step]:
     """The program's operations with activations quantized where a matrix needs them, once for all that read them."""
     last_use = {value: i for i, op in enumerate(program.ops) for value in values_of(op)}
-    assert program.logits is not None
-    last_use[program.logits] = len(program.ops)
+    if program.logits is not None:
+        last_use[program.logits] = len(program.ops)
     live: set[Quantize] = set()
     for i, op in enumerate(program.ops):
         activation = None
         if isinstance(op, p.Linear) and op.w.is_quantized:
-            activation = Quantize(op.x, Q8_0_BLOCK if op.w.type == GGMLQuantizationType.Q8_0 else 0)
+            parts = op.w.n_experts if op.routing is None else 1
+            activation = Quantize(op.x, Q8_0_BLOCK if op.w.type == GGMLQuantizationType.Q8_0 else 0, parts)
             if activation not in live:
                 live.add(activation)
                 yield Step(activation, None, [])
         done: list[p.Value | Quantize] = [value for value in values_of(op) if last_use[value] == i]
         stale = [quantized for quantized in live if quantized.x in done or quantized.x is updated_in_place(op)]
-        stale.sort(key=lambda quantized: quantized.group)
+        stale.sort(key=lambda quantized: (quantized.group, quantized.parts))
         live.difference_update(stale)
         yield Step(op, activation, [*done, *stale])
 
@@ -80,4 +143,6 @@ def updated_in_place(op: p.Op) -> p.Value | None:
         return op.x
     if isinstance(op, p.SwiGLU):
         return op.gate
-    return op.out if isinstance(op, p.Combine) or (isinstance(op, p.Linear) and op.accumulate) else None
+    if isinstance(op, p.Combine | p.CopyColumns | p.Take) or (isinstance(op, p.Linear) and op.accumulate):
+        return op.out
+    return None

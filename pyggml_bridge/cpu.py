@@ -14,14 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge import program as p
-from pyggml_bridge.backend import Quantize, Step, steps
+from pyggml_bridge.backend import Quantize, Step, Turn, Turns, finish, row_count, steps, turn_of, values_of
 from pyggml_bridge.kv_cache import KVCache
 from pyggml_bridge.native import aligned_empty, current_isa, ffi, lib, pointer
 from pyggml_bridge.ordering import Access, Ordering
-from pyggml_bridge.weights import Matrix
+from pyggml_bridge.weights import MAX_SECTIONS, Matrix
 
 # Operations whose threads share out rows, each computed from the same row of what they read.
-_BY_ROW = (lib.CQ_OP_EMBED, lib.CQ_OP_RMS_NORM, lib.CQ_OP_QUANTIZE, lib.CQ_OP_ROPE, lib.CQ_OP_SWIGLU, lib.CQ_OP_COMBINE)
+_BY_ROW = (
+    lib.CQ_OP_EMBED, lib.CQ_OP_RMS_NORM, lib.CQ_OP_QUANTIZE, lib.CQ_OP_ROPE, lib.CQ_OP_SWIGLU, lib.CQ_OP_COMBINE,
+    lib.CQ_OP_COPY,
+)  # fmt: skip
 
 
 class CPUBackend:
@@ -31,7 +34,9 @@ class CPUBackend:
         """Allocate buffers and lower the program."""
         self.name = f"CPU ({current_isa()})"
         self.n_batch, self.n_threads = n_batch, n_threads
-        self._cache = KVCache(program.n_layers, program.n_kv_heads, program.n_ctx, program.head_dim)
+        has_values = any(isinstance(op, p.Attention) and op.v is not None for op in program.ops)
+        sizes = (program.n_layers, program.n_kv_heads, program.n_ctx, program.head_dim)
+        self._cache = KVCache(*sizes, has_values=has_values)
         self._n_kv_heads, self._n_ctx = program.n_kv_heads, program.n_ctx
         self._bits = program.activation_bits
         self._keep: list[Any] = []  # what C points to
@@ -40,52 +45,66 @@ class CPUBackend:
         self._quantized: dict[Quantize, Any] = {}
         self._routings: dict[p.Routing, Any] = {}
         self._chosen: dict[p.Routing, NDArray[np.int32]] = {}
-        lowered = self._lower(program)
+        turns = self._lower(program)
         self.routing_ids = [self._chosen[routing] for routing in program.routings]
-        self._ops = ffi.new("cq_op[]", lowered)
-        self._n_ops = len(lowered)
-        self._scratch = aligned_empty(lib.cq_scratch_bytes(self._ops, self._n_ops, n_threads))
+        self._turns = [(ffi.new("cq_op[]", turn.work), turn) for turn in turns]
+        scratch = max(lib.cq_scratch_bytes(ops, len(turn.work), n_threads) for ops, turn in self._turns)
+        self._scratch = aligned_empty(scratch)
         self._step = ffi.new("cq_step *")
         self._step.n_threads = n_threads
         self._step.scratch = pointer(self._scratch, "uint8_t *")
-        assert program.logits is not None
-        self._logits = self._values[program.logits]
+        self._logits = self._values[program.logits] if program.logits else np.empty((0, program.vocab_size), np.float32)
 
     def run(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> NDArray[np.float32]:
         """Logits [n_outputs, vocab] of the batch's last rows: a view that the next run overwrites.
 
         tokens: int32 [n], n <= n_batch, stored in the KV cache from `position` on.
         """
+        return finish(self.turns(tokens, position, n_outputs))
+
+    def turns(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> Turns:
+        """As Half.turns."""
         self._step.tokens = pointer(tokens, "const int32_t *")
         self._step.n_tokens, self._step.position, self._step.n_outputs = len(tokens), position, n_outputs
-        status = lib.cq_run(self._ops, self._n_ops, self._step)
-        assert status == lib.CQ_OK, f"cq_run refused a program of {self._n_ops} operations"
+        for ops, turn in self._turns:
+            status = lib.cq_run(ops, len(turn.work), self._step)
+            assert status == lib.CQ_OK, f"cq_run refused a program of {len(turn.work)} operations"
+            if turn.hands_over:
+                taken = yield [self._values[v][: row_count(v, len(tokens), n_outputs)] for v in turn.gives]
+                for value, array in zip(turn.takes, taken, strict=True):
+                    self._values[value][: len(array)] = array
         return self._logits[:n_outputs]
 
     # ---- lowering ----
 
-    def _lower(self, program: p.Program) -> list[Any]:
-        lowered: list[Any] = []
+    def _lower(self, program: p.Program) -> list[Turn[Any]]:
+        turns: list[Turn[Any]] = []
         ordering = Ordering()
         for step in steps(program):
-            native, reads, writes = self._native(step)
-            rows = (native["rows"], native["top_k"]) if native["code"] in _BY_ROW else None
-            access = Access(self._places(reads), self._places(writes), rows)
-            lowered.append(native | {"waits": ordering.waits(access)})
+            turn = turn_of(turns, step.op)
+            if isinstance(step.op, p.Give | p.Take):
+                for value in values_of(step.op):
+                    self._pointer(value)
+            else:
+                native, reads, writes = self._native(step)
+                rows = (native["rows"], native["top_k"]) if native["code"] in _BY_ROW else None
+                access = Access(self._places(reads), self._places(writes, _section(step.op)), rows)
+                turn.work.append(native | {"waits": ordering.waits(access)})
             for done in step.done:
                 if isinstance(done, Quantize):
                     self._buffers.release_all(self._quantized.pop(done))
                 else:
                     self._buffers.release(self._values[done])
-        return lowered
+        return turns
 
     def _native(self, step: Step) -> tuple[dict[str, Any], list[Any], list[Any]]:
         """A step as a cq_op, and what it reads and writes."""
         op = step.op
         if isinstance(op, Quantize):
-            self._quantized[op] = self._activation(op.x, op.group)
-            arguments = {"x": self._pointer(op.x), "out": self._quantized[op], "n": op.x.width}
-            return _native_op(lib.CQ_OP_QUANTIZE, op.x, "quantize", arguments), [op.x], [self._quantized[op]]
+            part = _part_of(op.x, op.parts)
+            self._quantized[op] = self._activation(part, op.group)
+            arguments = {"x": self._pointer(op.x), "out": self._quantized[op], "n": part.width}
+            return _native_op(lib.CQ_OP_QUANTIZE, part, "quantize", arguments), [op.x], [self._quantized[op]]
         if not isinstance(op, p.Linear):
             return self._simple(op), _read(op), _written(op)
         if step.activation is None:
@@ -104,12 +123,14 @@ class CPUBackend:
             case p.RmsNorm():
                 weight = self._array(op.weight, "const float *")
                 arguments = {"x": at(op.x), "weight": weight, "out": at(op.out), "n": len(op.weight), "eps": op.eps}
-                parts = p.Value(len(op.weight), p.Rows.SLOTS, op.x.width // len(op.weight))
-                return _native_op(lib.CQ_OP_RMS_NORM, parts if parts.top_k > 1 else op.x, "rms_norm", arguments)
+                arguments |= {"bias": self._array(op.bias, "const float *")}
+                return _native_op(
+                    lib.CQ_OP_RMS_NORM, _part_of(op.x, op.x.width // len(op.weight)), "rms_norm", arguments
+                )
             case p.Rope():
                 n_heads, n_rot = op.x.width // op.head_dim, op.cos_sin.shape[1] * 2
                 table = self._array(op.cos_sin, "const float *")
-                arguments = {"x": at(op.x), "cos_sin": table, "n_heads": n_heads, "head_dim": op.head_dim}
+                arguments = {"x": at(op.x) + op.first, "cos_sin": table, "n_heads": n_heads, "head_dim": op.head_dim}
                 arguments |= {"n_rot": n_rot, "interleaved": op.interleaved}
                 return _native_op(lib.CQ_OP_ROPE, op.x, "rope", arguments)
             case p.Attention():
@@ -121,6 +142,12 @@ class CPUBackend:
             case p.Route():
                 arguments = {"logits": at(op.logits), "routing": self._routing(op.routing)}
                 arguments |= {"scoring": op.scoring.value, "normalize": op.normalize}
+                arguments |= {
+                    "n_groups": op.n_groups,
+                    "top_groups": op.top_groups,
+                    "scale": op.scale,
+                    "jitter": op.jitter,
+                }
                 return _native_op(lib.CQ_OP_ROUTE, op.logits, "route", arguments)
             case p.Combine():
                 arguments = {"y": at(op.y), "routing": self._routing(op.routing), "out": at(op.out), "n": op.out.width}
@@ -128,6 +155,11 @@ class CPUBackend:
             case p.SelectOutputs():
                 arguments = {"x": at(op.x), "out": at(op.out), "n": op.x.width}
                 return _native_op(lib.CQ_OP_SELECT_OUTPUTS, op.out, "select_outputs", arguments)
+            case p.CopyColumns():
+                x, out = _part_of(op.x, op.parts), _part_of(op.out, op.parts)
+                arguments = {"x": at(op.x) + op.first, "out": at(op.out) + op.at, "n": op.n}
+                arguments |= {"x_width": x.width, "out_width": out.width}
+                return _native_op(lib.CQ_OP_COPY, x, "copy", arguments)
         raise AssertionError(f"no lowering for {type(op).__name__}")
 
     def _linear(self, op: p.Linear, activation: Any) -> Any:
@@ -142,22 +174,29 @@ class CPUBackend:
             "gather": gather,
             "accumulate": op.accumulate,
         }
-        return _native_op(lib.CQ_OP_LINEAR, op.out, "linear", arguments)
+        rows = op.out if op.routing else _part_of(op.out, op.w.n_experts)
+        return _native_op(lib.CQ_OP_LINEAR, rows, "linear", arguments)
 
     def _attention(self, op: p.Attention) -> Any:
-        arguments = {name: self._pointer(getattr(op, name)) for name in ("q", "k", "v", "out")}
+        arguments = {name: self._pointer(getattr(op, name)) for name in ("q", "k", "out")}
+        arguments |= {"v": ffi.NULL if op.v is None else self._pointer(op.v)}
+        values = None if op.v is None or self._cache.v is None else self._cache.v[op.layer]
         arguments |= {"k_cache": self._array(self._cache.k[op.layer], "uint16_t *")}
-        arguments |= {"v_cache": self._array(self._cache.v[op.layer], "uint16_t *")}
+        arguments |= {"v_cache": self._array(values, "uint16_t *")}
         arguments |= {"n_heads": op.q.width // op.head_dim, "n_kv_heads": self._n_kv_heads, "head_dim": op.head_dim}
-        arguments |= {"n_ctx": self._n_ctx, "window": op.window, "scale": op.scale}
+        arguments |= {"value_dim": op.value_dim, "n_ctx": self._n_ctx, "window": op.window, "scale": op.scale}
         return _native_op(lib.CQ_OP_ATTENTION, op.out, "attention", arguments)
 
-    def _places(self, used: list[Any]) -> frozenset[Any]:
-        """What stands for values, activations and routings where operations are put in order."""
+    def _places(self, used: list[Any], section: int | None = None) -> frozenset[Any]:
+        """What stands for values, activations and routings where operations are put in order.
+
+        A value stands in as many places as a weight can have sections, since these fill different rows of it.
+        """
+        sections = range(MAX_SECTIONS) if section is None else [section]
         places: list[Any] = []
         for one in used:
             if isinstance(one, p.Value):
-                places.append(self._values[one].ctypes.data)
+                places += [(self._values[one].ctypes.data, i) for i in sections]
             elif isinstance(one, p.Routing):
                 places.append(one)
             else:
@@ -212,6 +251,7 @@ def native_matrix(matrix: Matrix) -> Any:
     struct = ffi.new("cq_matrix *", {"type": int(matrix.type), "n_experts": matrix.n_experts})
     struct.n_rows, struct.n_cols = matrix.n_rows, matrix.n_cols
     struct.data = pointer(matrix.data, "const uint8_t *")
+    struct.experts = pointer(matrix.experts, "const int32_t *")
     if clustered is not None:
         struct.codebook_cols, struct.scale_cols = clustered.codebook_cols, clustered.scale_cols
         struct.codebook_rows = clustered.codebook_rows
@@ -221,8 +261,18 @@ def native_matrix(matrix: Matrix) -> Any:
     return struct
 
 
+def _part_of(x: p.Value, parts: int) -> p.Value:
+    """The rows that x [tokens or slots, width] is if each of its rows is `parts` of them."""
+    return x if parts == 1 else p.Value(x.width // parts, p.Rows.SLOTS, x.top_k * parts)
+
+
 def _native_op(code: int, shape: p.Value, member: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"code": code, "rows": shape.rows.value, "top_k": shape.top_k, "u": {member: arguments}}
+
+
+def _section(op: p.Op | Quantize) -> int | None:
+    """The section of a weight cut by type that a linear layer multiplies."""
+    return op.w.section if isinstance(op, p.Linear) and op.w.experts is not None else None
 
 
 def _written(op: p.Op) -> list[p.Value | p.Routing]:
@@ -233,6 +283,8 @@ def _written(op: p.Op) -> list[p.Value | p.Routing]:
             return [op.gate]
         case p.Route():
             return [op.routing]
+        case p.Give():
+            return []
     return [op.out]
 
 

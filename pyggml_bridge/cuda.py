@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge import nvrtc
-from pyggml_bridge import program as p
+from pyggml_bridge.backend import Arrays, Turns, finish, row_count
 from pyggml_bridge.cuda_kernels import Launch
 from pyggml_bridge.cuda_program import Buffer, CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.program import Value
 
 OLDEST = 75  # compute capability 7.5: dp4a, ldmatrix and integer tensor cores
 UPLOAD_BYTES = 64 << 20  # at once, so that a map larger than memory is read through
@@ -27,10 +28,10 @@ def _import_cupy() -> Any:
 
 def require_device() -> None:
     """CQError, one line, unless this machine can run with --cuda."""
-    _Device()
+    Device()
 
 
-class _Device:
+class Device:
     """The first CUDA device, checked."""
 
     def __init__(self) -> None:
@@ -51,23 +52,20 @@ class _Device:
         turing_without_tensor_cores = self.arch == OLDEST and "GTX 16" in self.name
         self.info = DeviceInfo(properties["multiProcessorCount"], not turing_without_tensor_cores)
 
+    @property
+    def free_bytes(self) -> int:
+        """What can be allocated now."""
+        return int(self.cupy.cuda.runtime.memGetInfo()[0])
+
 
 class CUDABackend:
-    """A program on the first GPU, for batches of up to n_batch tokens."""
+    """A program, whole or half of one, on a GPU that has the memory it needs."""
 
-    def __init__(self, program: p.Program, n_batch: int) -> None:
-        """Upload the weights; CQError before that if they, the buffers and the KV cache do not fit."""
-        self._device = _Device()
-        self._cupy = self._device.cupy
-        self.name = f"CUDA ({self._device.name})"
-        self._n_batch, self._vocab_size = n_batch, program.vocab_size
-        self._program = CUDAProgram(program, n_batch, self._device.info)
-        free, _ = self._cupy.cuda.runtime.memGetInfo()
-        if self._program.nbytes > free:
-            needed = f"{self._program.nbytes / 1e9:.2f} GB"
-            raise CQError(
-                f"--cuda: {needed} needed on {self._device.name}, {free / 1e9:.2f} GB free: try a smaller --ctx"
-            )
+    def __init__(self, device: Device, program: CUDAProgram) -> None:
+        """Upload the weights."""
+        self._device, self._program = device, program
+        self._cupy = device.cupy
+        self.name = f"CUDA ({device.name})"
         self._stream = self._cupy.cuda.Stream(non_blocking=True)
         self._arrays: dict[Buffer, Any] = {}
         with self._stream:
@@ -76,26 +74,74 @@ class CUDABackend:
         self._stream.synchronize()
         self._functions: dict[tuple[Any, str], Any] = {}
         self._modules: dict[Any, Any] = {}
-        self._decode: Any = None  # the captured graph of one token and its logits
+        self._graphs: dict[int, Any] = {}  # each turn's launches for one token and its logits
+        handed = [sum(4 * program.n_batch * v.top_k * v.width for v in values) for values in self._handed_over()]
+        pinned = self._cupy.cuda.alloc_pinned_memory(max(handed)) if handed else b""
+        self._pinned: NDArray[np.uint8] = np.frombuffer(pinned, np.uint8, max(handed, default=0))
 
     @property
     def routing_ids(self) -> list[NDArray[np.int32]]:
         """Per MoE layer the experts [n_batch, top_k] of the last batch, copied from the device."""
-        routings = self._program.routings.items()
-        return [self._read(buffers.ids, np.int32, (self._n_batch, routing.top_k)) for routing, buffers in routings]
+        found = self._program.routing_ids
+        return [self._read(ids, np.int32, (self._program.n_batch, top_k)) for ids, top_k in found]
 
     def run(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> NDArray[np.float32]:
-        """As Backend.run. One token with its logits, which is decoding, replays a captured graph."""
+        """As Backend.run."""
+        return finish(self.turns(tokens, position, n_outputs))
+
+    def turns(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> Turns:
+        """As Half.turns. One token with its logits, which is decoding, replays a captured graph per turn."""
         inputs = np.concatenate([[position], tokens]).astype(np.int32)
         with self._stream:
             self._arrays[self._program.inputs][: inputs.nbytes].set(inputs.view(np.uint8), stream=self._stream)
-            if len(tokens) == 1 and n_outputs == 1:
-                self._decode = self._decode or self._capture()
-                self._decode.launch(self._stream)
-            else:
-                for launch in self._program.launches(len(tokens), n_outputs):
-                    self._launch(launch)
-        return self._read(self._program.logits, np.float32, (n_outputs, self._vocab_size))
+        for i, turn in enumerate(self._program.turns):
+            with self._stream:
+                self._run_turn(i, len(tokens), n_outputs)
+            if turn.hands_over:
+                taken = yield self._give(turn.gives, len(tokens), n_outputs)
+                self._take(turn.takes, taken)
+        return self._read(self._program.logits, np.float32, (n_outputs, self._program.vocab_size))
+
+    def _run_turn(self, turn: int, n_tokens: int, n_outputs: int) -> None:
+        if not self._program.turns[turn].work:  # the first turn of half a program may be the other half's
+            return
+        if n_tokens == 1 and n_outputs == 1:
+            if turn not in self._graphs:
+                self._graphs[turn] = self._capture(turn)
+            self._graphs[turn].launch(self._stream)
+        else:
+            for launch in self._program.launches(turn, n_tokens, n_outputs):
+                self._launch(launch)
+
+    # ---- the other half's values, by way of pinned memory, which the device reads and writes on its own ----
+
+    def _handed_over(self) -> list[list[Value]]:
+        return [values for turn in self._program.turns for values in (turn.gives, turn.takes) if values]
+
+    def _give(self, values: list[Value], n_tokens: int, n_outputs: int) -> Arrays:
+        arrays, start = [], 0
+        for value in values:
+            rows = row_count(value, n_tokens, n_outputs)
+            host = self._pinned[start : start + 4 * rows * value.width]
+            if len(host):
+                device = self._arrays[self._program.buffer_of(value)][: len(host)]
+                device.get(stream=self._stream, out=host, blocking=False)
+            arrays.append(host.view(np.float32).reshape(rows, value.width))
+            start += len(host)
+        self._stream.synchronize()
+        return arrays
+
+    def _take(self, values: list[Value], taken: Arrays) -> None:
+        start = 0
+        for value, array in zip(values, taken, strict=True):
+            host = self._pinned[start : start + array.nbytes]
+            host[:] = array.view(np.uint8).reshape(-1)
+            if len(host):
+                with self._stream:
+                    self._arrays[self._program.buffer_of(value)][: len(host)].set(host, stream=self._stream)
+            start += len(host)
+
+    # ---- memory ----
 
     def _place(self, buffer: Buffer) -> None:
         """Allocate, and copy what the file holds in pieces straight from the map."""
@@ -117,9 +163,11 @@ class CUDABackend:
         self._stream.synchronize()
         return host.view(dtype).reshape(shape)
 
-    def _capture(self) -> Any:
-        """The launches of one token as a graph; what they load must be there before."""
-        launches = self._program.launches(1, 1)
+    # ---- launches ----
+
+    def _capture(self, turn: int) -> Any:
+        """A turn's launches for one token as a graph; what they load must be there before."""
+        launches = self._program.launches(turn, 1, 1)
         for launch in launches:
             self._function(launch)
         self._stream.begin_capture()

@@ -90,14 +90,6 @@ def select_rows(x: int, out: int, n: int, first: int, n_rows: int) -> Launch:
     return rows_launch("select_rows", grid, np.uint64(x), np.uint64(out), np.int32(n), np.int32(first))
 
 
-ATTENTION = np.dtype(
-    [(name, "u8") for name in ("q", "k_cache", "v_cache", "out", "partial", "position")]
-    + [(name, "i4") for name in ("n_tokens", "n_heads", "n_kv_heads", "n_ctx", "window")]
-    + [("scale", "f4")],
-    align=True,
-)
-
-
 # ---- attention ----
 
 

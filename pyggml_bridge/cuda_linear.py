@@ -23,7 +23,7 @@ MATRIX = np.dtype(
 )
 LINEAR = np.dtype(
     [("w", MATRIX)]
-    + [(name, "u8") for name in ("x", "q", "scales", "bias", "ids", "order", "offsets", "tiles", "out")]
+    + [(name, "u8") for name in ("x", "q", "scales", "bias", "ids", "order", "offsets", "tiles", "places", "out")]
     + [(name, "i4") for name in ("n_items", "top_k", "gather", "accumulate")],
     align=True,
 )
@@ -75,7 +75,7 @@ class DeviceRouting:
 @dataclass(frozen=True)
 class Operands:
     """What a linear layer reads and writes. q and scales: quantized x, for CQ types and Q8_0. n_tokens: rows of x, of
-    whose slots there are n_tokens * top_k where it is routed."""
+    whose slots there are n_tokens * top_k where it is routed. places: int32 [experts], of a weight cut by type."""
 
     n_tokens: int
     out: int
@@ -86,12 +86,13 @@ class Operands:
     routing: DeviceRouting | None = None
     gather: bool = False
     accumulate: bool = False
+    places: int = 0
 
     def struct(self, w: DeviceMatrix) -> NDArray[Any]:
         """cq_linear of common.cuh, an array of one."""
         out = np.zeros(1, LINEAR)
         out["w"] = w.struct
-        for name in ("out", "x", "q", "scales", "bias", "gather", "accumulate"):
+        for name in ("out", "x", "q", "scales", "bias", "places", "gather", "accumulate"):
             out[name] = getattr(self, name)
         out["n_items"] = self.n_items
         if self.routing is not None:
@@ -162,9 +163,12 @@ def linear_module(source: str, kind: int, *, tensor_cores: bool = True) -> Modul
 ROUTE = Module("route.cu")
 
 
-def route(logits: int, routing: DeviceRouting, n_tokens: int, *, normalize: bool) -> list[Launch]:
-    """Each token's experts, and for more tokens than the GEMV takes the slots sorted by expert."""
-    sizes = (np.int32(n_tokens), np.int32(routing.n_experts), np.int32(routing.top_k), np.int32(normalize))
+def route(logits: int, routing: DeviceRouting, n_tokens: int, scoring: int, *, normalize: bool) -> list[Launch]:
+    """Each token's experts, and for more tokens than the GEMV takes the slots sorted by expert.
+
+    scoring: of CQ_SOFTMAX and CQ_SIGMOID.
+    """
+    sizes = map(np.int32, (n_tokens, routing.n_experts, routing.top_k, scoring, normalize))
     args = (np.uint64(logits), np.uint64(routing.ids), np.uint64(routing.weights), *sizes)
     launches = [Launch(ROUTE, "route", (ceil_div(n_tokens, 4), 1, 1), 128, args)]
     if n_tokens > GEMV_MAX_TOKENS:

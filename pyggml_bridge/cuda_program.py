@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge import cuda_kernels as ck
 from pyggml_bridge import cuda_linear as cl
 from pyggml_bridge import program as p
-from pyggml_bridge.backend import Quantize, Step, steps
+from pyggml_bridge.backend import Quantize, Step, Turn, steps, turn_of, values_of
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.weights import Matrix
 
@@ -64,32 +65,54 @@ class CUDAProgram:
 
     def __init__(self, program: p.Program, n_batch: int, device: DeviceInfo) -> None:
         """Plan the memory; CQError naming what the kernels cannot address or compute."""
+        for op in program.ops:
+            _require_kernel(op)
         self.buffers: list[Buffer] = []
         self.inputs = self._new(4 * (1 + n_batch))
         self.routings: dict[p.Routing, RoutingBuffers] = {}
-        self._n_batch, self._device, self._bits = n_batch, device, program.activation_bits
+        self.n_batch, self.vocab_size = n_batch, program.vocab_size
+        self._device, self._bits = device, program.activation_bits
         self._program = program
-        cache_bytes = 2 * program.n_kv_heads * program.n_ctx * program.head_dim
-        self._caches = [(self._new(cache_bytes), self._new(cache_bytes)) for _ in range(program.n_layers)]
+        if program.long_rope:
+            raise CQError("--cuda: rope that changes with the length (longrope) is not supported")
         self._partial: dict[int, Buffer] = {}
         self._free: dict[int, list[Buffer]] = defaultdict(list)
         self._of: dict[p.Value | Quantize, tuple[Buffer, ...]] = {}
         self._hosted: dict[tuple[int, int], Buffer] = {}
-        self._steps = [(self._rows(step.op), self._build(step.op, step.activation)) for step in self._lower()]
-        assert program.logits is not None
-        self.logits = self._of[program.logits][0]
+        self.turns: list[Turn[tuple[p.Rows, Build]]] = []
+        for step in self._lower():
+            turn = turn_of(self.turns, step.op)
+            if isinstance(step.op, p.Give | p.Take):
+                for value in values_of(step.op):
+                    self.buffer_of(value)
+            else:
+                turn.work.append((self._rows(step.op), self._build(step.op, step.activation)))
+        assert program.logits is not None  # the output is on the GPU, whatever is not
+        self.logits = self.buffer_of(program.logits)
 
     @property
     def nbytes(self) -> int:
         """Device memory of all buffers."""
         return sum(buffer.allocated_bytes for buffer in self.buffers)
 
-    def launches(self, n_tokens: int, n_outputs: int) -> list[ck.Launch]:
-        """The kernels of one batch, in order. Call it when the buffers have addresses."""
+    @property
+    def routing_ids(self) -> list[tuple[Buffer, int]]:
+        """Per MoE layer the experts int32 [n_batch, top_k], and top_k."""
+        return [(self.routings[routing].ids, routing.top_k) for routing in self._program.routings]
+
+    def launches(self, turn: int, n_tokens: int, n_outputs: int) -> list[ck.Launch]:
+        """The kernels of one batch in a turn, in order. Call it when the buffers have addresses."""
         counts = {p.Rows.TOKENS: n_tokens, p.Rows.SLOTS: n_tokens, p.Rows.OUTPUTS: n_outputs}
-        return [launch for rows, build in self._steps if counts[rows] for launch in build(counts[rows], n_tokens)]
+        work = self.turns[turn].work
+        return [launch for rows, build in work if counts[rows] for launch in build(counts[rows], n_tokens)]
 
     # ---- memory ----
+
+    def buffer_of(self, value: p.Value) -> Buffer:
+        """float32 [rows, width], shared with values that do not live at the same time."""
+        if value not in self._of:
+            self._of[value] = (self._take(4 * self.n_batch * value.top_k * value.width),)
+        return self._of[value][0]
 
     def _new(self, nbytes: int, host: NDArray[Any] | None = None) -> Buffer:
         buffer = Buffer(nbytes, host)
@@ -108,13 +131,8 @@ class CUDAProgram:
             self._hosted[key] = self._new(array.nbytes, array)
         return self._hosted[key]
 
-    def _value(self, value: p.Value) -> Buffer:
-        if value not in self._of:
-            self._of[value] = (self._take(4 * self._n_batch * value.top_k * value.width),)
-        return self._of[value][0]
-
     def _activation(self, quantized: Quantize) -> tuple[Buffer, Buffer]:
-        x, n_rows = quantized.x, self._n_batch * quantized.x.top_k
+        x, n_rows = quantized.x, self.n_batch * quantized.x.top_k
         if quantized not in self._of:
             n_scales = x.width // quantized.group if quantized.group else 1
             self._of[quantized] = (self._take(n_rows * x.width), self._take(4 * n_rows * n_scales))
@@ -123,8 +141,8 @@ class CUDAProgram:
 
     def _routing(self, routing: p.Routing) -> RoutingBuffers:
         if routing not in self.routings:
-            n_slots = self._n_batch * routing.top_k
-            n_tiles = _device_routing(routing).max_tiles(self._n_batch)
+            n_slots = self.n_batch * routing.top_k
+            n_tiles = _device_routing(routing).max_tiles(self.n_batch)
             sizes = (n_slots, n_slots, n_slots, routing.n_experts + 1, 2 * n_tiles)
             self.routings[routing] = RoutingBuffers(*(self._new(4 * size) for size in sizes))
         return self.routings[routing]
@@ -157,7 +175,7 @@ class CUDAProgram:
     def _rows(op: p.Op | Quantize) -> p.Rows:
         """What decides how many rows an operation works on."""
         match op:
-            case Quantize() | p.Rope():
+            case Quantize() | p.Rope() | p.Give():
                 return op.x.rows
             case p.SwiGLU():
                 return op.gate.rows
@@ -181,14 +199,19 @@ class CUDAProgram:
     def _simple(self, op: p.Op) -> Build:
         match op:
             case p.Embed():
-                table, out = self._matrix(op.table), self._value(op.out)
+                table, out = self._matrix(op.table), self.buffer_of(op.out)
                 return lambda n, _: [cl.embed(table(), self.inputs.address + 4, out.address, n)]
             case p.RmsNorm():
-                x, out, weight, width = self._value(op.x), self._value(op.out), self._host(op.weight), len(op.weight)
+                x, out, weight, width = (
+                    self.buffer_of(op.x),
+                    self.buffer_of(op.out),
+                    self._host(op.weight),
+                    len(op.weight),
+                )
                 parts = op.x.width // width * op.x.top_k
                 return lambda n, _: [ck.rms_norm(x.address, _address(weight), out.address, width, op.eps, n * parts)]
             case p.Rope():
-                x, table_ = self._value(op.x), self._host(op.cos_sin)
+                x, table_ = self.buffer_of(op.x), self._host(op.cos_sin)
                 heads, n_rot = (op.x.width // op.head_dim, op.head_dim), 2 * op.cos_sin.shape[1]
                 return lambda n, _: [
                     ck.rope(
@@ -196,30 +219,31 @@ class CUDAProgram:
                     )
                 ]
             case p.SwiGLU():
-                gate, up = self._value(op.gate), self._value(op.up)
+                gate, up = self.buffer_of(op.gate), self.buffer_of(op.up)
                 return lambda n, _: [ck.swiglu(gate.address, up.address, op.gate.width, op.hadamard, n * op.gate.top_k)]
             case p.SelectOutputs():
-                x, out = self._value(op.x), self._value(op.out)
+                x, out = self.buffer_of(op.x), self.buffer_of(op.out)
                 return lambda n, all_: [ck.select_rows(x.address, out.address, op.x.width, all_ - n, n)]
         raise AssertionError(f"no kernel for {type(op).__name__}")
 
     def _quantize(self, op: Quantize) -> Build:
-        x, (q, scales), top_k, width = self._value(op.x), self._activation(op), op.x.top_k, op.x.width
+        x, (q, scales), top_k, width = self.buffer_of(op.x), self._activation(op), op.x.top_k, op.x.width
         if op.group:
             return lambda n, _: [ck.quantize_blocks(x.address, q.address, scales.address, width, n * top_k)]
         return lambda n, _: [ck.quantize(x.address, q.address, scales.address, width, self._bits, n * top_k)]
 
     def _linear(self, op: p.Linear, activation: Quantize | None) -> Build:
-        w, x, out, bias = self._matrix(op.w), self._value(op.x), self._value(op.out), self._host(op.bias)
+        w, x, out, bias = self._matrix(op.w), self.buffer_of(op.x), self.buffer_of(op.out), self._host(op.bias)
         q, scales = self._activation(activation) if activation else (None, None)
         routing, routed = op.routing, self._routing(op.routing) if op.routing else None
         gather = routing is not None and op.x.rows is p.Rows.TOKENS
+        places = self._host(_places(op.w.experts, routing.n_experts)) if routing else None
 
         def build(n: int, _: int) -> list[ck.Launch]:
             n_items = n if routing else n * op.out.top_k
             experts = _device_routing(routing, routed) if routing else None
             inputs = (x.address, _address(q), _address(scales), _address(bias))
-            operands = cl.Operands(n_items, out.address, *inputs, experts, gather, op.accumulate)
+            operands = cl.Operands(n_items, out.address, *inputs, experts, gather, op.accumulate, _address(places))
             return [cl.linear(w(), operands, tensor_cores=self._device.tensor_cores)]
 
         return build
@@ -227,17 +251,18 @@ class CUDAProgram:
     def _experts(self, op: p.Route | p.Combine) -> Build:
         buffers, routing = self._routing(op.routing), op.routing
         if isinstance(op, p.Route):
-            if op.scoring is not p.Scoring.SOFTMAX:
-                raise CQError("--cuda: a shared expert behind a sigmoid gate is not supported")
-            logits, normalize = self._value(op.logits), op.normalize
-            return lambda n, _: cl.route(logits.address, _device_routing(routing, buffers), n, normalize=normalize)
-        y, out, width = self._value(op.y), self._value(op.out), op.out.width
+            logits, scoring, normalize = self.buffer_of(op.logits), op.scoring.value, op.normalize
+            return lambda n, _: cl.route(
+                logits.address, _device_routing(routing, buffers), n, scoring, normalize=normalize
+            )
+        y, out, width = self.buffer_of(op.y), self.buffer_of(op.out), op.out.width
         return lambda n, _: [cl.combine(y.address, _device_routing(routing, buffers), out.address, width, n)]
 
     def _attention(self, op: p.Attention) -> Build:
-        q, k, v, out = (self._value(value) for value in (op.q, op.k, op.v, op.out))
-        k_cache, v_cache = self._caches[op.layer]
+        assert op.v is not None  # _require_kernel
+        q, k, v, out = (self.buffer_of(value) for value in (op.q, op.k, op.v, op.out))
         n_kv_heads, n_ctx = self._program.n_kv_heads, self._program.n_ctx
+        k_cache, v_cache = (self._new(2 * n_kv_heads * n_ctx * op.head_dim) for _ in range(2))
         shape = ck.AttentionShape(op.q.width // op.head_dim, n_kv_heads, op.head_dim, n_ctx, op.window, op.scale)
         splits = shape.splits(1, 2 * self._device.n_processors)
         partial_bytes = 4 * shape.partial_floats(1, splits)
@@ -253,6 +278,27 @@ class CUDAProgram:
             return launches + ck.attention(shape, addresses, n, splits if n == 1 else 1)
 
         return build
+
+
+def _places(experts: NDArray[np.int32] | None, n_experts: int) -> NDArray[np.int32] | None:
+    """Which of a part's matrices each expert has, -1 for those of other parts: int32 [n_experts]."""
+    if experts is None:
+        return None
+    places = np.full(n_experts, -1, np.int32)
+    places[experts] = np.arange(len(experts))
+    return places
+
+
+def _require_kernel(op: p.Op) -> None:
+    """CQError for what only the CPU computes."""
+    if isinstance(op, p.RmsNorm) and op.bias is not None:
+        raise CQError("--cuda: norms with biases (phimoe) are not supported")
+    if isinstance(op, p.Route) and op.scoring is p.Scoring.SPARSEMIXER:
+        raise CQError("--cuda: SparseMixer routing (phimoe) is not supported")
+    if isinstance(op, p.CopyColumns) or (isinstance(op, p.Attention) and op.v is None):
+        raise CQError("--cuda: latent attention over a compressed KV cache (DeepSeek-V2) is not supported")
+    if isinstance(op, p.Route) and (op.top_groups or op.scale != 1):
+        raise CQError("--cuda: experts chosen by groups, or weights that are scaled, are not supported")
 
 
 def _address(buffer: Buffer | None) -> int:

@@ -10,10 +10,10 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import CQType, Sidecars, hadamard
+from pyggml_bridge.format import CQType, Sidecars, hadamard, is_later_section
 from pyggml_bridge.output import complete_file
 from pyggml_bridge.reader import GGUFFile, Tensor
-from pyggml_bridge.weights import Weights
+from pyggml_bridge.weights import Matrix, Weights
 
 TYPES = {"f16": GGMLQuantizationType.F16, "f32": GGMLQuantizationType.F32, "q8_0": GGMLQuantizationType.Q8_0}
 
@@ -23,9 +23,11 @@ def export(source: Path, out: Path, kind: GGMLQuantizationType) -> None:
     file = GGUFFile(source)
     weights = Weights(file)
     clustered = {name for name, tensor in file.tensors.items() if int(tensor.type) in list(CQType)}
-    converted = clustered | {name for name in file.tensors if _is_transformed(weights, name)}
-    sidecars = {name for weight in clustered for name in vars(Sidecars.of(weight)).values()}
-    kept = {name: tensor for name, tensor in file.tensors.items() if name not in sidecars}
+    cut = {name for name in file.tensors if Sidecars.of(name).experts in file.tensors}
+    converted = clustered | cut | {name for name in file.tensors if _is_transformed(weights, name)}
+    absorbed = {name for weight in clustered | cut for name in vars(Sidecars.of(weight)).values()}
+    absorbed |= {name for name in cut if is_later_section(name)}
+    kept = {name: tensor for name, tensor in file.tensors.items() if name not in absorbed}
     with complete_file(out) as part:
         writer = GGUFWriter(part, str(file.get("general.architecture", str)))
         for key, value in file.metadata.items():
@@ -34,9 +36,9 @@ def export(source: Path, out: Path, kind: GGMLQuantizationType) -> None:
                 writer.add_key_value(key, value, value_type, item_type)
         for name, tensor in kept.items():
             target = kind if name in converted else tensor.type
-            shape = (
-                quant_shape_to_byte_shape(tensor.shape, target) if target == GGMLQuantizationType.Q8_0 else tensor.shape
-            )
+            shape = (weights.n_experts, *tensor.shape[1:]) if name in cut else tensor.shape
+            if target == GGMLQuantizationType.Q8_0:
+                shape = quant_shape_to_byte_shape(shape, target)
             dtype = np.uint8 if target == GGMLQuantizationType.Q8_0 else _DTYPES[target]
             nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
             writer.add_tensor_info(name, shape, np.dtype(dtype), nbytes, raw_dtype=target)
@@ -56,13 +58,22 @@ def _is_transformed(weights: Weights, name: str) -> bool:
     return "ffn_down" in name and name.endswith(".weight") and weights.file.get("cq.hadamard.ffn_down", int, 0) > 0
 
 
+def _dequantized(matrix: Matrix) -> NDArray[np.float32]:
+    """Float32 [n_experts, n_rows, n_cols]."""
+    values = matrix.clustered.dequantize() if matrix.clustered else dequantize(matrix.data, matrix.type)
+    return values.reshape(matrix.n_experts, matrix.n_rows, matrix.n_cols)
+
+
 def _converted(weights: Weights, tensor: Tensor, kind: GGMLQuantizationType) -> NDArray[np.uint8]:
     *experts, n_rows, n_cols = tensor.shape
-    matrix = weights.matrix(tensor.name, n_rows, n_cols, *experts)
-    if matrix.clustered is not None:
-        values = matrix.clustered.dequantize()
+    if experts:
+        n = weights.n_experts if weights.has(Sidecars.of(tensor.name).experts) else experts[0]  # else maybe of heads
+        parts = weights.experts(tensor.name, n_rows, n_cols, n)
+        values = np.empty((n, n_rows, n_cols), np.float32)
+        for part in parts:
+            values[... if part.experts is None else part.experts] = _dequantized(part)
     else:
-        values = dequantize(matrix.data, matrix.type).reshape(tensor.shape)
+        values = _dequantized(weights.matrix(tensor.name, n_rows, n_cols))[0]
     if _is_transformed(weights, tensor.name):
         values = hadamard(values, weights.hadamard("ffn_down", n_cols))
     if kind == GGMLQuantizationType.F16 and np.abs(values).max(initial=0) > np.finfo(np.float16).max:

@@ -16,7 +16,8 @@ The effective weight is an int8 times the row's scale, so that a kernel's whole 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from enum import IntEnum
 
 import numpy as np
@@ -79,17 +80,28 @@ def register() -> None:
 
 @dataclass(frozen=True)
 class Sidecars:
-    """Names of the tensors beside a clustered weight."""
+    """Names of the tensors beside a clustered weight. experts: also beside other parts of a weight cut by type."""
 
     centroids: str
     scales: str
     group_scales: str
+    experts: str
 
     @classmethod
     def of(cls, weight: str) -> Sidecars:
-        """`blk.0.attn_q.weight` -> `blk.0.attn_q.{centroids,scales,group_scales}`."""
+        """`blk.0.attn_q.weight` -> `blk.0.attn_q.{centroids,scales,group_scales,experts}`."""
         stem = weight.removesuffix(".weight")
-        return cls(f"{stem}.centroids", f"{stem}.scales", f"{stem}.group_scales")
+        return cls(*(f"{stem}.{field.name}" for field in fields(cls)))
+
+
+def section_name(weight: str, index: int) -> str:
+    """The index-th part of a weight whose experts have several types: `S.weight`, `S.1.weight`, `S.2.weight`, ..."""
+    return weight if index == 0 else f"{weight.removesuffix('.weight')}.{index}.weight"
+
+
+def is_later_section(weight: str) -> bool:
+    """Whether this is the name of a part of a weight, other than the first."""
+    return re.search(r"\.\d+\.weight$", weight) is not None
 
 
 def packed_shape(shape: tuple[int, ...], cq: CQType) -> tuple[int, ...]:

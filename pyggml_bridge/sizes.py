@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyggml_bridge.format import CQType, Sidecars
+from pyggml_bridge.format import Sidecars
 from pyggml_bridge.reader import GGUFFile, Tensor
 
 EMBEDDINGS_AND_HEAD = ("token_embd.weight", "output.weight")
@@ -29,10 +29,9 @@ class TensorSize:
 def tensor_sizes(file: GGUFFile) -> list[TensorSize]:
     """Every tensor of the file in file order, sidecars counted with their weight."""
     beside: dict[str, list[Tensor]] = {}
-    for name, tensor in file.tensors.items():
-        if int(tensor.type) in list(CQType):
-            names = Sidecars.of(name)
-            candidates = (names.centroids, names.scales, names.group_scales)
+    for name in file.tensors:
+        if name.endswith(".weight"):
+            candidates = vars(Sidecars.of(name)).values()
             beside[name] = [file.tensors[c] for c in candidates if c in file.tensors]
     sidecars = {tensor.name for tensors in beside.values() for tensor in tensors}
     return [

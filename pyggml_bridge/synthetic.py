@@ -20,8 +20,22 @@ Q8_0_BLOCK = np.dtype([("scale", np.float16), ("values", np.int8, 32)])
 
 
 @dataclass(frozen=True)
+class Latent:
+    """DeepSeek-V2's attention. rank: of the latent; nope, rope: columns of a query head; value: of a head's values."""
+
+    rank: int
+    nope: int
+    rope: int
+    value: int
+
+
+@dataclass(frozen=True)
 class Shape:
-    """Dimensions of a Mixture of Experts, by llama.cpp's names; ffn: of one expert."""
+    """Dimensions of a Mixture of Experts, by llama.cpp's names; ffn: of one expert.
+
+    shared: experts that every token goes to, beside the others; dense_layers: without experts, dense_ffn wide; latent:
+    in place of kv_heads and head_dim.
+    """
 
     arch: str
     layers: int
@@ -35,11 +49,38 @@ class Shape:
     vocab: int
     rope_base: float
     head_norms: bool = False
+    shared: int = 0
+    dense_layers: int = 0
+    dense_ffn: int = 0
+    latent: Latent | None = None
+    biases: bool = False  # of norms, attention and head
+    window: int = 0
+    jitter: float | None = None  # of SparseMixer routing
 
 
 SHAPES = {
     "qwen3-30b-a3b": Shape("qwen3moe", 48, 2048, 32, 4, 128, 768, 128, 8, 151936, 1e6, head_norms=True),
     "mixtral-8x7b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 8, 2, 32000, 1e6),
+    "deepseek-v2-lite": Shape(
+        "deepseek2",
+        27,
+        2048,
+        16,
+        1,
+        576,
+        1408,
+        64,
+        6,
+        102400,
+        1e4,
+        shared=2,
+        dense_layers=1,
+        dense_ffn=10944,
+        latent=Latent(512, 128, 64, 128),
+    ),
+    "phi-mini-moe": Shape(
+        "phimoe", 32, 4096, 32, 8, 128, 960, 16, 2, 32064, 1e4, biases=True, window=2047, jitter=0.01
+    ),
 }
 
 
@@ -64,6 +105,8 @@ def synthetic_bytes(shape: Shape, layers: int, cq: CQType = CQType.CQ4) -> int:
 def write_synthetic(path: Path, shape: Shape, layers: int, cq: CQType = CQType.CQ4) -> None:
     """Write a GGUF file of so many layers: linears of a clustered type, embedding Q8_0, head CQ5, router F32.
 
+    Of a latent attention the expansions attn_k_b and attn_v_b are Q8_0, as cq-convert writes them.
+
     Weights are small enough for finite activations and mean nothing; there is no tokenizer.
     """
     register()
@@ -87,17 +130,28 @@ def _write_keys(writer: GGUFWriter, s: Shape, layers: int, cq: CQType) -> None:
     writer.add_block_count(layers)
     writer.add_context_length(32768)
     writer.add_embedding_length(s.hidden)
-    writer.add_feed_forward_length(s.ffn)
+    writer.add_feed_forward_length(s.dense_ffn or s.ffn)
     writer.add_expert_feed_forward_length(s.ffn)
     writer.add_head_count(s.heads)
-    writer.add_head_count_kv(s.kv_heads)
-    writer.add_key_length(s.head_dim)
-    writer.add_value_length(s.head_dim)
-    writer.add_rope_dimension_count(s.head_dim)
+    if s.latent:
+        _write_latent_keys(writer, s.latent)
+    else:
+        writer.add_head_count_kv(s.kv_heads)
+        writer.add_key_length(s.head_dim)
+        writer.add_value_length(s.head_dim)
+        writer.add_rope_dimension_count(s.head_dim)
+    if s.shared:
+        writer.add_expert_shared_count(s.shared)
+    if s.dense_layers:
+        writer.add_leading_dense_block_count(s.dense_layers)
     writer.add_rope_freq_base(s.rope_base)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_expert_count(s.experts)
     writer.add_expert_used_count(s.top_k)
+    if s.window:
+        writer.add_sliding_window(s.window)
+    if s.jitter is not None:
+        writer.add_float32(f"{s.arch}.router_jitter_noise", s.jitter)
     writer.add_uint32("cq.version", VERSION)
     writer.add_uint32("cq.bits", cq.bits)
     writer.add_int32("cq.group_size", -1)
@@ -107,30 +161,81 @@ def _write_keys(writer: GGUFWriter, s: Shape, layers: int, cq: CQType) -> None:
     writer.add_uint32("cq.hadamard.ffn_down", HADAMARD)
 
 
+def _write_latent_keys(writer: GGUFWriter, latent: Latent) -> None:
+    writer.add_head_count_kv(1)
+    writer.add_kv_lora_rank(latent.rank)
+    writer.add_key_length(latent.rank + latent.rope)
+    writer.add_value_length(latent.rank)
+    writer.add_key_length_mla(latent.nope + latent.rope)
+    writer.add_value_length_mla(latent.value)
+    writer.add_rope_dimension_count(latent.rope)
+
+
 def _tensors(s: Shape, layers: int, cq: CQType) -> Iterator[_Tensor]:
-    f32 = GGMLQuantizationType.F32
-    q_width, kv_width = s.heads * s.head_dim, s.kv_heads * s.head_dim
     yield _q8_0("token_embd.weight", s.vocab, s.hidden)
     for i in range(layers):
         block = f"blk.{i}"
-        norms = {"attn_norm": s.hidden, "ffn_norm": s.hidden}
-        norms |= {"attn_q_norm": s.head_dim, "attn_k_norm": s.head_dim} if s.head_norms else {}
-        for name, width in norms.items():
-            yield _Tensor(f"{block}.{name}.weight", (width,), np.float32, f32)
-        yield from _clustered(f"{block}.attn_q.weight", (q_width, s.hidden), cq)
-        yield from _clustered(f"{block}.attn_k.weight", (kv_width, s.hidden), cq)
-        yield from _clustered(f"{block}.attn_v.weight", (kv_width, s.hidden), cq)
-        yield from _clustered(f"{block}.attn_output.weight", (s.hidden, q_width), cq)
-        yield _Tensor(f"{block}.ffn_gate_inp.weight", (s.experts, s.hidden), np.float32, f32)
-        yield from _clustered(f"{block}.ffn_gate_exps.weight", (s.experts, s.ffn, s.hidden), cq)
-        yield from _clustered(f"{block}.ffn_up_exps.weight", (s.experts, s.ffn, s.hidden), cq)
-        yield from _clustered(f"{block}.ffn_down_exps.weight", (s.experts, s.hidden, s.ffn), cq)
-    yield _Tensor("output_norm.weight", (s.hidden,), np.float32, f32)
+        yield _float32(f"{block}.attn_norm.weight", s.hidden)
+        yield _float32(f"{block}.ffn_norm.weight", s.hidden)
+        if s.biases:
+            yield from _biases(s, block)
+        yield from _latent_attention(s, s.latent, block, cq) if s.latent else _attention(s, block, cq)
+        yield from _gated(block, "", (s.dense_ffn, s.hidden), cq) if i < s.dense_layers else _experts(s, block, cq)
+    yield _float32("output_norm.weight", s.hidden)
+    for name, width in (("output_norm", s.hidden), ("output", s.vocab)) if s.biases else ():
+        yield _float32(f"{name}.bias", width)
     yield from _clustered("output.weight", (s.vocab, s.hidden), HEAD)
 
 
-def _q8_0(name: str, rows: int, cols: int) -> _Tensor:
-    return _Tensor(name, (rows, cols // 32 * Q8_0_BLOCK.itemsize), np.uint8, GGMLQuantizationType.Q8_0)
+def _attention(s: Shape, block: str, cq: CQType) -> Iterator[_Tensor]:
+    q_width, kv_width = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    if s.head_norms:
+        yield _float32(f"{block}.attn_q_norm.weight", s.head_dim)
+        yield _float32(f"{block}.attn_k_norm.weight", s.head_dim)
+    yield from _clustered(f"{block}.attn_q.weight", (q_width, s.hidden), cq)
+    yield from _clustered(f"{block}.attn_k.weight", (kv_width, s.hidden), cq)
+    yield from _clustered(f"{block}.attn_v.weight", (kv_width, s.hidden), cq)
+    yield from _clustered(f"{block}.attn_output.weight", (s.hidden, q_width), cq)
+
+
+def _biases(s: Shape, block: str) -> Iterator[_Tensor]:
+    for name in ("attn_norm", "ffn_norm", "attn_output"):
+        yield _float32(f"{block}.{name}.bias", s.hidden)
+    for name, heads in (("attn_q", s.heads), ("attn_k", s.kv_heads), ("attn_v", s.kv_heads)):
+        yield _float32(f"{block}.{name}.bias", heads * s.head_dim)
+
+
+def _latent_attention(s: Shape, a: Latent, block: str, cq: CQType) -> Iterator[_Tensor]:
+    yield _float32(f"{block}.attn_kv_a_norm.weight", a.rank)
+    yield from _clustered(f"{block}.attn_q.weight", (s.heads * (a.nope + a.rope), s.hidden), cq)
+    yield from _clustered(f"{block}.attn_kv_a_mqa.weight", (a.rank + a.rope, s.hidden), cq)
+    yield _q8_0(f"{block}.attn_k_b.weight", s.heads, a.rank, a.nope)
+    yield _q8_0(f"{block}.attn_v_b.weight", s.heads, a.value, a.rank)
+    yield from _clustered(f"{block}.attn_output.weight", (s.hidden, s.heads * a.value), cq)
+
+
+def _experts(s: Shape, block: str, cq: CQType) -> Iterator[_Tensor]:
+    yield _float32(f"{block}.ffn_gate_inp.weight", s.experts, s.hidden)
+    yield from _gated(block, "_exps", (s.experts, s.ffn, s.hidden), cq)
+    if s.shared:
+        yield from _gated(block, "_shexp", (s.shared * s.ffn, s.hidden), cq)
+
+
+def _gated(block: str, suffix: str, shape: tuple[int, ...], cq: CQType) -> Iterator[_Tensor]:
+    """Gate and up [..., ffn, hidden], down [..., hidden, ffn]."""
+    *lead, ffn, hidden = shape
+    yield from _clustered(f"{block}.ffn_gate{suffix}.weight", shape, cq)
+    yield from _clustered(f"{block}.ffn_up{suffix}.weight", shape, cq)
+    yield from _clustered(f"{block}.ffn_down{suffix}.weight", (*lead, hidden, ffn), cq)
+
+
+def _float32(name: str, *shape: int) -> _Tensor:
+    return _Tensor(name, shape, np.float32, GGMLQuantizationType.F32)
+
+
+def _q8_0(name: str, *shape: int) -> _Tensor:
+    *rows, cols = shape
+    return _Tensor(name, (*rows, cols // 32 * Q8_0_BLOCK.itemsize), np.uint8, GGMLQuantizationType.Q8_0)
 
 
 def _clustered(name: str, shape: tuple[int, ...], cq: CQType) -> Iterator[_Tensor]:

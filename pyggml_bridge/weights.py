@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,25 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import BLOCK, CODEBOOK_ROWS, MAX_COLS, VERSION, Clustered, CQType, Sidecars
+from pyggml_bridge.format import BLOCK, CODEBOOK_ROWS, MAX_COLS, VERSION, Clustered, CQType, Sidecars, section_name
 from pyggml_bridge.reader import GGUFFile, Tensor
 
+MAX_SECTIONS = 8  # parts of a weight cut by its experts' types: one for each type there is
+_GGML_TYPES: dict[Any, GGMLQuantizationType] = {
+    np.float32: GGMLQuantizationType.F32,
+    np.int32: GGMLQuantizationType.I32,
+    np.int8: GGMLQuantizationType.I8,
+}
 PLAIN_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [n_experts, n_rows, n_cols] in a type the kernels multiply; `clustered` holds the parts of a CQ type."""
+    """A weight [n_experts, n_rows, n_cols] in a type the kernels multiply; `clustered` holds the parts of a CQ type.
+
+    experts: int32 [n_experts], whose matrices these are where the weight is cut by type; None: all experts in order.
+    section: which part of the weight this is.
+    """
 
     name: str
     type: GGMLQuantizationType
@@ -27,6 +37,8 @@ class Matrix:
     n_cols: int
     data: NDArray[np.uint8]
     clustered: Clustered | None = None
+    experts: NDArray[np.int32] | None = None
+    section: int = 0
 
     @property
     def is_quantized(self) -> bool:
@@ -67,6 +79,13 @@ class Weights:
             raise CQError(f"{self.file.path}: the key {key} is {block}, expected a power of two that divides {width}")
         return block
 
+    @property
+    def n_experts(self) -> int:
+        """Experts of a layer that has any, 0 in a dense model."""
+        arch: str = self.file.get("general.architecture", str)
+        count: int = self.file.get(f"{arch}.expert_count", int, 0)
+        return count
+
     def has(self, name: str) -> bool:
         """Whether the file has this tensor."""
         return name in self.file.tensors
@@ -80,9 +99,9 @@ class Weights:
             raise CQError(f"{self.file.path}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
         return tensor
 
-    def _typed(self, name: str, shape: tuple[int, ...], dtype: type[np.float32] | type[np.int8]) -> NDArray[Any]:
+    def _typed(self, name: str, shape: tuple[int, ...], dtype: type[np.number[Any]]) -> NDArray[Any]:
         tensor = self.tensor(name, shape)
-        expected = GGMLQuantizationType.F32 if dtype is np.float32 else GGMLQuantizationType.I8
+        expected = _GGML_TYPES[dtype]
         if tensor.type != expected:
             raise CQError(f"{self.file.path}: tensor {name} is {tensor.type.name}, expected {expected.name}")
         return tensor.data.view(dtype).reshape(shape)
@@ -108,6 +127,21 @@ class Weights:
         if n_cols > MAX_COLS:
             raise CQError(f"{self.file.path}: tensor {name} has {n_cols} columns, more than {MAX_COLS}")
         return Matrix(name, tensor.type, experts, n_rows, n_cols, tensor.data, self._clustered(tensor, lead, n_cols))
+
+    def experts(self, name: str, n_rows: int, n_cols: int, n_experts: int) -> tuple[Matrix, ...]:
+        """The weight [n_experts, n_rows, n_cols] of all experts: one matrix, or one for each of the experts' types."""
+        if not self.has(Sidecars.of(name).experts):
+            return (self.matrix(name, n_rows, n_cols, n_experts),)
+        parts: list[Matrix] = []
+        while self.has(part := section_name(name, len(parts))) and len(parts) < MAX_SECTIONS:
+            tensor = self.file.tensors.get(Sidecars.of(part).experts)
+            n = tensor.shape[0] if tensor is not None and tensor.shape else 0
+            ids = self._typed(Sidecars.of(part).experts, (n,), np.int32)
+            parts.append(replace(self.matrix(part, n_rows, n_cols, n), experts=ids, section=len(parts)))
+        ids = np.concatenate([part.experts for part in parts if part.experts is not None])
+        if not np.array_equal(np.sort(ids), np.arange(n_experts)):
+            raise CQError(f"{self.file.path}: the parts of {name} do not hold each of {n_experts} experts once")
+        return tuple(parts)
 
     def _clustered(self, tensor: Tensor, lead: tuple[int, ...], n_cols: int) -> Clustered:
         cq, names = CQType(int(tensor.type)), Sidecars.of(tensor.name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from codequant_converter import arch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -49,6 +50,7 @@ class TinyModel:
                     parameter.uniform_(0.5, 1.5)
                 if "bias" in name:
                     parameter.uniform_(-0.5, 0.5)
+        arch.find(self.model_type).correct_rope(model.get_decoder().rotary_emb)
         return model
 
     def save(self, folder: Path, seed: int = 0) -> torch.nn.Module:
@@ -80,6 +82,18 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.5, 1.8, 2.0, 2.5, 3.0],
+    "long_factor": [1.0, 1.5, 2.5, 4.0, 8.0, 12.0, 20.0, 30.0],
+    "short_mscale": 1.1,
+    "long_mscale": 1.25,
+    "original_max_position_embeddings": 24,  # tests run 32 tokens and more
+}
+
+PHIMOE = {"num_local_experts": 6, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True}
+
 QWEN3_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 
 QWEN2_MOE = {
@@ -87,6 +101,32 @@ QWEN2_MOE = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 128,
+}
+
+# Dense first layer, experts and two shared ones after it; narrow heads whose keys, values and rope differ in width.
+DEEPSEEK_V2 = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 64,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 64,
+}
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
 }
 
 MODELS = {
@@ -129,7 +169,67 @@ MODELS = {
         "qwen2_moe",
         QWEN2_MOE | {"num_experts_per_tok": 1, "hidden_size": 192, "shared_expert_intermediate_size": 64},
     ),
+    "deepseek_v2": TinyModel("deepseek_v2", DEEPSEEK_V2 | {"rope_parameters": YARN}),
+    "deepseek_v2-q-lora-groups": TinyModel(
+        "deepseek_v2",
+        DEEPSEEK_V2
+        | {
+            "q_lora_rank": 64,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 2,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 8, "factor": 8.0},
+        },
+    ),
+    "deepseek_v2-tied": TinyModel(
+        "deepseek_v2",
+        DEEPSEEK_V2
+        | {
+            "tie_word_embeddings": True,
+            "q_lora_rank": 64,
+            "hidden_size": 192,
+            "kv_lora_rank": 128,
+            "qk_nope_head_dim": 64,
+            "v_head_dim": 64,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 0,
+            "n_routed_experts": 5,
+        },
+    ),
+    "deepseek_v2-top-1": TinyModel(
+        "deepseek_v2", DEEPSEEK_V2 | {"num_experts_per_tok": 1, "rope_parameters": YARN | {"mscale_all_dim": 0.0}}
+    ),
     "olmoe": TinyModel("olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
     "olmoe-tied": TinyModel("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True}),
+    "phimoe": TinyModel("phimoe", PHIMOE),
+    "phimoe-longrope-long": TinyModel("phimoe", PHIMOE | {"rope_parameters": LONGROPE, "router_jitter_noise": 0.2}),
+    "phimoe-longrope-short": TinyModel(
+        "phimoe",
+        PHIMOE
+        | {
+            "rope_parameters": LONGROPE | {"original_max_position_embeddings": 200},
+            "attention_bias": False,
+            "num_key_value_heads": 6,
+        },
+    ),
+    "phimoe-window-wide-heads": TinyModel(
+        "phimoe",
+        PHIMOE | {"sliding_window": 17, "lm_head_bias": False, "num_local_experts": 4, "hidden_size": 192},
+        head_dim=64,
+    ),
+    "phimoe-tied-no-biases": TinyModel(
+        "phimoe",
+        PHIMOE
+        | {
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "lm_head_bias": False,
+            "hidden_size": 192,
+        },
+    ),
     "olmoe-mha": TinyModel("olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 6}),
 }

@@ -43,8 +43,8 @@ class Layer:
         tensors = self.quantized.tensors
         clustered = [linear for linear in checkpoint.arch.linears if tensors[linear.name].fits]
         self.books = [Codebooks(linear, tensors[linear.name], quantizer.basis(linear)) for linear in clustered]
-        self.pair = LayerPair(stream, stream.module(0, model.layer(0)), {})
-        self.effective = quantizer.effective(tensors)
+        self.pair = LayerPair(stream, checkpoint.arch, stream.module(0, model.layer(0)), {})
+        self.effective = quantizer.effective(checkpoint.arch, tensors)
 
     def tune(self, router_weight: float = 1.0):
         tuner = CentroidTuner(self.hidden.clone(), router_weight, seed=4)

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from codequant_converter import arch
-from codequant_converter.architecture import head_dim_of
+from codequant_converter.architecture import value_dim_of
 from codequant_converter.checkpoint import open_checkpoint
 from codequant_converter.fold import fold_norms
 from codequant_converter.rotation import random_rotation
@@ -16,7 +16,7 @@ from codequant_converter.transform import TransformedModel
 from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
 from pyggml_bridge.errors import CQError
-from tests.models import MODELS, VOCAB, TinyModel
+from tests.models import DEEPSEEK_V2, LONGROPE, MODELS, VOCAB, YARN, TinyModel
 
 TOLERANCE = 1e-3  # of the logit range
 TOKENS = torch.arange(60).mul(37).remainder(VOCAB)[None]
@@ -36,7 +36,7 @@ def streamed_logits(model: TransformedModel) -> torch.Tensor:
     hidden = model.embedding()[TOKENS]
     for i in range(model.checkpoint.config.num_hidden_layers):
         stream.forward(stream.module(i, model.layer(i)), hidden)
-    return (stream.final_norm(hidden) @ model.head().T)[0]
+    return model.logits(stream.final_norm(hidden))[0]
 
 
 def assert_same(logits: torch.Tensor, original: torch.Tensor) -> None:
@@ -45,8 +45,9 @@ def assert_same(logits: torch.Tensor, original: torch.Tensor) -> None:
 
 def test_fold_keeps_logits(case):
     checkpoint, original = case
-    folded = fold_norms(checkpoint.arch, checkpoint.layer(0))
-    assert all((folded[norm.name] == 1).all() for norm in checkpoint.arch.norms)
+    layer = checkpoint.arch_of(0)
+    folded = fold_norms(layer, checkpoint.layer(0))
+    assert all((folded[norm.name] == 1).all() for norm in layer.norms)
     assert_same(streamed_logits(TransformedModel(checkpoint)), original)
 
 
@@ -58,7 +59,7 @@ def test_rotation_keeps_logits(case):
 
 def test_rotated_heads_keep_logits(case):
     checkpoint, original = case
-    rotated = TransformedModel(checkpoint, None, random_rotation(head_dim_of(checkpoint.config), seed=5))
+    rotated = TransformedModel(checkpoint, None, random_rotation(value_dim_of(checkpoint.config), seed=5))
     before, after = TransformedModel(checkpoint).layer(1), rotated.layer(1)
     for name in (checkpoint.arch.heads.value, checkpoint.arch.heads.output):
         assert not torch.allclose(before[name], after[name])
@@ -70,7 +71,8 @@ def test_permutation_keeps_logits(case):
     checkpoint, original = case
     permuted = TransformedModel(checkpoint, permute_block=8)
     before, after = TransformedModel(checkpoint).layer(1), permuted.layer(1)
-    for name in (*(group.consumer for group in checkpoint.arch.channels), checkpoint.arch.heads.output):
+    layer = checkpoint.arch_of(1)
+    for name in (*(group.consumer for group in layer.channels), layer.heads.output):
         assert not torch.equal(before[name], after[name])
     assert_same(streamed_logits(permuted), original)
 
@@ -78,18 +80,21 @@ def test_permutation_keeps_logits(case):
 def test_all_stages_keep_logits(case):
     checkpoint, original = case
     rotation = random_rotation(checkpoint.config.hidden_size, seed=4)
-    head_rotation = random_rotation(head_dim_of(checkpoint.config), seed=5)
+    head_rotation = random_rotation(value_dim_of(checkpoint.config), seed=5)
     assert_same(streamed_logits(TransformedModel(checkpoint, rotation, head_rotation, permute_block=16)), original)
 
 
-@pytest.mark.parametrize("model_type", arch.supported())
-def test_tensor_names_are_those_of_llama_cpp(model_type):
+@pytest.mark.parametrize("name", MODELS)
+def test_tensor_names_are_those_of_llama_cpp(name):
     """gguf-py lists the tensors that llama.cpp reads for each of its architectures."""
-    described = arch.find(model_type)
+    described = arch.find(MODELS[name].model_type)
     (known,) = [key for key, name in MODEL_ARCH_NAMES.items() if name == described.gguf_name]
     names = {TENSOR_NAMES[tensor].format(bid=0) for tensor in MODEL_TENSORS[known]}
-    for spec in described.specs:
-        assert spec.in_file(0).rpartition(".")[0] in names
+    for layer in (0, 2):
+        specs = described.at(MODELS[name].config(), layer).specs
+        assert specs
+        for spec in specs:
+            assert spec.in_file(0).rpartition(".")[0] in names
 
 
 @pytest.mark.parametrize(
@@ -107,10 +112,32 @@ def test_tensor_names_are_those_of_llama_cpp(model_type):
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window = True"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
         ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob = True"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob = True"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func = 'sigmoid'"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
+        ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        ("deepseek_v2", {"attention_bias": True}, "attention_bias = True"),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias = True"),
+        ("deepseek_v2", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("deepseek_v2", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05"),
+        ("deepseek_v2", {"num_key_value_heads": 2}, "num_key_value_heads = 2"),
+        ("deepseek_v2", {"n_shared_experts": 0}, "n_shared_experts = 0"),
+        ("deepseek_v2", {"num_experts_per_tok": None}, "num_experts_per_tok = None"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 1}, "n_group = 4"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": None}, "topk_group = None"),
+        ("deepseek_v2", {"rope_parameters": YARN | {"truncate": False}}, "truncate = False"),
+        ("deepseek_v2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ("phimoe", {"num_experts_per_tok": 4}, "num_experts_per_tok = 4"),
+        ("phimoe", {"num_local_experts": 1}, "num_local_experts = 1"),
+        ("phimoe", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("phimoe", {"sliding_window": 0}, "sliding_window = 0"),
+        ("phimoe", {"rope_parameters": LONGROPE | {"rope_type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+        ("phimoe", {"rope_parameters": LONGROPE | {"long_factor": [1.0] * 7 + [0.0]}}, "long_factor = [1.0"),
+        ("phimoe", {"rope_parameters": LONGROPE | {"short_factor": [1.0] * 5}}, "short_factor = [1.0"),
     ],
 )
 def test_features_that_are_not_described_are_named(model_type, fields, named):
-    common = {"norm_topk_prob": True} if model_type == "qwen3_moe" else {}
+    common = {"qwen3_moe": {"norm_topk_prob": True}, "deepseek_v2": DEEPSEEK_V2}.get(model_type, {})
     config = TinyModel(model_type, common | fields).config()
     with pytest.raises(CQError, match=re.escape(named)):
         arch.find(model_type).check(config)

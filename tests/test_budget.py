@@ -34,11 +34,11 @@ def settings(model: Path, target: float, *options: str):
 
 def predicted(plan, damage) -> float:
     stems = {f"blk.{i}.{stem}.weight": value for i, layer in enumerate(damage) for stem, value in layer.items()}
-    return sum(stems[t.name] * DISTORTION[t.type] for t in plan.tensors if t.name in stems)
+    return sum(sum(stems[t.name]) * DISTORTION[t.type] for t in plan.tensors if t.name in stems)
 
 
 def test_budget_is_kept_and_more_of_it_is_never_worse(model):
-    damage = [{stem: 10.0 ** ((i * 3 + j * 7) % 5 - 4) for j, stem in enumerate(STEMS)} for i in range(3)]
+    damage = [{stem: [10.0 ** ((i * 3 + j * 7) % 5 - 4)] for j, stem in enumerate(STEMS)} for i in range(3)]
     losses = []
     for target in (3.0, 3.4, 3.9, 4.4, 5.0, 6.0, 8.0):
         chosen = settings(model, target)
@@ -53,7 +53,7 @@ def test_close_to_the_best_of_all_choices(model, target):
     """Against every combination of types of one layer's linears, all others being held by --tensor-type."""
     held = ("--tensor-type", r"blk\.[12]\.(attn|ffn_[dgu].*exps)=cq3", "--tensor-type", r"blk.0.attn_[vk]=cq4")
     chosen = settings(model, target, *held)
-    damage = [dict(zip(STEMS, (0.5, 0.02, 2.0, 0.1, 0.01), strict=True))] * 3
+    damage = [dict(zip(STEMS, ([0.5], [0.02], [2.0], [0.1], [0.01]), strict=True))] * 3
     checkpoint, plan = plan_conversion(chosen)
     found = allocate(plan, damage, chosen, target)
     assert [t.type for t in found.layers[1]] == [t.type for t in plan.layers[1]]
@@ -72,11 +72,40 @@ def test_close_to_the_best_of_all_choices(model, target):
     assert predicted(found, damage) <= 1.35 * best
 
 
+def test_experts_that_matter_more_get_more_bits(model):
+    chosen = settings(model, 4.2)
+    plan = plan_conversion(chosen)[1]
+    n_experts = next(t.shape[0] for t in plan.layers[0] if t.name == "blk.0.ffn_up_exps.weight")
+    damage = [{stem: [10.0 ** (e % 4) for e in range(n_experts if "exps" in stem else 1)] for stem in STEMS}] * 3
+    found = allocate(plan, damage, chosen, 4.2)
+    assert 4.0 < found.bpw <= 4.2
+    experts = next(t for t in found.layers[1] if t.name == "blk.1.ffn_up_exps.weight")
+    order = list(DISTORTION)
+    assert [order.index(kind) for kind in experts.expert_types[:4]] == sorted(
+        order.index(kind) for kind in experts.expert_types[:4]
+    )
+    assert experts.nbytes == sum(4 * len(ids) + section.nbytes for ids, section in experts.sections())
+    uniform = allocate(plan, damage, settings(model, 4.2, "--no-expert-types"), 4.2)
+    assert not any(t.expert_types for t in uniform.tensors) and uniform.bpw <= 4.2
+    assert predicted_by_expert(found, damage) < predicted_by_expert(uniform, damage)
+
+
+def predicted_by_expert(plan, damage) -> float:
+    total = 0.0
+    for tensor in plan.tensors:
+        _, layer, stem, *_ = [*tensor.name.split("."), "", ""]
+        if layer.isdigit() and stem in damage[int(layer)]:
+            values = damage[int(layer)][stem]
+            types = tensor.expert_types or [tensor.type] * len(values)
+            total += sum(value * DISTORTION[kind] for value, kind in zip(values, types, strict=True))
+    return total
+
+
 def test_a_mixed_file_runs(model, tmp_path):
     chosen = settings(model, 4.0)
     report = convert(chosen)
     assert report.plan.bpw <= 4.0 and report.document()["bpw"] == report.plan.bpw
-    kinds = {tensor.type for layer in report.plan.layers for tensor in layer}
+    kinds = {kind for layer in report.plan.layers for tensor in layer for kind in tensor.type.split("+")}
     assert len(kinds & set(DISTORTION)) >= 2
     assert report.check["finite"]
     load_model(str(model / "m.gguf"), n_ctx=64, n_threads=1)

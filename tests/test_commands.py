@@ -15,7 +15,7 @@ import pytest
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from pyggml_bridge.format import hadamard
+from pyggml_bridge.format import CQType, hadamard
 from pyggml_bridge.models import load_model
 from pyggml_bridge.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from tests.byte_tokenizer import byte_keys
@@ -24,13 +24,14 @@ from tests.tiny_gguf import Tiny, write_tiny
 N_CTX = 32
 KEYS = byte_keys()
 MOE = Tiny(vocab=len(KEYS["tokenizer.ggml.tokens"]), n_experts=4, hidden=64, ffn=64, head_dim=16, hadamard=16)
+TYPES = replace(MOE, expert_cqs=(CQType.CQ4, CQType.CQ3T, CQType.CQ2, CQType.CQ3T), codebook_rows=8)
 TEXT = "The history of the hash table begins in 1953, when Luhn wrote a memorandum. " * 3
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
-    dense = write_tiny(folder / "moe.gguf", MOE, KEYS)
+    dense = {name: write_tiny(folder / f"{name}.gguf", t, KEYS) for name, t in (("moe", MOE), ("types", TYPES))}
     (folder / "text.txt").write_text(TEXT + "\n")
     return folder, dense
 
@@ -84,15 +85,24 @@ def test_divergence_from_itself_is_zero_and_from_its_export_is_small(files, tmp_
     assert other["median_kld"] <= other["p99_kld"] <= other["p99_9_kld"] <= other["max_kld"]
 
 
-@pytest.mark.parametrize(("kind", "error"), [("f32", 0), ("f16", 2**-11), ("q8_0", 1 / 127)])
-def test_export_holds_the_dequantized_weights_and_every_other_key(files, tmp_path, kind, error):
+@pytest.mark.parametrize(
+    ("name", "kind", "error"),
+    [
+        ("moe", "f32", 0),
+        ("moe", "f16", 2**-11),
+        ("moe", "q8_0", 1 / 127),
+        ("types", "f32", 0),
+        ("types", "q8_0", 1 / 127),
+    ],
+)
+def test_export_holds_the_dequantized_weights_and_every_other_key(files, tmp_path, name, kind, error):
     folder, dense = files
     out = tmp_path / "out.gguf"
-    assert run("export", folder / "moe.gguf", "--out", out, "--type", kind).returncode == 0
+    assert run("export", folder / f"{name}.gguf", "--out", out, "--type", kind).returncode == 0
     reader = GGUFReader(out)
-    assert {tensor.name for tensor in reader.tensors} == set(dense)
+    assert {tensor.name for tensor in reader.tensors} == set(dense[name])
     for tensor in reader.tensors:
-        want = dense[tensor.name]
+        want = dense[name][tensor.name]
         if "ffn_down" in tensor.name:
             want = hadamard(want, MOE.hadamard)
         got = dequantize(tensor.data, tensor.tensor_type).reshape(want.shape)
@@ -151,7 +161,7 @@ def test_bad_usage_and_bad_input(files, tmp_path):
     assert_refused(run("bench"), "FILE")
     assert_refused(run("bench", model, "--synthetic", "mixtral-8x7b"), "--synthetic")
     assert_refused(run("bench", model, "--layers", 2), "--layers")
-    assert_refused(run("bench", "--synthetic", "phi-mini-moe"), "phi-mini-moe")
+    assert_refused(run("bench", "--synthetic", "phi-maxi-moe"), "phi-maxi-moe")
     assert_refused(run("bench", "--synthetic", "qwen3-30b-a3b", "--layers", 49), "49")
     assert_refused(run("info", tmp_path), str(tmp_path))
     assert_refused(run("export", model, "--out", "/nonexistent/x.gguf"), "/nonexistent")

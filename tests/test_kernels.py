@@ -131,6 +131,9 @@ def test_rms_norm(n: int) -> None:
     wide = x.astype(np.float64)
     want = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + np.float64(np.float32(1e-5))) * weight
     assert (np.abs(out - want) <= 4 * EPS * np.abs(want)).all()  # the scale, two products, one to spare
+    bias, shifted = guarded(rng.normal(size=n).astype(np.float32)), np.empty_like(x)
+    run(lib.CQ_OP_RMS_NORM, "rms_norm", arguments | {"bias": floats(bias), "out": floats(shifted)}, 3)
+    np.testing.assert_array_equal(shifted, out + bias)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -198,23 +201,32 @@ def test_swiglu() -> None:
     assert (np.abs(out - want) <= 1e-6 * np.abs(want) + 1e-35).all()
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "n_kv_heads"),
+    [(64, 64, 2), (80, 80, 2), (128, 128, 2), (96, 64, 2), (64, 80, 6), (72, None, 1), (192, None, 2), (576, None, 1)],
+)
 @pytest.mark.parametrize(
     ("position", "n_tokens", "window"), [(0, 1, 0), (0, 40, 0), (130, 1, 0), (61, 17, 0), (90, 20, 33), (200, 1, 33)]
 )
-def test_attention(head_dim: int, position: int, n_tokens: int, window: int) -> None:
+def test_attention(
+    head_dim: int, value_dim: int | None, n_kv_heads: int, position: int, n_tokens: int, window: int
+) -> None:
+    """value_dim None: the values are the first 64 columns of the keys."""
     rng = np.random.default_rng(position)
-    n_heads, n_kv_heads, n_ctx = 6, 2, position + n_tokens
+    n_heads, n_ctx, width = 6, position + n_tokens, value_dim or 64
     q = guarded(rng.normal(size=(n_tokens, n_heads, head_dim)).astype(np.float32))
-    k, v = (guarded(rng.normal(size=(n_tokens, n_kv_heads, head_dim)).astype(np.float32)) for _ in range(2))
-    k_cache, v_cache = (guarded(rng.normal(size=(n_kv_heads, n_ctx, head_dim)).astype(np.float16)) for _ in range(2))
-    out, scale = np.full_like(q, np.nan), np.float32(head_dim**-0.5)
-    arguments = {"q": floats(q), "k": floats(k), "v": floats(v), "out": floats(out), "n_heads": n_heads}
-    arguments |= {"k_cache": pointer(k_cache, "uint16_t *"), "v_cache": pointer(v_cache, "uint16_t *")}
+    k, v = (guarded(rng.normal(size=(n_tokens, n_kv_heads, n)).astype(np.float32)) for n in (head_dim, width))
+    k_cache, v_cache = (guarded(rng.normal(size=(n_kv_heads, n_ctx, n)).astype(np.float16)) for n in (head_dim, width))
+    out, scale = np.full((n_tokens, n_heads, width), np.nan, np.float32), np.float32(head_dim**-0.5)
+    arguments = {"q": floats(q), "k": floats(k), "out": floats(out), "n_heads": n_heads}
+    arguments |= {"k_cache": pointer(k_cache, "uint16_t *"), "value_dim": width}
+    if value_dim:
+        arguments |= {"v": floats(v), "v_cache": pointer(v_cache, "uint16_t *")}
     arguments |= {"n_kv_heads": n_kv_heads, "head_dim": head_dim, "n_ctx": n_ctx, "window": window, "scale": scale}
     run(lib.CQ_OP_ATTENTION, "attention", arguments, n_tokens, position)
-    for cache, new in ((k_cache, k), (v_cache, v)):
+    for cache, new in ((k_cache, k), (v_cache, v))[: 2 if value_dim else 1]:
         np.testing.assert_array_equal(cache[:, position:], new.astype(np.float16).transpose(1, 0, 2))
+    v_cache = v_cache if value_dim else k_cache[..., :width]
     keys, values = (np.repeat(c.astype(np.float64), n_heads // n_kv_heads, axis=0) for c in (k_cache, v_cache))
     scores = np.einsum("thd,hkd->htk", q.astype(np.float64), keys) * np.float64(scale)
     distance = position + np.arange(n_tokens)[:, None] - np.arange(n_ctx)
@@ -226,6 +238,29 @@ def test_attention(head_dim: int, position: int, n_tokens: int, window: int) -> 
     magnitude = np.einsum("thd,hkd->htk", np.abs(q), np.abs(keys)).max() * scale
     bound = 2 * ((head_dim + 6) * magnitude + 4 + 2 * n_ctx) * EPS * np.abs(values).max()
     assert np.abs(out - want).max() <= bound
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 50])
+def test_each_head_has_a_matrix_of_its_own(tokens: int) -> None:
+    """Without a routing row r is multiplied by matrix r % n_experts."""
+    rng = np.random.default_rng(tokens)
+    n_heads, rows, cols = 3, 37, 64
+    w = guarded(rng.normal(size=(n_heads, rows, cols)).astype(np.float32))
+    x = guarded(rng.normal(size=(tokens, n_heads, cols)).astype(np.float32))
+    out = np.full((tokens, n_heads, rows), np.nan, np.float32)
+    matrix = ffi.new("cq_matrix *", {"type": lib.CQ_F32, "n_experts": n_heads, "n_rows": rows, "n_cols": cols})
+    matrix.data = pointer(w, "uint8_t *")
+    run(lib.CQ_OP_LINEAR, "linear", {"w": matrix, "x": floats(x), "out": floats(out)}, tokens * n_heads)
+    want = np.einsum("thc,hrc->thr", x.astype(np.float64), w)
+    assert np.abs(out - want).max() <= (cols + 1) * EPS * np.einsum("thc,hrc->thr", np.abs(x), np.abs(w)).max()
+
+
+def test_columns_are_copied_between_rows_of_any_width() -> None:
+    x, out = np.arange(35, dtype=np.float32).reshape(5, 7), np.full((5, 4), np.nan, np.float32)
+    arguments = {"x": floats(x) + 2, "out": floats(out) + 1, "x_width": 7, "out_width": 4, "n": 3}
+    run(lib.CQ_OP_COPY, "copy", arguments, 5)
+    np.testing.assert_array_equal(out[:, 1:], x[:, 2:5])
+    assert np.isnan(out[:, 0]).all()
 
 
 def test_measured_limits_are_finite() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pyggml_bridge.format import CQType
 from pyggml_bridge.models import load_model
 from pyggml_bridge.ordering import Access, Ordering
 
@@ -43,11 +44,24 @@ def test_a_barrier_stands_between_all_that_conflict(seed):
                 assert barriers[earlier] < barriers[later]
 
 
+def test_experts_of_several_types_do_not_wait_for_each_other(tmp_path):
+    waiting = []
+    for cqs in ((), (CQType.CQ4, CQType.CQ2, CQType.CQ3, CQType.CQ4)):
+        write_tiny(tmp_path / "m.gguf", Tiny(n_experts=4, expert_cqs=cqs))
+        waiting.append(waits_of(load_model(tmp_path / "m.gguf")))
+    assert sum(waiting[0]) == sum(waiting[1])
+    assert len(waiting[1]) == len(waiting[0]) + 2 * 3 * 2  # two layers, three linears, two more types
+
+
 def test_barriers_of_a_model(tmp_path):
     """Ten a layer of 16 operations: q, rope, attention, its quantizer, attn_output, norm, gate, SwiGLU, down, norm."""
     write_tiny(tmp_path / "m.gguf", Tiny())
-    backend = load_model(tmp_path / "m.gguf")._backend
-    waiting = [op.waits for op in backend._ops]
+    waiting = waits_of(load_model(tmp_path / "m.gguf"))
     embed_norm, select_norm_head = 1, 3  # the first norm has its rows from the embedding
     assert sum(waiting) == 2 * 10 - embed_norm + select_norm_head
     assert len(waiting) > 2 * 16
+
+
+def waits_of(model):
+    ((ops, _),) = model._backend._turns
+    return [op.waits for op in ops]

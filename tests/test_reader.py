@@ -15,6 +15,7 @@ import pytest
 from gguf import GGUFWriter
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import CQType
 from pyggml_bridge.models import load_model
 from pyggml_bridge.reader import GGUFFile
 from tests.fuzz_reader import header_bytes, main
@@ -145,6 +146,20 @@ def test_nan_weights_are_reported_not_returned(tmp_path):
     damaged_path = damaged(tmp_path, data[:at] + struct.pack("<f", float("nan")) + data[at + 4 :])
     with pytest.raises(CQError, match="not finite"):
         load_model(damaged_path).forward(np.arange(4, dtype=np.int32), 0, 1)
+
+
+@pytest.mark.parametrize("ids", [[0, 1], [3, 2], [2, -1], [2, 4], [2, 2**31 - 1]])
+def test_each_expert_is_in_one_part(tmp_path, ids):
+    path = tmp_path / "experts.gguf"
+    write_tiny(path, replace(SMALL, n_experts=4, expert_cqs=(CQType.CQ3, CQType.CQ3, CQType.CQ4, CQType.CQ4)))
+    data = path.read_bytes()
+    at = data.index(struct.pack("<2i", 2, 3), data.index(struct.pack("<2i", 0, 1)))
+    path.write_bytes(data[:at] + struct.pack("<2i", *ids) + data[at + 8 :])
+    if sorted(ids) == [2, 3]:
+        load_model(path)  # any order
+        return
+    with pytest.raises(CQError, match=r"the parts of blk\.0\.ffn_gate_exps\.weight do not hold each of 4 experts once"):
+        load_model(path)
 
 
 @pytest.mark.parametrize("path", ["/nonexistent/model.gguf", "/", "/dev/null"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from transformers.models.phimoe.modeling_phimoe import sparsemixer as transformers_sparsemixer
 
 from pyggml_bridge.native import ffi, lib, pointer
 from pyggml_bridge.program import Scoring
@@ -50,6 +52,69 @@ def test_scores_of_the_best(scoring: Scoring, normalize: bool, n_experts: int, t
         chosen /= chosen.sum(-1, keepdims=True)
     # each exponential: its argument rounded (magnitude below 40) and itself; their sum; the quotients
     np.testing.assert_allclose(weights, chosen, rtol=2 * (40 + n_experts + 6) * EPS)
+
+
+@pytest.mark.parametrize(("n_groups", "top_groups", "top_k"), [(4, 2, 5), (8, 3, 6), (8, 8, 4), (64, 1, 1), (2, 1, 32)])
+def test_only_experts_of_the_best_groups(n_groups: int, top_groups: int, top_k: int) -> None:
+    """DeepSeek-V2's choice: groups by their best expert; then the weights times a constant."""
+    logits = drawn_logits(64)
+    logits[5] = 0.5  # ties go to the lower index
+    ids, weights, _, _ = route(
+        logits, top_k, scoring=Scoring.SOFTMAX.value, n_groups=n_groups, top_groups=top_groups, scale=2.5
+    )
+    best = logits.reshape(N_TOKENS, n_groups, -1).max(-1)
+    chosen = np.argsort(-best, axis=-1, kind="stable")[:, :top_groups]
+    allowed = np.zeros((N_TOKENS, n_groups), bool)
+    np.put_along_axis(allowed, chosen, True, axis=-1)
+    masked = np.where(np.repeat(allowed, 64 // n_groups, axis=-1), logits, -np.inf)
+    np.testing.assert_array_equal(ids, np.argsort(-masked, axis=-1, kind="stable")[:, :top_k])
+    scores = np.take_along_axis(softmax(logits), ids, -1)  # over all experts
+    np.testing.assert_allclose(weights, 2.5 * scores, rtol=2 * (40 + 64 + 7) * EPS)
+
+
+def sparsemixer(logits: np.ndarray, top_k: int, jitter: float) -> tuple[np.ndarray, np.ndarray]:
+    """ids and weights [tokens, top_k]; thresholds in float32, weights in float64."""
+    ids, weights = [], []
+    left = np.ones(logits.shape, bool)
+    for _ in range(top_k):
+        best = np.where(left, logits, -np.inf).argmax(-1)[:, None]
+        top = np.take_along_axis(logits, best, -1)
+        with np.errstate(invalid="ignore"):
+            below = (top - logits) / np.maximum(np.abs(logits), top)
+        kept = left & ~(below > 2 * np.float32(jitter))
+        p = np.where(kept, np.exp(logits.astype(np.float64) - top), 0)
+        ids.append(best)
+        weights.append(1 / p.sum(-1, keepdims=True))
+        np.put_along_axis(left, best, False, -1)
+    return np.concatenate(ids, -1), np.concatenate(weights, -1)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.01, 0.3, 2.0])
+@pytest.mark.parametrize(("n_experts", "top_k"), [(2, 2), (6, 2), (16, 2), (5, 4)])
+def test_sparsemixer_chooses_one_after_the_other(n_experts: int, top_k: int, jitter: float) -> None:
+    logits = drawn_logits(n_experts)
+    logits[3] = 1.0
+    logits[4] = 0.0  # 0 / 0
+    logits[5] = -np.abs(logits[5])  # relative to each logit's own magnitude
+    ids, weights, _, _ = route(logits, top_k, scoring=Scoring.SPARSEMIXER.value, jitter=jitter)
+    want_ids, want_weights = sparsemixer(logits, top_k, jitter)
+    np.testing.assert_array_equal(ids, want_ids)
+    np.testing.assert_allclose(weights, want_weights, rtol=2 * (40 + n_experts + 6) * EPS)
+
+
+@pytest.mark.parametrize("best", [[], [4.0]])  # before the choice that is looked at
+def test_sparsemixer_at_its_thresholds_is_transformers_own(best: list[float]) -> None:
+    """Logits a few units in the last place around the threshold below 1.5."""
+    jitter = 0.01
+    near = np.full(N_TOKENS, 1.5 * (1 - 2 * jitter), np.float32).view(np.int32)
+    near = (near + np.arange(N_TOKENS, dtype=np.int32) - N_TOKENS // 2).view(np.float32)
+    logits = np.stack([*(np.full(N_TOKENS, x, np.float32) for x in (*best, 1.5, -2.0, 0.3)), near], axis=-1)
+    ids, weights, _, _ = route(logits, 2, scoring=Scoring.SPARSEMIXER.value, jitter=jitter)
+    want_weights, want_ids = transformers_sparsemixer(torch.from_numpy(logits), jitter_eps=jitter, training=False)
+    np.testing.assert_array_equal(ids, want_ids.numpy())
+    np.testing.assert_allclose(weights, want_weights.numpy(), rtol=1e-6)
+    looked_at = weights[:, len(best)]
+    assert looked_at.max() == 1 and looked_at.min() < 0.6  # both sides of it
 
 
 def test_slots_are_sorted_by_expert_then_by_token() -> None:

@@ -23,6 +23,11 @@ VARIANTS = {
     "moe-cq3t": Tiny(cq=CQType.CQ3T, n_experts=3, codebook_rows=8, hidden=192, ffn=128),
     "cq4t-biases": Tiny(cq=CQType.CQ4T, codebook_rows=4, biases=True),
     "moe-cq5-shared": Tiny(cq=CQType.CQ5, n_experts=3, codebook_rows=8, hidden=192, ffn=128),
+    "moe-types": Tiny(
+        n_experts=6,
+        expert_cqs=(CQType.CQ4, CQType.CQ3T, CQType.CQ5, CQType.CQ3T, CQType.CQ4, CQType.CQ2T),
+        codebook_rows=8,
+    ),
     "dense-cq2-int4-bias": Tiny(
         cq=CQType.CQ2, activation_bits=4, biases=True, tied=True, scale_group=128, n_kv_heads=4
     ),

@@ -73,7 +73,7 @@ def test_fine_tuning_sees_the_whole_ffn(tmp_path):
     stream = LayerStream(checkpoint)
     layer = checkpoint.layer(1)
     hidden = torch.randn(2, 20, 96, generator=torch.Generator().manual_seed(1))
-    pair = LayerPair(stream, stream.module(1, layer), {})
+    pair = LayerPair(stream, checkpoint.arch_of(1), stream.module(1, layer), {})
     with torch.no_grad():
         before = pair.outputs(hidden)
         after = pair.outputs(hidden, {"ffn_down_shexp": torch.zeros_like(layer["ffn_down_shexp"])})

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
-from pyggml_bridge.format import VERSION, Clustered, CQType, Sidecars, pack, register
+from pyggml_bridge.format import VERSION, Clustered, CQType, Sidecars, pack, register, section_name
 from tests.oracle import random_indices
 
 register()
@@ -17,11 +17,15 @@ register()
 
 @dataclass(frozen=True)
 class Tiny:
-    """Dimensions of a tiny model; n_experts 0: dense."""
+    """Dimensions of a tiny model; n_experts 0: dense. expert_cqs: each expert's type where they differ; shared_ffn:
+    width of an expert for all tokens behind a gate."""
 
+    arch: str = "llama"
     cq: CQType = CQType.CQ4
     n_experts: int = 0
+    expert_cqs: tuple[CQType, ...] = ()
     top_k: int = 2
+    shared_ffn: int = 0
     vocab: int = 320
     hidden: int = 128
     n_layers: int = 2
@@ -39,26 +43,26 @@ class Tiny:
     seed: int = 0
 
 
-def random_clustered(rng: np.random.Generator, shape: tuple[int, ...], t: Tiny) -> Clustered:
+def random_clustered(rng: np.random.Generator, shape: tuple[int, ...], t: Tiny, cq: CQType) -> Clustered:
     *lead, cols = shape
     codebook_cols = min(cols, t.group_size) if t.group_size > 0 else cols
     n_codebooks = -(-cols // codebook_cols)
-    indices = random_indices(rng, shape, t.cq, t.codebook_rows)
+    indices = random_indices(rng, shape, cq, t.codebook_rows)
     books = (*lead[:-1], -(-lead[-1] // t.codebook_rows))
-    centroids = rng.integers(-127, 128, (*books, n_codebooks * t.cq.n_centroids)).astype(np.int8)
+    centroids = rng.integers(-127, 128, (*books, n_codebooks * cq.n_centroids)).astype(np.int8)
     scales = (rng.uniform(0.5, 2.0, lead) / (127 * np.sqrt(cols))).astype(np.float32)
     groups, scale_cols = None, 0
     if t.scale_group > 0:
         scale_cols = min(cols, t.scale_group)
         groups = rng.integers(30, 128, (*lead, -(-cols // scale_cols))).astype(np.int8)
     sizes = codebook_cols, scale_cols, t.codebook_rows
-    return Clustered(t.cq, pack(indices, t.cq, t.codebook_rows), centroids, scales, groups, *sizes)
+    return Clustered(cq, pack(indices, cq, t.codebook_rows), centroids, scales, groups, *sizes)
 
 
 def write_tiny(path: Path, t: Tiny, keys: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
-    """Write a llama-architecture file with these further keys; returns the dequantized float32 weights by name."""
+    """Write a file with these further keys; returns the dequantized float32 weights by name."""
     rng = np.random.default_rng(t.seed)
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, t.arch)
     _write_keys(writer, t)
     for key, value in (keys or {}).items():
         kind = GGUFValueType.get_type(value)
@@ -66,15 +70,27 @@ def write_tiny(path: Path, t: Tiny, keys: dict[str, Any] | None = None) -> dict[
         writer.add_key_value(key, value, kind, item)
     dense: dict[str, np.ndarray] = {}
 
-    def clustered(name: str, *shape: int) -> None:
-        weight = random_clustered(rng, shape, t)
+    def clustered(name: str, *shape: int, cq: CQType = t.cq) -> None:
+        weight = random_clustered(rng, shape, t, cq)
         names = Sidecars.of(name)
-        writer.add_tensor(name, weight.packed, raw_dtype=GGMLQuantizationType(int(t.cq)))
+        writer.add_tensor(name, weight.packed, raw_dtype=GGMLQuantizationType(int(cq)))
         writer.add_tensor(names.centroids, weight.centroids)
         writer.add_tensor(names.scales, weight.scales)
         if weight.group_scales is not None:
             writer.add_tensor(names.group_scales, weight.group_scales)
         dense[name] = weight.dequantize()
+
+    def experts(name: str, *shape: int) -> None:
+        if not t.expert_cqs:
+            clustered(name, t.n_experts, *shape)
+            return
+        whole = np.empty((t.n_experts, *shape), np.float32)
+        for i, cq in enumerate(sorted(set(t.expert_cqs))):
+            section, ids = section_name(name, i), [e for e, own in enumerate(t.expert_cqs) if own is cq]
+            clustered(section, len(ids), *shape, cq=cq)
+            writer.add_tensor(Sidecars.of(section).experts, np.array(ids, np.int32))
+            whole[ids] = dense.pop(section)
+        dense[name] = whole
 
     def plain(name: str, array: np.ndarray, dtype: type = np.float32) -> None:
         writer.add_tensor(name, array.astype(dtype))
@@ -93,9 +109,14 @@ def write_tiny(path: Path, t: Tiny, keys: dict[str, Any] | None = None) -> dict[
         plain(f"{b}.ffn_norm.weight", rng.uniform(0.5, 1.5, t.hidden))
         if t.n_experts:
             plain(f"{b}.ffn_gate_inp.weight", rng.normal(0, 0.2, (t.n_experts, t.hidden)))
-            clustered(f"{b}.ffn_gate_exps.weight", t.n_experts, t.ffn, t.hidden)
-            clustered(f"{b}.ffn_up_exps.weight", t.n_experts, t.ffn, t.hidden)
-            clustered(f"{b}.ffn_down_exps.weight", t.n_experts, t.hidden, t.ffn)
+            experts(f"{b}.ffn_gate_exps.weight", t.ffn, t.hidden)
+            experts(f"{b}.ffn_up_exps.weight", t.ffn, t.hidden)
+            experts(f"{b}.ffn_down_exps.weight", t.hidden, t.ffn)
+            if t.shared_ffn:
+                plain(f"{b}.ffn_gate_inp_shexp.weight", rng.normal(0, 0.2, (1, t.hidden)))
+                clustered(f"{b}.ffn_gate_shexp.weight", t.shared_ffn, t.hidden)
+                clustered(f"{b}.ffn_up_shexp.weight", t.shared_ffn, t.hidden)
+                clustered(f"{b}.ffn_down_shexp.weight", t.hidden, t.shared_ffn)
         else:
             clustered(f"{b}.ffn_gate.weight", t.ffn, t.hidden)
             clustered(f"{b}.ffn_up.weight", t.ffn, t.hidden)
@@ -131,3 +152,5 @@ def _write_keys(writer: GGUFWriter, t: Tiny) -> None:
     if t.n_experts:
         writer.add_expert_count(t.n_experts)
         writer.add_expert_used_count(t.top_k)
+    if t.shared_ffn:
+        writer.add_expert_shared_feed_forward_length(t.shared_ffn)

@@ -41,6 +41,11 @@ def check(config: Any) -> None:
 
 def hparams(config: Any) -> HParams:
     """llama.cpp's keys of a Llama-like model, below `llama.`."""
+    return {**dimensions(config), **rope_hparams(config)}
+
+
+def dimensions(config: Any) -> HParams:
+    """Those that rope scaling has no part in."""
     head_dim = head_dim_of(config)
     return {
         "vocab_size": config.vocab_size,
@@ -54,7 +59,6 @@ def hparams(config: Any) -> HParams:
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "rope.dimension_count": head_dim,
-        **rope_hparams(config),
     }
 
 

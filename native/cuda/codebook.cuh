@@ -129,6 +129,11 @@ struct cq_reader {
     int n_rows, n_codebooks, n_groups, codebook_rows, codebook_blocks, scale_blocks, row_bytes;
 };
 
+/* Which codebook and group scale of its row a block of columns has: divisions, so once for all rows. */
+struct cq_columns {
+    u32 codebook, group;
+};
+
 CQ_DEVICE cq_reader reader_of(const cq_matrix &w, int expert) {
     const int scale_cols = w.scale_cols ? w.scale_cols : w.n_cols;
     cq_reader r;
@@ -150,14 +155,19 @@ CQ_DEVICE const u8 *block_at(const cq_reader &r, int row, int block) {
     return r.data + ((u32)row * (u32)r.row_bytes + (u32)(block * CQ_BLOCK_BYTES));
 }
 
-CQ_DEVICE const i8 *codebook_at(const cq_reader &r, int row, int block) {
-    const u32 book = (u32)(row / r.codebook_rows) * (u32)r.n_codebooks + (u32)(block / r.codebook_blocks);
-    return r.centroids + book * CQ_K;
+CQ_DEVICE cq_columns columns_of(const cq_reader &r, int block) {
+    return {(u32)block / (u32)r.codebook_blocks, (u32)block / (u32)r.scale_blocks};
 }
 
-CQ_DEVICE u32 group_scale_at(const cq_reader &r, int row, int block) {
+/* The division keeps what the GEMV does where a ring begins behind a branch: as a shift, all rings' loads go ahead of
+ * it, and CQ2T spills. */
+CQ_DEVICE const i8 *codebook_at(const cq_reader &r, int row, const cq_columns &columns) {
+    return r.centroids + ((u32)(row / r.codebook_rows) * (u32)r.n_codebooks + columns.codebook) * CQ_K;
+}
+
+CQ_DEVICE u32 group_scale_at(const cq_reader &r, int row, const cq_columns &columns) {
     if (!r.group_scales) return CQ_NO_GROUP_SCALE;
-    return (u32)r.group_scales[(u32)row * (u32)r.n_groups + (u32)(block / r.scale_blocks)];
+    return (u32)r.group_scales[(u32)row * (u32)r.n_groups + columns.group];
 }
 
 /* The row `up` (1 or 2) rows above in the ring of rows that share codebooks; the matrix's last ring may be shorter. */

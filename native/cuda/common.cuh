@@ -46,11 +46,13 @@ struct cq_linear {
     const int *order;    /* [slots] sorted by expert */
     const int *offsets;  /* [n_experts + 1] */
     const int *tiles;    /* [tiles][2]: expert (-1: none) and first item of its tile in order */
+    const int *places;   /* [experts]: which of w's matrices an expert has, -1: none; NULL: all in order */
     float *out;          /* [n_items][n_rows] */
     int n_items, top_k, gather, accumulate;
 };
 
-/* The items of one tile: at [first, last) of order, or rows first .. last - 1 where nothing is routed. */
+/* The items of one tile: at [first, last) of order, or rows first .. last - 1 where nothing is routed. expert: which of
+ * w's matrices they multiply, -1: none. */
 struct cq_tile {
     int expert, first, last;
 };
@@ -58,11 +60,13 @@ struct cq_tile {
 CQ_DEVICE int min_int(int a, int b) { return a < b ? a : b; }
 CQ_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+CQ_DEVICE int place_of(const cq_linear &op, int expert) { return op.places ? op.places[expert] : expert; }
+
 CQ_DEVICE cq_tile tile_at(const cq_linear &op, int index) {
     if (!op.ids) return {0, index * CQ_TILE_TOKENS, min_int(op.n_items, (index + 1) * CQ_TILE_TOKENS)};
     const int expert = op.tiles[2 * index], first = op.tiles[2 * index + 1];
     if (expert < 0) return {-1, 0, 0};
-    return {expert, first, min_int(op.offsets[expert + 1], first + CQ_TILE_TOKENS)};
+    return {place_of(op, expert), first, min_int(op.offsets[expert + 1], first + CQ_TILE_TOKENS)};
 }
 
 /* Row of out of an item, and row of x of that row of out. */

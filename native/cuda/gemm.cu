@@ -112,8 +112,9 @@ CQ_DEVICE cq_fetched fetch_weights(const cq_source &s, int step) {
     f.own = f.above = f.above2 = load_half(block_at(s.r, s.row, step), s.half);
     if (CQ_TRELLIS) f.above = load_half(block_at(s.r, s.row_1, step), s.half);
     if (CQ_TRELLIS) f.above2 = load_half(block_at(s.r, s.row_2, step), s.half);
-    load_codebook(codebook_at(s.r, s.row, step), f.codebook);
-    f.group_scale = group_scale_at(s.r, s.row, step);
+    const cq_columns columns = columns_of(s.r, step);
+    load_codebook(codebook_at(s.r, s.row, columns), f.codebook);
+    f.group_scale = group_scale_at(s.r, s.row, columns);
     return f;
 }
 

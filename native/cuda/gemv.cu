@@ -45,6 +45,7 @@ CQ_DEVICE void add_half(const cq_reader &r, int first_row, int block, int half, 
     cq_half rows[CQ_GEMV_AHEAD], above = {}, above2 = {};
     u32 x[8], codebook[CQ_TABLE], table[CQ_TABLE];
     const int x_sum = load_activations(q + block * CQ_BLOCK, half, x);
+    const cq_columns columns = columns_of(r, block);
 #pragma unroll
     for (int i = 0; i < CQ_GEMV_ROWS; i++) {
 #pragma unroll
@@ -53,11 +54,11 @@ CQ_DEVICE void add_half(const cq_reader &r, int first_row, int block, int half, 
         const cq_half &own = rows[i % CQ_GEMV_AHEAD];
         const int row = min_int(first_row + i, r.n_rows - 1);
         if ((i & (r.codebook_rows - 1)) == 0) { /* a ring begins */
-            load_codebook(codebook_at(r, row, block), codebook);
+            load_codebook(codebook_at(r, row, columns), codebook);
             if (CQ_TRELLIS) above = load_half(block_at(r, row_above(r, row, 1), block), half);
             if (CQ_TRELLIS) above2 = load_half(block_at(r, row_above(r, row, 2), block), half);
         }
-        const u32 g = group_scale_at(r, row, block);
+        const u32 g = group_scale_at(r, row, columns);
         scale_codebook(codebook, g, table);
         sums[i] = dot_half(table, own, above, above2, half, x, sums[i]) - (int)g * x_sum;
         above2 = above, above = own;
@@ -68,7 +69,8 @@ CQ_DEVICE void add_half(const cq_reader &r, int first_row, int block, int half, 
  */
 extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS, 3) gemv(const cq_linear op, int lanes) {
     const int group = (blockIdx.x * CQ_GEMV_THREADS + threadIdx.x) / lanes, lane = threadIdx.x % lanes;
-    const int first_row = group * CQ_GEMV_ROWS, item = blockIdx.y, expert = op.ids ? op.ids[item] : 0;
+    const int first_row = group * CQ_GEMV_ROWS, item = blockIdx.y, expert = op.ids ? place_of(op, op.ids[item]) : 0;
+    if (expert < 0) return;
     const int in = input_row(op, item), row = first_row + lane;
     const cq_reader r = reader_of(op.w, expert);
     const i8 *q = op.q + (long long)in * op.w.n_cols;

@@ -80,7 +80,9 @@ CQ_DEVICE float dot_row(const cq_linear &op, const u8 *row, int in, int lane) {
 extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS) plain_gemv(const cq_linear op) {
     const int row = blockIdx.x * (CQ_GEMV_THREADS / 32) + threadIdx.x / 32, item = blockIdx.y, lane = threadIdx.x % 32;
     if (row >= op.w.n_rows) return; /* a whole warp */
-    const long long expert_row = (long long)(op.ids ? op.ids[item] : 0) * op.w.n_rows + row;
+    const int expert = op.ids ? place_of(op, op.ids[item]) : 0;
+    if (expert < 0) return;
+    const long long expert_row = (long long)expert * op.w.n_rows + row;
     const float sum = sum_lanes(dot_row(op, op.w.data + expert_row * row_bytes(op.w), input_row(op, item), lane), 32);
     if (lane == 0) store_output(op, sum, item, row);
 }

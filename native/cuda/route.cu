@@ -1,7 +1,7 @@
 /* Router: each token's experts, and the slots sorted by expert and dealt into tiles for the GEMM kernels. */
 #include "common.cuh"
 
-enum { CQ_ROUTE_THREADS = 128, CQ_GROUP_THREADS = 256 };
+enum { CQ_ROUTE_THREADS = 128, CQ_GROUP_THREADS = 256, CQ_SIGMOID = 1 /* cq_scoring of cq.h; else softmax */ };
 
 /* The better of two candidates: larger logit, then lower index. An index of -1 is no candidate; NaN beats nothing. */
 CQ_DEVICE bool better(float a, int a_index, float b, int b_index) {
@@ -26,10 +26,12 @@ CQ_DEVICE int best_expert(const float *logits, int n_experts, const int *ids, in
     return index;
 }
 
-/* ids, weights [tokens][top_k]: softmax over all experts of logits [tokens][n_experts], the best top_k, ties to the
- * lower index; normalize: their weights divided by their sum. A warp a token. Grid: tokens / 4. */
+/* ids, weights [tokens][top_k]: of logits [tokens][n_experts] the best top_k, ties to the lower index, and their
+ * softmax over all experts or their sigmoids; normalize: their weights divided by their sum. A warp a token. Grid:
+ * tokens / 4. */
 extern "C" __global__ void __launch_bounds__(CQ_ROUTE_THREADS)
-    route(const float *logits, int *ids, float *weights, int n_tokens, int n_experts, int top_k, int normalize) {
+    route(const float *logits, int *ids, float *weights, int n_tokens, int n_experts, int top_k, int scoring,
+          int normalize) {
     const int token = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= n_tokens) return; /* a whole warp */
     logits += (long long)token * n_experts, ids += token * top_k, weights += token * top_k;
@@ -40,7 +42,8 @@ extern "C" __global__ void __launch_bounds__(CQ_ROUTE_THREADS)
     total = sum_lanes(total, 32);
     for (int rank = 0; rank < top_k; rank++) {
         const int id = best_expert(logits, n_experts, ids, rank, lane);
-        const float weight = expf(logits[id] - largest) / total;
+        const bool sigmoid = scoring == CQ_SIGMOID;
+        const float weight = sigmoid ? 1.0f / (1.0f + expf(-logits[id])) : expf(logits[id] - largest) / total;
         chosen += weight;
         if (lane == 0) ids[rank] = id, weights[rank] = weight;
         __syncwarp(); /* the next round reads ids */

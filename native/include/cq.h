@@ -27,6 +27,7 @@ typedef struct {
     const int8_t *centroids;    /* [n_experts][n_rows / codebook_rows][n_cols / codebook_cols][K], rounded up */
     const int8_t *group_scales; /* [n_experts][n_rows][n_cols / scale_cols, rounded up], 0..127 */
     const float *scales;        /* [n_experts][n_rows] */
+    const int32_t *experts;     /* [n_experts]: which of a routing's experts these are; NULL: all of them in order */
 } cq_matrix;
 
 /* Activations quantized per token (group 0: for CQ types) or per 32 columns (group 32: for Q8_0). */
@@ -48,45 +49,55 @@ typedef struct {
 
 enum cq_opcode {
     CQ_OP_EMBED, CQ_OP_RMS_NORM, CQ_OP_QUANTIZE, CQ_OP_LINEAR, CQ_OP_ROPE, CQ_OP_ATTENTION, CQ_OP_SWIGLU, CQ_OP_ROUTE,
-    CQ_OP_COMBINE, CQ_OP_SELECT_OUTPUTS, CQ_OP_COUNT
+    CQ_OP_COMBINE, CQ_OP_SELECT_OUTPUTS, CQ_OP_COPY, CQ_OP_COUNT
 };
 
 /* How many rows an operation works on: the batch's tokens, their expert slots (tokens * top_k), or the last n_outputs. */
 enum cq_rows { CQ_ROWS_TOKENS, CQ_ROWS_SLOTS, CQ_ROWS_OUTPUTS };
 
 typedef struct { const cq_matrix *table; float *out; } cq_embed;
-typedef struct { const float *x, *weight; float *out; int32_t n; float eps; } cq_rms_norm;
+/* bias [n] may be NULL. */
+typedef struct { const float *x, *weight, *bias; float *out; int32_t n; float eps; } cq_rms_norm;
 typedef struct { const float *x; cq_activation *out; int32_t n; } cq_quantize;
 /* out (+)= x W^T (+ bias). With a routing, expert e multiplies its slots; the input row of a slot is its token if
- * gather is set, else the slot itself. CQ types and Q8_0 read act, F16 and F32 read x. */
+ * gather is set, else the slot itself. Without one, row r is multiplied by matrix r % n_experts. CQ types and Q8_0 read
+ * act, F16 and F32 read x. */
 typedef struct {
     const cq_matrix *w; const float *x; const cq_activation *act; const float *bias; const cq_routing *routing;
     float *out; int32_t gather, accumulate;
 } cq_linear;
 /* cos_sin: [n_ctx][n_rot / 2][2]. interleaved: pairs (2i, 2i+1), else (i, i + n_rot/2). In place. */
 typedef struct { float *x; const float *cos_sin; int32_t n_heads, head_dim, n_rot, interleaved; } cq_rope;
-/* Appends k, v to the cache (F16, [n_kv_heads][n_ctx][head_dim]), then causal attention; window 0: unlimited. */
+/* Appends k, v to the cache (F16, [n_kv_heads][n_ctx][head_dim, or value_dim]), then causal attention; window 0:
+ * unlimited. v and v_cache NULL: the values are the first value_dim columns of the keys. */
 typedef struct {
     const float *q, *k, *v; uint16_t *k_cache, *v_cache; float *out;
-    int32_t n_heads, n_kv_heads, head_dim, n_ctx, window; float scale;
+    int32_t n_heads, n_kv_heads, head_dim, value_dim, n_ctx, window; float scale;
 } cq_attention;
 /* hadamard: then every block of that many columns (a power of two that divides n) times the orthonormal Hadamard matrix;
  * 0: none. */
 typedef struct { const float *gate, *up; float *out; int32_t n, hadamard; } cq_swiglu;
 /* The top_k experts of largest score: softmax over all experts, or each one's sigmoid; normalize: their weights are
- * divided by their sum. */
-enum cq_scoring { CQ_SOFTMAX, CQ_SIGMOID };
-typedef struct { const float *logits; cq_routing *routing; int32_t scoring, normalize; } cq_route;
+ * divided by their sum. SparseMixer: one after the other, each with its softmax over itself and those not chosen before
+ * it that are at most 2 * jitter below it, relative to the larger of its logit and their magnitude. top_groups: only
+ * experts of so many of the n_groups (at most 64) groups of consecutive experts, those with the best expert; 0: all.
+ * scale: what the weights are multiplied by at last; 0: nothing. */
+enum cq_scoring { CQ_SOFTMAX, CQ_SIGMOID, CQ_SPARSEMIXER };
+typedef struct {
+    const float *logits; cq_routing *routing; int32_t scoring, normalize, n_groups, top_groups; float scale, jitter;
+} cq_route;
 /* out[t] += sum over rank of weights[t][rank] * y[slot] */
 typedef struct { const float *y; const cq_routing *routing; float *out; int32_t n; } cq_combine;
 typedef struct { const float *x; float *out; int32_t n; } cq_select_outputs;
+/* out[r][0 .. n - 1] = x[r][0 .. n - 1], the rows being x_width and out_width floats apart. */
+typedef struct { const float *x; float *out; int32_t x_width, out_width, n; } cq_copy;
 
 typedef struct {
     int32_t code, rows, top_k; /* top_k: slots per token where rows is CQ_ROWS_SLOTS */
     int32_t waits;             /* for all threads to have finished the operations before it */
     union {
         cq_embed embed; cq_rms_norm rms_norm; cq_quantize quantize; cq_linear linear; cq_rope rope; cq_attention attention;
-        cq_swiglu swiglu; cq_route route; cq_combine combine; cq_select_outputs select_outputs;
+        cq_swiglu swiglu; cq_route route; cq_combine combine; cq_select_outputs select_outputs; cq_copy copy;
     } u;
 } cq_op;
 

@@ -10,21 +10,20 @@
 
 enum { CQ_MAX_CHUNKS = 32 };
 
-static int64_t part_floats(const cq_attention *op) { return op->head_dim + 2; /* sum, largest score, total */ }
+static int64_t part_floats(const cq_attention *op) { return op->value_dim + 2; /* sum, largest score, total */ }
 
 int64_t cq_attention_parts_bytes(const cq_attention *op) {
     return (int64_t)sizeof(float) * op->n_heads * CQ_MAX_CHUNKS * part_floats(op);
 }
 
 static void append_to_cache(const cq_worker *worker, const cq_attention *op) {
-    const int32_t dim = op->head_dim;
+    const int32_t dim = op->head_dim, value_dim = op->value_dim;
     const cq_range range = cq_share(worker, worker->step->n_tokens * op->n_kv_heads);
     for (int32_t item = range.begin; item < range.end; item++) {
         const int64_t token = item / op->n_kv_heads, head = item % op->n_kv_heads;
-        const int64_t from = (token * op->n_kv_heads + head) * dim,
-                      to = (head * op->n_ctx + worker->step->position + token) * dim;
-        worker->kernels->f32_to_f16(op->k + from, op->k_cache + to, dim);
-        worker->kernels->f32_to_f16(op->v + from, op->v_cache + to, dim);
+        const int64_t from = token * op->n_kv_heads + head, to = head * op->n_ctx + worker->step->position + token;
+        worker->kernels->f32_to_f16(op->k + from * dim, op->k_cache + to * dim, dim);
+        if (op->v) worker->kernels->f32_to_f16(op->v + from * value_dim, op->v_cache + to * value_dim, value_dim);
     }
 }
 
@@ -33,15 +32,15 @@ static void attend_batch(const cq_worker *worker, const cq_attention *op) {
     for (int32_t unit; (unit = cq_next_unit(worker)) < tiles * op->n_heads;) {
         /* The last queries see the most keys, so they go first. */
         const int32_t head = unit % op->n_heads, first = (tiles - 1 - unit / op->n_heads) * CQ_QUERY_TILE;
-        const int64_t offset = ((int64_t)first * op->n_heads + head) * op->head_dim;
+        const int64_t row = (int64_t)first * op->n_heads + head;
         worker->kernels->attention_head(op, head, worker->step->position + first,
-                                        cq_min(n_tokens - first, CQ_QUERY_TILE), op->q + offset, op->out + offset,
-                                        (float *)worker->scratch);
+                                        cq_min(n_tokens - first, CQ_QUERY_TILE), op->q + row * op->head_dim,
+                                        op->out + row * op->value_dim, (float *)worker->scratch);
     }
 }
 
 static void join_chunks(const cq_worker *worker, const cq_attention *op, int32_t head, int32_t n_chunks) {
-    const int32_t dim = op->head_dim;
+    const int32_t dim = op->value_dim;
     const float *parts = worker->parts + head * CQ_MAX_CHUNKS * part_floats(op);
     float *out = op->out + (int64_t)head * dim, largest = -FLT_MAX, total = 0;
     for (int32_t c = 0; c < n_chunks; c++) largest = fmaxf(largest, parts[c * part_floats(op) + dim]);

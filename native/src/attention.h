@@ -15,7 +15,8 @@
 typedef struct {
     const cq_attention *op;
     int32_t position, n_queries;
-    float *tile;               /* [CQ_KEY_TILE][head_dim]: keys, then values */
+    float *tile;               /* [CQ_KEY_TILE][head_dim]: keys; then values, [CQ_KEY_TILE][value_dim] or their first
+                                * columns */
     float *queries;            /* [head_dim][CQ_QUERY_TILE], times op->scale */
     float *scores;             /* [CQ_KEY_TILE][CQ_QUERY_TILE], or [query][CQ_KEY_TILE]; then probabilities */
     float *max, *sum, *shrink; /* [CQ_QUERY_TILE] */
@@ -28,6 +29,8 @@ static void transpose_queries(const attention_tile *a, const float *q) {
     for (int32_t i = 0; i < a->n_queries; i++)
         for (int32_t d = 0; d < dim; d++) a->queries[d * CQ_QUERY_TILE + i] = q[i * stride + d] * a->op->scale;
 }
+
+static int32_t value_stride(const cq_attention *op) { return op->v_cache ? op->value_dim : op->head_dim; }
 
 /* Calls function(dim, ...), for the usual sizes with a constant: addresses then need no registers of their own. */
 #define CQ_WITH_HEAD_DIM(dim, function, ...)                                                                           \
@@ -149,8 +152,9 @@ typedef struct {
     int64_t out;
 } attention_strides;
 
-/* out[i][d ..] = out * shrink[i] + sum over keys of p[key][i] * value[key][d ..], N queries times V vectors. */
-CQ_INLINE void value_tile(const int32_t dim, const attention_strides at, const int32_t N, const int32_t V,
+/* out[i][d ..] = out * shrink[i] + sum over keys of p[key][i] * value[key][d ..], N queries times V vectors. Values are
+ * row floats apart. */
+CQ_INLINE void value_tile(const int32_t row, const attention_strides at, const int32_t N, const int32_t V,
                           const attention_tile *a, int32_t n_keys, int32_t i, int32_t d, float *out) {
     vec acc[4][CQ_TILE_VECS];
 #pragma GCC unroll 16
@@ -161,7 +165,7 @@ CQ_INLINE void value_tile(const int32_t dim, const attention_strides at, const i
     for (int32_t k = 0; k < n_keys; k++)
 #pragma GCC unroll 16
         for (int32_t v = 0; v < V; v++) {
-            const vec value = load_vec(a->tile + k * dim + d + v * CQ_LANES);
+            const vec value = load_vec(a->tile + k * row + d + v * CQ_LANES);
 #pragma GCC unroll 16
             for (int32_t n = 0; n < N; n++) acc[n][v] += a->scores[k * at.key + (i + n) * at.query] * value;
         }
@@ -171,40 +175,65 @@ CQ_INLINE void value_tile(const int32_t dim, const attention_strides at, const i
         for (int32_t v = 0; v < V; v++) store_vec(out + (i + n) * at.out + d + v * CQ_LANES, acc[n][v]);
 }
 
-CQ_INLINE void value_rows(const int32_t dim, const attention_strides at, const int32_t N, const attention_tile *a,
-                          int32_t n_keys, int32_t i, float *out) {
+CQ_INLINE void value_rows(const int32_t dim, const int32_t row, const attention_strides at, const int32_t N,
+                          const attention_tile *a, int32_t n_keys, int32_t i, float *out) {
     int32_t d = 0;
     for (; d + CQ_TILE_VECS * CQ_LANES <= dim; d += CQ_TILE_VECS * CQ_LANES)
-        value_tile(dim, at, N, CQ_TILE_VECS, a, n_keys, i, d, out);
-    for (; d + CQ_LANES <= dim; d += CQ_LANES) value_tile(dim, at, N, 1, a, n_keys, i, d, out);
+        value_tile(row, at, N, CQ_TILE_VECS, a, n_keys, i, d, out);
+    for (; d + CQ_LANES <= dim; d += CQ_LANES) value_tile(row, at, N, 1, a, n_keys, i, d, out);
     for (; d < dim; d++)
         for (int32_t n = i; n < i + N; n++) {
             float sum = out[n * at.out + d] * a->shrink[n];
-            for (int32_t k = 0; k < n_keys; k++) sum += a->scores[k * at.key + n * at.query] * a->tile[k * dim + d];
+            for (int32_t k = 0; k < n_keys; k++) sum += a->scores[k * at.key + n * at.query] * a->tile[k * row + d];
             out[n * at.out + d] = sum;
         }
 }
 
-CQ_INLINE void value_tiles(const int32_t dim, const attention_strides at, const attention_tile *a, int32_t n_keys,
-                           float *out) {
+CQ_INLINE void value_tiles(const int32_t dim, const int32_t row, const attention_strides at, const attention_tile *a,
+                           int32_t n_keys, float *out) {
     int32_t i = 0;
-    for (; i + 4 <= a->n_queries; i += 4) value_rows(dim, at, 4, a, n_keys, i, out);
-    for (; i < a->n_queries; i++) value_rows(dim, at, 1, a, n_keys, i, out);
+    for (; i + 4 <= a->n_queries; i += 4) value_rows(dim, row, at, 4, a, n_keys, i, out);
+    for (; i < a->n_queries; i++) value_rows(dim, row, at, 1, a, n_keys, i, out);
+}
+
+CQ_INLINE void packed_values(const int32_t dim, const attention_strides at, const attention_tile *a, int32_t n_keys,
+                             float *out) {
+    value_tiles(dim, dim, at, a, n_keys, out);
+}
+
+CQ_INLINE void add_values(const attention_tile *a, const attention_strides at, int32_t n_keys, float *out) {
+    const int32_t dim = a->op->value_dim, row = value_stride(a->op);
+    if (row != dim) {
+        value_tiles(dim, row, at, a, n_keys, out);
+        return;
+    }
+    CQ_WITH_HEAD_DIM(dim, packed_values, at, a, n_keys, out)
 }
 
 static void add_batch_values(const attention_tile *a, int32_t n_keys, float *out) {
-    const attention_strides at = {CQ_QUERY_TILE, 1, (int64_t)a->op->n_heads * a->op->head_dim};
-    CQ_WITH_HEAD_DIM(a->op->head_dim, value_tiles, at, a, n_keys, out)
+    const attention_strides at = {CQ_QUERY_TILE, 1, (int64_t)a->op->n_heads * a->op->value_dim};
+    add_values(a, at, n_keys, out);
 }
 
 static void add_group_values(const attention_tile *a, int32_t n_keys, float *out, int64_t stride) {
     const attention_strides at = {1, CQ_KEY_TILE, stride};
-    CQ_WITH_HEAD_DIM(a->op->head_dim, value_tiles, at, a, n_keys, out)
+    add_values(a, at, n_keys, out);
+}
+
+static void load_keys(const attention_tile *a, int64_t kv_head, int32_t first, int32_t n_keys) {
+    const int32_t dim = a->op->head_dim;
+    f16_to_f32(a->op->k_cache + (kv_head * a->op->n_ctx + first) * dim, a->tile, n_keys * dim);
+}
+
+/* Nothing to do where they are columns of the keys. */
+static void load_values(const attention_tile *a, int64_t kv_head, int32_t first, int32_t n_keys) {
+    const int32_t dim = a->op->value_dim;
+    if (a->op->v_cache) f16_to_f32(a->op->v_cache + (kv_head * a->op->n_ctx + first) * dim, a->tile, n_keys * dim);
 }
 
 static attention_tile carve_scratch(const cq_attention *op, int32_t position, int32_t n_queries, float *scratch) {
     attention_tile a = {.op = op, .position = position, .n_queries = n_queries, .tile = scratch};
-    a.queries = a.tile + CQ_KEY_TILE * op->head_dim;
+    a.queries = a.tile + CQ_KEY_TILE * cq_attention_tile_width(op);
     a.scores = a.queries + CQ_QUERY_TILE * op->head_dim;
     a.max = a.scores + CQ_KEY_TILE * CQ_QUERY_TILE;
     a.sum = a.max + CQ_QUERY_TILE;
@@ -215,18 +244,17 @@ static attention_tile carve_scratch(const cq_attention *op, int32_t position, in
 
 static void attention_head(const cq_attention *op, int32_t head, int32_t position, int32_t n_queries, const float *q,
                            float *out, float *scratch) {
-    const int32_t dim = op->head_dim, end = position + n_queries;
+    const int32_t dim = op->value_dim, end = position + n_queries;
     const int64_t stride = (int64_t)op->n_heads * dim, kv_head = head / (op->n_heads / op->n_kv_heads);
-    const uint16_t *keys = op->k_cache + kv_head * op->n_ctx * dim, *values = op->v_cache + kv_head * op->n_ctx * dim;
     const attention_tile a = carve_scratch(op, position, n_queries, scratch);
     transpose_queries(&a, q);
     for (int32_t i = 0; i < n_queries; i++) memset(out + i * stride, 0, sizeof(float) * (size_t)dim);
     for (int32_t first = cq_first_key(op, position); first < end; first += CQ_KEY_TILE) {
         const int32_t n_keys = cq_min(end - first, CQ_KEY_TILE);
-        f16_to_f32(keys + (int64_t)first * dim, a.tile, n_keys * dim);
+        load_keys(&a, kv_head, first, n_keys);
         batch_scores(&a, n_keys);
         batch_softmax(&a, first, n_keys);
-        f16_to_f32(values + (int64_t)first * dim, a.tile, n_keys * dim);
+        load_values(&a, kv_head, first, n_keys);
         add_batch_values(&a, n_keys, out);
     }
     for (int32_t i = 0; i < n_queries; i++)
@@ -235,17 +263,16 @@ static void attention_head(const cq_attention *op, int32_t head, int32_t positio
 
 static void attention_chunk(const cq_attention *op, int32_t head, int32_t n_heads, int32_t first, int32_t end,
                             const float *q, float *parts, int64_t stride, float *scratch) {
-    const int32_t dim = op->head_dim;
+    const int32_t dim = op->value_dim;
     const int64_t kv_head = head / (op->n_heads / op->n_kv_heads);
-    const uint16_t *keys = op->k_cache + kv_head * op->n_ctx * dim, *values = op->v_cache + kv_head * op->n_ctx * dim;
     const attention_tile a = carve_scratch(op, 0, n_heads, scratch);
     for (int32_t i = 0; i < n_heads; i++) memset(parts + i * stride, 0, sizeof(float) * (size_t)dim);
     for (; first < end; first += CQ_KEY_TILE) {
         const int32_t n_keys = cq_min(end - first, CQ_KEY_TILE);
-        f16_to_f32(keys + (int64_t)first * dim, a.tile, n_keys * dim);
+        load_keys(&a, kv_head, first, n_keys);
         group_scores(&a, q, n_keys);
         group_softmax(&a, n_keys);
-        f16_to_f32(values + (int64_t)first * dim, a.tile, n_keys * dim);
+        load_values(&a, kv_head, first, n_keys);
         add_group_values(&a, n_keys, parts, stride);
     }
     for (int32_t i = 0; i < n_heads; i++) {

@@ -11,7 +11,7 @@
 
 #define CQ_MAX_COLS 65536
 #define CQ_BLOCK 64 /* weights per packed block: 8 * bits bytes */
-#define CQ_MAX_HEAD_DIM 512
+#define CQ_MAX_HEAD_DIM 1024
 
 enum { CQ_ROWS = 8 }; /* rows of weights that clustering takes side by side (descent.c) */
 enum { CQ_MAX_CENTROIDS = 32 };
@@ -65,7 +65,7 @@ typedef struct cq_kernels {
     void (*attention_head)(const cq_attention *op, int32_t head, int32_t position, int32_t n_queries, const float *q,
                            float *out, float *scratch);
     /* One token's queries q[n_heads][head_dim] of heads `head` .. that share keys and values, over keys first .. end
-     * - 1. parts, `stride` floats per head: sum of exp(score - m) * value [head_dim], the largest score m, sum of
+     * - 1. parts, `stride` floats per head: sum of exp(score - m) * value [value_dim], the largest score m, sum of
      * exp(score - m). At most CQ_QUERY_TILE heads. */
     void (*attention_chunk)(const cq_attention *op, int32_t head, int32_t n_heads, int32_t first, int32_t end,
                             const float *q, float *parts, int64_t stride, float *scratch);
@@ -102,7 +102,11 @@ static inline int32_t cq_first_key(const cq_attention *op, int32_t position) {
 
 /* Floats that attention needs for scratch. */
 enum { CQ_QUERY_TILE = 32, CQ_KEY_TILE = 64 };
-static inline size_t cq_attention_scratch_floats(int32_t head_dim) {
-    return (size_t)(CQ_KEY_TILE + CQ_QUERY_TILE) * head_dim + (size_t)CQ_QUERY_TILE * CQ_KEY_TILE + 3 * CQ_QUERY_TILE;
+static inline int32_t cq_attention_tile_width(const cq_attention *op) {
+    return op->head_dim > op->value_dim ? op->head_dim : op->value_dim;
+}
+static inline size_t cq_attention_scratch_floats(const cq_attention *op) {
+    return (size_t)CQ_KEY_TILE * cq_attention_tile_width(op) + (size_t)CQ_QUERY_TILE * op->head_dim +
+           (size_t)CQ_QUERY_TILE * CQ_KEY_TILE + 3 * CQ_QUERY_TILE;
 }
 #endif

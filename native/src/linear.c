@@ -95,8 +95,9 @@ void cq_run_linear(const cq_worker *worker, const cq_linear *op, int32_t n_rows)
     const cq_matrix *w = op->w;
     int32_t unit_rows = rows_per_unit(worker, w);
     int32_t units = cq_ceil_div(w->n_rows, unit_rows), first = 0, unit = cq_next_unit(worker);
-    for (int32_t expert = 0; expert < w->n_experts; expert++) {
-        cq_items it = {op, NULL, n_rows};
+    for (int32_t i = 0; i < w->n_experts; i++) {
+        const int32_t expert = w->experts ? w->experts[i] : i;
+        cq_items it = {op, NULL, n_rows / w->n_experts, i, w->n_experts};
         if (op->routing) {
             it.slots = op->routing->order + op->routing->offsets[expert];
             it.n = op->routing->offsets[expert + 1] - op->routing->offsets[expert];
@@ -105,7 +106,7 @@ void cq_run_linear(const cq_worker *worker, const cq_linear *op, int32_t n_rows)
         for (; unit < first + units; unit = cq_next_unit(worker)) {
             int32_t col = (unit - first) * unit_rows;
             int32_t n = w->n_rows - col < unit_rows ? w->n_rows - col : unit_rows;
-            int64_t row = (int64_t)expert * w->n_rows + col;
+            int64_t row = (int64_t)i * w->n_rows + col;
             if (w->type == CQ_Q8_0)
                 cq_q8_0_rows(worker, &it, row, n, col);
             else if (!cq_is_clustered(w->type))

@@ -15,11 +15,13 @@ enum {
 /* The tokens that one expert (or the only matrix) multiplies: item i reads row input(i) and writes row output(i). */
 typedef struct {
     const cq_linear *op;
-    const int32_t *slots; /* NULL: items are rows */
-    int32_t n;
+    const int32_t *slots; /* NULL: item i is row first + i * step */
+    int32_t n, first, step;
 } cq_items;
 
-static inline int32_t cq_output_row(const cq_items *it, int32_t i) { return it->slots ? it->slots[i] : i; }
+static inline int32_t cq_output_row(const cq_items *it, int32_t i) {
+    return it->slots ? it->slots[i] : it->first + i * it->step;
+}
 
 static inline int32_t cq_input_row(const cq_items *it, int32_t i) {
     const int32_t row = cq_output_row(it, i);

@@ -13,8 +13,10 @@ static void run_embed(const cq_worker *worker, const cq_embed *op) {
 
 static void run_rms_norm(const cq_worker *worker, const cq_rms_norm *op, int32_t n_rows) {
     cq_range range = cq_share(worker, n_rows);
-    for (int64_t t = range.begin; t < range.end; t++)
+    for (int64_t t = range.begin; t < range.end; t++) {
         worker->kernels->rms_norm(op->x + t * op->n, op->weight, op->out + t * op->n, op->n, op->eps);
+        if (op->bias) worker->kernels->axpy(1.0f, op->bias, op->out + t * op->n, op->n);
+    }
 }
 
 static void run_quantize(const cq_worker *worker, const cq_quantize *op, int32_t n_rows) {
@@ -51,26 +53,66 @@ static void run_swiglu(const cq_worker *worker, const cq_swiglu *op, int32_t n_r
     }
 }
 
-/* The top_k best experts, ties to the lower index, weighted by their scores. */
+static int is_among(int32_t expert, const int32_t *ids, int32_t n) {
+    int found = 0;
+    for (int32_t i = 0; i < n; i++) found |= ids[i] == expert;
+    return found;
+}
+
+/* SparseMixer's weight (arXiv 2409.12136, at inference) of the rank-th choice. Every step is a float operation of
+ * transformers' own, so that a logit at the threshold falls on the same side; 0 / 0 is not beyond it. */
+static float sparsemixer_weight(const cq_route *op, const float *logits, const int32_t *ids, int32_t rank) {
+    const float best = logits[ids[rank]];
+    float total = 0.0f;
+    for (int32_t e = 0; e < op->routing->n_experts; e++) {
+        const float factor = fmaxf(fabsf(logits[e]), best), below = (best - logits[e]) / factor;
+        if (!is_among(e, ids, rank) && !(below > 2.0f * op->jitter)) total += expf(logits[e] - best);
+    }
+    return 1.0f / total;
+}
+
+/* A bit per group of experts: those with the best experts, ties to the lower index. */
+static uint64_t best_groups(const cq_route *op, const float *logits) {
+    if (op->top_groups <= 0) return 1; /* one group */
+    const int32_t size = op->routing->n_experts / op->n_groups;
+    float best[64];
+    for (int32_t g = 0; g < op->n_groups; g++) {
+        best[g] = -FLT_MAX;
+        for (int32_t e = g * size; e < (g + 1) * size; e++) best[g] = fmaxf(best[g], logits[e]);
+    }
+    uint64_t chosen = 0;
+    for (int32_t g = 0; g < op->n_groups; g++) {
+        int32_t better = 0;
+        for (int32_t other = 0; other < op->n_groups; other++)
+            better += best[other] > best[g] || (best[other] == best[g] && other < g);
+        chosen |= (uint64_t)(better < op->top_groups) << g;
+    }
+    return chosen;
+}
+
+/* The top_k best experts of the best groups, ties to the lower index, weighted by their scores. */
 static void route_token(const cq_route *op, const float *logits, int32_t *ids, float *weights) {
     const int32_t n_experts = op->routing->n_experts, top_k = op->routing->top_k;
+    const int32_t group_size = n_experts / (op->top_groups > 0 ? op->n_groups : 1);
+    const uint64_t groups = best_groups(op, logits);
     float max = -FLT_MAX, total = 0.0f, chosen = 0.0f;
     for (int32_t e = 0; e < n_experts; e++) max = fmaxf(max, logits[e]);
     for (int32_t e = 0; e < n_experts; e++) total += expf(logits[e] - max);
     for (int32_t rank = 0; rank < top_k; rank++) {
         int32_t best = -1;
-        for (int32_t e = 0; e < n_experts; e++) {
-            int taken = 0;
-            for (int32_t before = 0; before < rank; before++) taken |= ids[before] == e;
-            if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
-        }
+        for (int32_t e = 0; e < n_experts; e++)
+            if ((groups >> (e / group_size) & 1) && !is_among(e, ids, rank) && (best < 0 || logits[e] > logits[best]))
+                best = e;
         ids[rank] = best;
-        weights[rank] =
-            op->scoring == CQ_SIGMOID ? 1.0f / (1.0f + expf(-logits[best])) : expf(logits[best] - max) / total;
+        weights[rank] = op->scoring == CQ_SPARSEMIXER ? sparsemixer_weight(op, logits, ids, rank)
+                        : op->scoring == CQ_SIGMOID   ? 1.0f / (1.0f + expf(-logits[best]))
+                                                      : expf(logits[best] - max) / total;
         chosen += weights[rank];
     }
     if (op->normalize && chosen > 0.0f)
         for (int32_t rank = 0; rank < top_k; rank++) weights[rank] /= chosen;
+    if (op->scale != 0.0f)
+        for (int32_t rank = 0; rank < top_k; rank++) weights[rank] *= op->scale;
 }
 
 /* Counting sort of the slots by expert; within an expert they stay in token order. */
@@ -110,6 +152,12 @@ static void run_select_outputs(const cq_worker *worker, const cq_select_outputs 
         memcpy(op->out + t * op->n, x + t * op->n, sizeof(float) * (size_t)op->n);
 }
 
+static void run_copy(const cq_worker *worker, const cq_copy *op, int32_t n_rows) {
+    cq_range range = cq_share(worker, n_rows);
+    for (int64_t r = range.begin; r < range.end; r++)
+        memcpy(op->out + r * op->out_width, op->x + r * op->x_width, sizeof(float) * (size_t)op->n);
+}
+
 static void run_op(const cq_worker *worker, const cq_op *op) {
     int32_t n_rows = cq_row_count(op, worker->step);
     switch (op->code) {
@@ -143,6 +191,9 @@ static void run_op(const cq_worker *worker, const cq_op *op) {
     case CQ_OP_SELECT_OUTPUTS:
         run_select_outputs(worker, &op->u.select_outputs);
         break;
+    case CQ_OP_COPY:
+        run_copy(worker, &op->u.copy, n_rows);
+        break;
     }
 }
 
@@ -152,7 +203,7 @@ static int64_t thread_scratch_bytes(const cq_op *ops, int32_t n_ops) {
         int64_t need = 0;
         if (ops[i].code == CQ_OP_LINEAR) need = cq_linear_scratch_bytes(cq_kernels_current(), ops[i].u.linear.w);
         if (ops[i].code == CQ_OP_ATTENTION)
-            need = (int64_t)(sizeof(float) * cq_attention_scratch_floats(ops[i].u.attention.head_dim));
+            need = (int64_t)(sizeof(float) * cq_attention_scratch_floats(&ops[i].u.attention));
         if (need > most) most = need;
     }
     return cq_align64(most);

@@ -12,8 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from pyggml_bridge.bench import cpu_name, measure_kernels, measure_tests
-from pyggml_bridge.cli.common import ArgumentParser, peak_memory_bytes, print_json, run_main
-from pyggml_bridge.cuda import require_device
+from pyggml_bridge.cli.common import (
+    ArgumentParser,
+    add_cuda_arguments,
+    check_cuda,
+    peak_memory_bytes,
+    print_json,
+    run_main,
+)
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.model import Model
@@ -44,17 +50,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md", help="table or JSON")
     parser.add_argument("--isa", metavar="NAME", help="scalar, avx2, avx512 or neon: can only lower")
     parser.add_argument("--kernels", action="store_true", help="the GEMV and GEMM alone on the model's shapes")
-    parser.add_argument("--cuda", action="store_true", help="run on an NVIDIA GPU")
+    add_cuda_arguments(parser)
     parser.add_argument("--json", action="store_true", help="same as -o json")
     return parser.parse_args()
 
 
 def _command() -> None:
     args = _arguments()
-    if args.cuda:
-        require_device()
-        if args.kernels:
-            raise CQError("--kernels measures the CPU's kernels: not with --cuda")
+    check_cuda(args)
+    if args.cuda and args.kernels:
+        raise CQError("--kernels measures the CPU's kernels: not with --cuda")
     if min(args.n_prompt, args.n_gen, args.n_depth) < 0 or args.repetitions < 1 or (args.threads or 1) < 1:
         raise CQError("-p, -n and -d must be at least 0, -r and -t at least 1")
     choose_isa(args.isa)
@@ -101,7 +106,7 @@ def _tests(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not args.n_prompt and not args.n_gen:
         raise CQError("-p and -n are both 0: nothing to measure")
     longest = args.n_depth + max(args.n_prompt, args.n_gen)
-    model = load_model(args.file, n_ctx=longest, n_threads=args.threads, cuda=args.cuda)
+    model = load_model(args.file, n_ctx=longest, n_threads=args.threads, cuda=args.cuda, gpu_layers=args.gpu_layers)
     common = _description(model)
     tests = measure_tests(model, args.n_prompt, args.n_gen, args.n_depth, args.repetitions)
     common |= {"n_depth": args.n_depth, "peak_memory_bytes": peak_memory_bytes()}
@@ -117,6 +122,7 @@ def _description(model: Model) -> dict[str, Any]:
         "model_size": sum(tensor.nbytes for tensor in tensors),
         "model_n_params": sum(tensor.n_elements for tensor in tensors if not tensor.name.endswith(sidecars)),
         "n_threads": model.n_threads,
+        "n_gpu_layers": model.gpu_layers,
         "backend": model.backend,
         "cpu_info": cpu_name(),
     }

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from pyggml_bridge.cuda import require_device
 from pyggml_bridge.errors import CQError
 
 EXIT_BAD_INPUT = 2
@@ -21,6 +22,26 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise CQError instead of printing the usage."""
         raise CQError(message)
+
+
+def add_cuda_arguments(parser: argparse._ActionsContainer) -> None:
+    """--cuda and --gpu-layers."""
+    parser.add_argument("--cuda", action="store_true", help="run on an NVIDIA GPU")
+    parser.add_argument(
+        "--gpu-layers", "-ngl", type=int, metavar="N",
+        help="with --cuda: only the last N layers wholly on the GPU (all); the CPU has the experts of the others, or "
+        "all of them if the model has no experts",
+    )  # fmt: skip
+
+
+def check_cuda(args: argparse.Namespace) -> None:
+    """CQError if these arguments contradict each other, or this machine cannot run with --cuda."""
+    if args.gpu_layers is not None and not args.cuda:
+        raise CQError("--gpu-layers: only with --cuda")
+    if args.gpu_layers is not None and args.gpu_layers < 0:
+        raise CQError(f"--gpu-layers: {args.gpu_layers} is below 0")
+    if args.cuda:
+        require_device()
 
 
 def run_main(command: Callable[[], None]) -> NoReturn:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pyggml_bridge.cli.common import ArgumentParser, print_json, run_main
-from pyggml_bridge.cuda import require_device
+from pyggml_bridge.cli.common import ArgumentParser, add_cuda_arguments, check_cuda, print_json, run_main
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
+from pyggml_bridge.model import Model
 from pyggml_bridge.models import architectures, load_model
 from pyggml_bridge.native import choose_isa
 from pyggml_bridge.perplexity import Reference, RunnerReference, Statistics, chunks_of, mean_and_error, measure
@@ -38,20 +38,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--base", metavar="MODEL", help="original: a GGUF, or what cq-convert accepts (needs [convert])"
     )
-    parser.add_argument("--cuda", action="store_true", help="run on an NVIDIA GPU")
+    add_cuda_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     return parser.parse_args()
 
 
 def _command() -> None:
     args = _arguments()
-    if args.cuda:
-        require_device()
+    check_cuda(args)
     if args.ctx < 4 or (args.chunks is not None and args.chunks < 1) or (args.threads is not None and args.threads < 1):
         raise CQError("-c must be at least 4, --chunks and --threads at least 1")
     choose_isa(args.isa)
     text = _read_text(Path(args.text))
-    model = load_model(args.file, n_ctx=args.ctx, n_threads=args.threads, n_batch=args.ctx, cuda=args.cuda)
+    model = _load(args.file, args)
     tokenizer = Tokenizer.from_metadata(model.metadata)
     tokens = np.asarray(tokenizer.encode(text, add_special=True), np.int32)
     chunks = chunks_of(tokens, args.ctx, args.chunks, tokenizer.bos_id if tokenizer.add_bos else None)
@@ -67,6 +66,12 @@ def _command() -> None:
         print_json(statistics.summary())
     else:
         _print_report(statistics)
+
+
+def _load(path: str, args: argparse.Namespace) -> Model:
+    return load_model(
+        path, n_ctx=args.ctx, n_threads=args.threads, n_batch=args.ctx, cuda=args.cuda, gpu_layers=args.gpu_layers
+    )
 
 
 def _read_text(path: Path) -> str:
@@ -86,9 +91,7 @@ def _load_base(base: str, args: argparse.Namespace) -> Reference:
         if file.metadata.get("general.architecture") in architectures() and all(
             int(tensor.type) in runnable for tensor in weights
         ):
-            return RunnerReference(
-                load_model(base, n_ctx=args.ctx, n_threads=args.threads, n_batch=args.ctx, cuda=args.cuda)
-            )
+            return RunnerReference(_load(base, args))
     for entry in entry_points(group="codequant.reference"):
         try:
             return entry.load()(base)

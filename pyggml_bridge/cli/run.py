@@ -9,8 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pyggml_bridge.chat import ChatTemplate, Message
-from pyggml_bridge.cli.common import ArgumentParser, peak_memory_bytes, print_json, run_main
-from pyggml_bridge.cuda import require_device
+from pyggml_bridge.cli.common import (
+    ArgumentParser,
+    add_cuda_arguments,
+    check_cuda,
+    peak_memory_bytes,
+    print_json,
+    run_main,
+)
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.generate import Chunk, Context, Finish, StopFilter, generate
 from pyggml_bridge.models import load_model
@@ -51,7 +57,7 @@ def _arguments() -> argparse.Namespace:
     machine.add_argument("--ctx", "-c", type=int, metavar="N", help="context size (the model's, at most 8192)")
     machine.add_argument("--threads", "-t", type=int, metavar="N", help="threads (physical cores)")
     machine.add_argument("--isa", metavar="NAME", help="scalar, avx2, avx512 or neon: can only lower")
-    machine.add_argument("--cuda", action="store_true", help="run on an NVIDIA GPU")
+    add_cuda_arguments(machine)
     return parser.parse_intermixed_args()  # so that `-` may stand anywhere
 
 
@@ -77,8 +83,7 @@ def _command() -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse bad usage before anything is loaded."""
-    if args.cuda:
-        require_device()
+    check_cuda(args)
     sources = [args.prompt is not None, args.prompt_file is not None, args.stdin is not None]
     if sum(sources) > 1:
         raise CQError("give one prompt: -p TEXT, -f FILE or -")
@@ -138,7 +143,9 @@ class Session:
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Load the model; CQError if the file lacks what the arguments ask for."""
-        model = load_model(args.file, n_ctx=args.ctx, n_threads=args.threads, cuda=args.cuda)
+        model = load_model(
+            args.file, n_ctx=args.ctx, n_threads=args.threads, cuda=args.cuda, gpu_layers=args.gpu_layers
+        )
         self.backend, self.n_ctx = model.backend, model.n_ctx
         self._context = Context(model)
         self._tokenizer = Tokenizer.from_metadata(model.metadata)

@@ -22,11 +22,18 @@ def architectures() -> list[str]:
 
 
 def load_model(
-    path: str | Path, n_ctx: int | None = None, n_threads: int | None = None, n_batch: int = 512, *, cuda: bool = False
+    path: str | Path,
+    n_ctx: int | None = None,
+    n_threads: int | None = None,
+    n_batch: int = 512,
+    *,
+    cuda: bool = False,
+    gpu_layers: int | None = None,
 ) -> Model:
     """Open a GGUF file for running; CQError naming the file if anything in it is missing or impossible.
 
-    n_ctx: positions of the KV cache, by default what the model was trained for but at most 8192. cuda: on the GPU.
+    n_ctx: positions of the KV cache, by default what the model was trained for but at most 8192. cuda: on the GPU,
+    with gpu_layers (None: all) of its layers.
     """
     file = GGUFFile(path)
     arch: str = file.get("general.architecture", str)
@@ -39,4 +46,5 @@ def load_model(
         n_ctx = min(trained, DEFAULT_CTX)
     build = importlib.import_module(f"{__name__}.{arch}").build
     program = build(Weights(file), n_ctx)
-    return Model(file, program, min(n_batch, n_ctx), n_threads or default_threads(), cuda=cuda)
+    n_threads = n_threads or default_threads()
+    return Model(file, program, min(n_batch, n_ctx), n_threads, cuda=cuda, gpu_layers=gpu_layers)

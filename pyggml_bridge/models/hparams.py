@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.weights import Weights
 
-MAX_HEAD_DIM = 512  # native/src/kernels.h
+MAX_HEAD_DIM = 1024  # native/src/kernels.h
 MAX_DIMENSION = 1 << 24
 
 
@@ -16,6 +16,7 @@ class HParams:
     """Dimensions shared by the decoder-only architectures.
 
     n_experts and top_k are 0 for dense models, shared_ffn_width where no expert is shared by all tokens.
+    expert_groups and expert_scale: as Program.route has them.
     """
 
     arch: str
@@ -25,6 +26,7 @@ class HParams:
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    value_dim: int
     n_rot: int
     ffn_width: int
     expert_ffn_width: int
@@ -32,6 +34,8 @@ class HParams:
     n_experts: int
     top_k: int
     eps: float
+    expert_groups: tuple[int, int] = (1, 0)
+    expert_scale: float = 1.0
 
     @classmethod
     def read(cls, weights: Weights) -> HParams:
@@ -55,6 +59,7 @@ class HParams:
             n_heads=n_heads,
             n_kv_heads=dimension("attention.head_count_kv", n_heads),
             head_dim=head_dim,
+            value_dim=dimension("attention.value_length", head_dim),
             n_rot=dimension("rope.dimension_count", head_dim),
             ffn_width=dimension("feed_forward_length"),
             expert_ffn_width=dimension("expert_feed_forward_length", dimension("feed_forward_length")),
@@ -63,8 +68,6 @@ class HParams:
             top_k=dimension("expert_used_count", 0),
             eps=file.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
         )
-        if dimension("attention.value_length", head_dim) != head_dim:
-            raise CQError(f"{file.path}: attention.key_length and attention.value_length differ")
         h._check(str(file.path))
         return h
 

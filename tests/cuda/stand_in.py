@@ -38,9 +38,15 @@ class Array:
         self._owner.uploads.append(host.nbytes)
         self._raw[:] = host
 
-    def get(self, stream: Any) -> np.ndarray:
+    def get(self, stream: Any, out: np.ndarray | None = None, blocking: bool = True) -> np.ndarray:
+        """A copy that does not block is there when the stream is synchronized, and what was in `out` is gone before."""
         assert not stream.capturing
-        return self._raw.copy()
+        if out is None:
+            return self._raw.copy()
+        assert not blocking and out.ctypes.data in self._owner.pinned and out.shape == self._raw.shape
+        out[:] = 0xAB
+        stream.copies.append((out, self._raw.copy()))
+        return out
 
     def fill(self, value: int) -> None:
         self._raw[:] = value
@@ -61,6 +67,7 @@ class Graph:
 class Stream:
     owner: StandIn
     capturing: list[Launch] | None = None
+    copies: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def __enter__(self) -> Stream:
         self.owner.streams.append(self)
@@ -71,6 +78,9 @@ class Stream:
 
     def synchronize(self) -> None:
         assert self.capturing is None
+        for out, copied in self.copies:
+            out[:] = copied
+        self.copies.clear()
 
     def begin_capture(self) -> None:
         self.capturing = []
@@ -97,6 +107,7 @@ class StandIn:
     executed: list[Launch] = field(default_factory=list)
     compiled: dict[Path, Module] = field(default_factory=dict)
     graph_launches: int = 0
+    pinned: range = range(0)
 
     def __post_init__(self) -> None:
         runtime = SimpleNamespace(
@@ -108,7 +119,14 @@ class StandIn:
                 "multiProcessorCount": 4,
             },
         )  # fmt: skip
-        self.cuda = SimpleNamespace(runtime=runtime, Stream=lambda non_blocking: Stream(self))
+        self.cuda = SimpleNamespace(
+            runtime=runtime, Stream=lambda non_blocking: Stream(self), alloc_pinned_memory=self._pin
+        )
+
+    def _pin(self, n: int) -> np.ndarray:
+        memory = guarded(np.full(n, 0xAB, np.uint8))
+        self.pinned = range(memory.ctypes.data, memory.ctypes.data + n)
+        return memory
 
     def _device_count(self) -> int:
         if self.driver_error:
@@ -148,3 +166,8 @@ class StandIn:
     def execute(self, launch: Launch) -> None:
         self.executed.append(launch)
         run(launch, seed=len(self.executed))
+
+
+def allocated_bytes(device: StandIn) -> int:
+    """As a device counts them."""
+    return sum(-(-n // 512) * 512 for n in device.allocated)

@@ -26,10 +26,15 @@ TARGETS = (75, 80, 86, 89, 90, 100, 120)
 F32, F16, Q8_0 = 0, 1, 8
 COLUMNS = (
     "kernel", "type", "variant", "sm", "registers", "shared_bytes", "spill_bytes", "instructions",
-    "load_128", "load_64", "prmt", "dp4a", "mma", "ldmatrix", "cp_async", "hash",
+    "load_128", "load_64", "prmt", "dp4a", "mma", "ldmatrix", "cp_async", "loop", "loop_alu", "hash",
 )  # fmt: skip
 HOT = ("gemv", "gemm")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_LABEL_OR_INSTRUCTION = re.compile(
+    rf"^(?P<label>\.L_\w+):|{_INSTRUCTION.pattern}(?:[^\n]*?`\((?P<target>\.L_\w+)\))?", re.MULTILINE
+)
+# What Nsight Compute's documentation gives the ALU pipe: logic and integers, but not multiplications and dot products.
+_ALU = r"PRMT|LOP|P?LOP3|V?IADD|SHF|SEL|FSEL|[IF]SETP|LEA|V?IMNMX|FMNMX|IABS|SGXT|MOV|BMSK|FLO|ISCADD"
 
 
 def modules() -> Iterator[Module]:
@@ -57,8 +62,8 @@ def source_hash(source: str) -> str:
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:12]
 
 
-def _disassembled(code: bytes) -> dict[str, Counter[str]]:
-    """Instructions per kernel, by nvdisasm."""
+def _disassembled(code: bytes) -> dict[str, tuple[Counter[str], Counter[str]]]:
+    """Instructions per kernel and those of its longest loop, by nvdisasm."""
     spec = find_spec("nvidia")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
     tool = next(path for folder in folders for path in folder.glob("*/bin/nvdisasm"))
@@ -67,7 +72,25 @@ def _disassembled(code: bytes) -> dict[str, Counter[str]]:
         file.flush()
         text = subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True, check=True).stdout
     sections = re.split(r"^\.section\s+\.text\.|^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]
-    return {re.split(r"[,\s]", part)[0]: Counter(_INSTRUCTION.findall(part)) for part in sections}
+    return {
+        re.split(r"[,\s]", part)[0]: (Counter(_INSTRUCTION.findall(part)), _longest_loop(part)) for part in sections
+    }
+
+
+def _longest_loop(text: str) -> Counter[str]:
+    """What lies between a label and a branch back to it, where that is most."""
+    labels: dict[str, int] = {}
+    names: list[str] = []
+    longest = range(0)
+    for found in _LABEL_OR_INSTRUCTION.finditer(text):
+        if found["label"]:
+            labels[found["label"]] = len(names)
+            continue
+        names.append(found[2])
+        back = labels.get(found["target"], len(names)) if found[2].startswith("BRA") else len(names)
+        loop = range(back, len(names))
+        longest = max(longest, loop, key=len)
+    return Counter(names[i] for i in longest)
 
 
 def _count(instructions: Counter[str], pattern: str) -> int:
@@ -84,13 +107,13 @@ def measure(module: Module, sm: int) -> list[dict[str, str]]:
         spill = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
         used, shared = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes smem", part)
         assert spill and used
-        found, defines = kernels[kernel], dict(module.defines)
+        (found, loop), defines = kernels[kernel], dict(module.defines)
         kind = defines.get("CQ_TYPE", defines.get("CQ_HEAD_DIM"))
         patterns = (r"LDG\.E\.(\w+\.)*128", r"LDG\.E\.(\w+\.)*64", "PRMT", "IDP", "IMMA", "LDSM", "LDGSTS")
         counts = (sum(found.values()), *(_count(found, pattern) for pattern in patterns))
         values = (
             kernel, _type_name(kind), "dp4a" if "CQ_DP4A" in defines else "", sm, used[1], shared[1] if shared else 0,
-            sum(map(int, spill.groups())), *counts, source_hash(module.source),
+            sum(map(int, spill.groups())), *counts, sum(loop.values()), _count(loop, _ALU), source_hash(module.source),
         )  # fmt: skip
         rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
     return rows

@@ -9,6 +9,7 @@ from gguf import GGMLQuantizationType
 from pyggml_bridge import cuda_kernels as ck
 from pyggml_bridge import cuda_linear as cl
 from pyggml_bridge.format import hadamard, quantize_activations
+from pyggml_bridge.program import Scoring
 from tests.cuda.arrays import Memory
 from tests.cuda.emulate import run
 
@@ -117,15 +118,19 @@ def test_swiglu(n: int, block: int) -> None:
         assert (np.abs(out - want) <= bound).all()
 
 
-@pytest.mark.parametrize(("n_tokens", "n_experts", "top_k"), [(1, 4, 2), (5, 3, 3), (70, 40, 4), (33, 128, 8)])
+@pytest.mark.parametrize(
+    ("n_tokens", "n_experts", "top_k"), [(1, 4, 2), (5, 3, 3), (70, 40, 4), (33, 128, 8), (9, 1, 1)]
+)
 @pytest.mark.parametrize("normalize", [False, True])
-def test_routing(n_tokens: int, n_experts: int, top_k: int, normalize: bool) -> None:
+@pytest.mark.parametrize("scoring", [Scoring.SOFTMAX, Scoring.SIGMOID])
+def test_routing(n_tokens: int, n_experts: int, top_k: int, normalize: bool, scoring: Scoring) -> None:
     rng = np.random.default_rng(n_experts)
     logits = floats(rng, n_tokens, n_experts)
     logits[0] = 1  # ties go to the lower index
     want_ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
     p = np.exp(logits.astype(np.float64))
-    want = np.take_along_axis(p / p.sum(-1, keepdims=True), want_ids, -1)
+    scores = p / (1 + p) if scoring is Scoring.SIGMOID else p / p.sum(-1, keepdims=True)
+    want = np.take_along_axis(scores, want_ids, -1)
     want = want / want.sum(-1, keepdims=True) if normalize else want
     for seed in SEEDS:
         memory = Memory()
@@ -135,7 +140,7 @@ def test_routing(n_tokens: int, n_experts: int, top_k: int, normalize: bool) -> 
         addresses = [array.ctypes.data for array in (ids, weights, order, offsets, tiles)]
         routing = cl.DeviceRouting(n_experts, top_k, *addresses)
         assert len(tiles) == routing.max_tiles(n_tokens)
-        run(cl.route(memory.at(logits), routing, n_tokens, normalize=normalize)[0], seed)
+        run(cl.route(memory.at(logits), routing, n_tokens, scoring.value, normalize=normalize)[0], seed)
         run(cl.group(routing, n_tokens), seed)
         np.testing.assert_array_equal(ids, want_ids)
         assert (np.abs(weights - want) <= EPS * (n_experts + 16) * want).all()
@@ -152,8 +157,10 @@ def test_nan_logits_choose_experts_that_exist() -> None:
     logits[1, 2] = 1
     ids, weights = memory.full((3, 4), -7, np.int32), memory.full((3, 4), 0, np.float32)
     routing = cl.DeviceRouting(6, 4, ids.ctypes.data, weights.ctypes.data, 0, 0, 0)
-    run(cl.route(memory.at(logits), routing, 3, normalize=True)[0])
-    assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) < 6 for row in ids.tolist())
+    for scoring in Scoring:
+        run(cl.route(memory.at(logits), routing, 3, scoring.value, normalize=True)[0])
+        assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) < 6 for row in ids.tolist())
+        assert np.isnan(weights).any(), "what is not a number must show in the logits"
 
 
 def test_combine_and_select() -> None:

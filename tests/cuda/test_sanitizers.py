@@ -18,7 +18,7 @@ CASES = (
     "test_rows.py::test_quantize_is_the_formats_quantizer",
     "test_rows.py::test_rope",
     "test_rows.py::test_swiglu",
-    "test_rows.py::test_routing[False-5-3-3]",
+    "test_rows.py::test_routing[Scoring.SIGMOID-False-5-3-3]",
     "test_rows.py::test_nan_logits_choose_experts_that_exist",
     "test_rows.py::test_combine_and_select",
     "test_attention.py::test_attention[90-20-33-1-81]",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from pyggml_bridge.cuda_kernels import ROWS, Module
@@ -40,6 +43,13 @@ def test_the_table_is_of_these_sources() -> None:
     assert hashes == set(sources.values()), "kernels changed: python -m tests.cuda.table"
 
 
+def test_the_page_is_what_the_script_writes() -> None:
+    script = table.TABLE.parents[1] / "scripts" / "cuda_roofline.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout in table.TABLE.with_name("performance.md").read_text(), "scripts/cuda_roofline.py --write"
+
+
 def test_nothing_spills_and_the_hot_kernels_use_their_instructions() -> None:
     for row in table.recorded():
         where = f"{row['kernel']} {row['type']} sm_{row['sm']}"
@@ -52,6 +62,8 @@ def test_nothing_spills_and_the_hot_kernels_use_their_instructions() -> None:
         if row["kernel"] == "gemm" and row["variant"] == "":
             assert int(row["mma"]) and int(row["ldmatrix"]) and not int(row["dp4a"]), where
             assert bool(int(row["cp_async"])) == (int(row["sm"]) >= 80), where
+        if row["kernel"] in table.HOT:
+            assert int(row["loop"]) > 150, f"{where}: the loop was not found"
         if row["variant"] == "dp4a":
             assert int(row["dp4a"]) and not int(row["mma"]), where
 
