@@ -51,6 +51,7 @@ def paper(group: str, name: str, *options: str, model: str = "smol") -> Case:
 
 A4 = ("--activation-bits", "4")
 UNTUNED = (*A4, "--no-finetune")  # what the rotation and the grouping are worth does not wait for the tuning
+ONE_TYPE = ("--no-expert-types",)
 BLOCKS = (*UNTUNED, "--group-size", "64")
 CASES = (
     Case("acceptance", "SmolLM2, default", tokens=16384, chunks=40),
@@ -70,8 +71,9 @@ CASES = (
     paper("tuning", "lambda 0", "--router-weight", "0", model="moe"),
     paper("tuning", "no fine-tuning", "--no-finetune", model="moe"),
     Case("router", "lambda 1", model="moe"),
-    Case("router", "lambda 0", ("--router-weight", "0"), model="moe"),
-    Case("router", "no fine-tuning", ("--no-finetune",), model="moe"),
+    Case("router", "lambda 1, one type for all experts", ONE_TYPE, model="moe"),
+    Case("router", "lambda 0, one type for all experts", (*ONE_TYPE, "--router-weight", "0"), model="moe"),
+    Case("router", "no fine-tuning, one type for all experts", (*ONE_TYPE, "--no-finetune"), model="moe"),
     Case("stages", "types not mixed: CQ4, attn_v in Q8_0", ("--bits", "4")),
     Case("stages", "no types with a trellis", ("--no-trellis",)),
     Case("stages", "no sensitivity, types not mixed", ("--no-sensitivity",)),

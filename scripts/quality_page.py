@@ -15,7 +15,8 @@ INTRODUCTION = """# Quality, measured
 Written by `scripts/ablate.py`; nothing here is typed in except llama.cpp's figures. KLD is the mean divergence in nats
 of the next-token distribution from the original's F32 logits, on text that calibration never saw, of the file as the
 runner runs it (int8 activations where not said otherwise), in chunks of 512 tokens. `tokens` are those of calibration.
-Seconds are of the conversion, on two cores that other work may have shared; with a star on a slower processor of 2019.
+Seconds are of the conversion, on two cores that other work may have shared; with a star on a slower processor of 2019,
+none where the conversion was stopped in between.
 """
 
 TABLES = {
@@ -23,7 +24,7 @@ TABLES = {
     "stages": "SmolLM2: one stage off at a time",
     "size": "SmolLM2: size against quality",
     "tokens": "SmolLM2: calibration tokens, default settings",
-    "router": "SmolMoE: what the routers' choices count in the sensitivity, and descent",
+    "router": "SmolMoE: what the routers' choices count in the sensitivity, a type for each expert, and descent",
     "rotation": "`--method paper`, 4-bit activations: the rotation (the paper's Table 4)",
     "grouping": "`--method paper`, 4-bit activations: codebooks of 64 columns, POG",
     "tuning": "`--method paper`, SmolMoE: centroid fine-tuning",
@@ -53,11 +54,11 @@ def _table(rows: list[tuple[Any, dict[str, Any]]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for case, r in rows:
-        slower = "" if "machine" in r else "*"
+        seconds = "" if "seconds" not in r else f"{r['seconds']:.0f}" + ("" if "machine" in r else "*")
         routing = "" if r["router_top_k_change"] is None else f"{100 * r['router_top_k_change']:.2f}%"
         lines.append(
             f"| {case.name} | {r['bpw']:.3f} | {case.tokens} | {case.chunks} | {r['ppl']:.3f} ({r['base_ppl']:.3f}) "
-            f"| {r['mean_kld']:.4f} | {100 * r['same_top_p']:.2f}% | {routing} | {r['seconds']:.0f}{slower} |"
+            f"| {r['mean_kld']:.4f} | {100 * r['same_top_p']:.2f}% | {routing} | {seconds} |"
         )
     return "\n".join(lines) + "\n"
 
