@@ -71,7 +71,7 @@ static sample sample_new(int32_t type, int32_t n_rows, int32_t n_cols, int32_t c
     free(stored);
     s.w = (cq_matrix){type,          n_experts,  expert_rows, n_cols,    book_rows,
                       codebook_cols, scale_cols, s.data.data, centroids, scale_cols ? scales : NULL,
-                      NULL};
+                      NULL,          NULL};
     return s;
 }
 
