@@ -13,10 +13,13 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peer_quality  # beside this script
+import quality_page
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +44,8 @@ class Case:
     @property
     def key(self) -> str:
         """What makes it the same measurement."""
-        return f"{self.model} {' '.join(self.options) or 'default'} tokens={self.tokens} chunks={self.chunks}"
+        options = self.name if self.model == "llama.cpp" else " ".join(self.options) or "default"
+        return f"{self.model} {options} tokens={self.tokens} chunks={self.chunks}"
 
 
 def paper(group: str, name: str, *options: str, model: str = "smol") -> Case:
@@ -91,6 +95,14 @@ CASES = (
     Case("size", "3.0 bpw, mixed", ("--target-bpw", "3.0")),
     Case("size", "2.5 bpw, mixed", ("--target-bpw", "2.5")),
     Case("size", "3.5 bpw, mixed", ("--target-bpw", "3.5")),
+    paper("moe rotation", "learned", *UNTUNED, model="moe"),
+    paper("moe rotation", "random", *UNTUNED, "--rotation", "random", model="moe"),
+    paper("moe rotation", "none", *UNTUNED, "--rotation", "none", model="moe"),
+    Case("moe stages", "no sensitivity, types not mixed", ("--no-sensitivity",), model="moe"),
+    Case("moe stages", "no sensitivity, no error feedback", ("--no-feedback",), model="moe"),
+    Case("router", "no fine-tuning", ("--no-finetune",), model="moe"),
+    Case("router", "lambda 0", ("--router-weight", "0"), model="moe"),
+    *(Case("peer", name, model="llama.cpp") for name in peer_quality.TYPES),
 )
 
 
@@ -99,16 +111,31 @@ def main() -> None:
     arguments = parser().parse_args()
     results: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     wanted = [] if arguments.render else [case for case in CASES if re.search(arguments.only, case.key)]
-    models = {"smol": arguments.smol, "moe": arguments.moe}
-    for case in wanted:
-        if case.key in results or models[case.model] is None:
-            continue
-        console.print(f"{case.group}: {case.name}")
-        results[case.key] = run(case, models[case.model], arguments)
+    models = {"smol": arguments.smol, "moe": arguments.moe, "llama.cpp": arguments.llama_cpp and arguments.smol}
+    wanted = [case for case in wanted if case.key not in results and models[case.model] is not None]
+    for case, result in measured(wanted, models, arguments):
+        results[case.key] = result
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    import quality_page  # beside this script
-
     quality_page.render(CASES, results, ROOT / "docs")
+
+
+def measured(
+    cases: list[Case], models: dict[str, Path], arguments: argparse.Namespace
+) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Each case and its result, as they come."""
+    peer: peer_quality.Peer | None = None
+    for case in cases:
+        console.print(f"{case.group}: {case.name}")
+        if case.model != "llama.cpp":
+            yield case, run(case, models[case.model], arguments)
+            continue
+        if peer is None:
+            texts = (arguments.calibration, arguments.text, arguments.work)
+            peer = peer_quality.Peer(arguments.llama_cpp, models[case.model], *texts, case.tokens, case.chunks)
+            peer.prepare()
+        yield case, peer.measure(case.name)
+    if peer is not None:
+        peer.clean()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,6 +143,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="measure every stage, write docs/quality.md")
     p.add_argument("--smol", type=Path, help="SmolLM2-135M, whatever cq-convert takes")
     p.add_argument("--moe", type=Path, help="the Mixture of Experts of scripts/make_smolmoe.py")
+    p.add_argument("--llama-cpp", type=Path, metavar="BUILD", help="build directory of llama.cpp: its types too")
     p.add_argument("--calibration", type=Path, help="text to calibrate on")
     p.add_argument("--text", type=Path, help="other text to measure on")
     p.add_argument("--work", type=Path, default=ROOT / "build", help="where converted files go (build)")

@@ -6,13 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# llama.cpp of October 2026 with its imatrix from the same calibration text, SmolLM2 on the same 40 chunks:
-# name, bits per weight of the linear layers, perplexity, mean KLD.
-LLAMA_CPP = (("Q4_0", 4.5, 25.877, 0.173), ("IQ4_NL", 4.5, 25.859, 0.0980), ("Q4_K_M", 5.2, 24.429, 0.0354))
-
 INTRODUCTION = """# Quality, measured
 
-Written by `scripts/ablate.py`; nothing here is typed in except llama.cpp's figures. KLD is the mean divergence in nats
+Written by `scripts/ablate.py`; nothing here is typed in. KLD is the mean divergence in nats
 of the next-token distribution from the original's F32 logits, on text that calibration never saw, of the file as the
 runner runs it (int8 activations where not said otherwise), in chunks of 512 tokens. `tokens` are those of calibration.
 Seconds are of the conversion, on two cores that other work may have shared; with a star on a slower processor of 2019,
@@ -23,9 +19,12 @@ TABLES = {
     "acceptance": "Default settings and 3.5 bits per weight",
     "stages": "SmolLM2: one stage off at a time",
     "size": "SmolLM2: size against quality",
+    "peer": "SmolLM2: llama.cpp's types, importance matrix from the same calibration text",
     "tokens": "SmolLM2: calibration tokens, default settings",
     "router": "SmolMoE: what the routers' choices count in the sensitivity, a type for each expert, and descent",
+    "moe stages": "SmolMoE: one stage off at a time",
     "rotation": "`--method paper`, 4-bit activations: the rotation (the paper's Table 4)",
+    "moe rotation": "`--method paper`, 4-bit activations, SmolMoE: the rotation, centroids not fine-tuned",
     "grouping": "`--method paper`, 4-bit activations: codebooks of 64 columns, POG",
     "tuning": "`--method paper`, SmolMoE: centroid fine-tuning",
 }
@@ -39,9 +38,9 @@ def render(cases: Iterable[Any], results: dict[str, dict[str, Any]], docs: Path)
         rows = [(case, result) for case, result in done if case.group == group]
         if rows:
             parts.append(f"## {title}\n\n{_table(rows)}")
-        if group == "size" and rows:
-            _plot_sizes(rows, docs / "quality-size.png")
-            parts.append(_llama_cpp() + "\n![size against KLD](quality-size.png)\n")
+        if group == "peer" and rows:
+            _plot_sizes(done, docs / "quality-size.png")
+            parts.append("![size against KLD](quality-size.png)\n")
         if group == "tokens" and rows:
             _plot_tokens(done, docs / "quality-tokens.png")
             parts.append("![calibration tokens against KLD](quality-tokens.png)\n")
@@ -63,27 +62,25 @@ def _table(rows: list[tuple[Any, dict[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _llama_cpp() -> str:
-    rows = [f"| {name} + imatrix | {bpw} | {ppl} | {kld} |" for name, bpw, ppl, kld in LLAMA_CPP]
-    head = "llama.cpp on 40 chunks, not the same as above:\n\n| | bpw | perplexity | mean KLD |\n|---|---|---|---|\n"
-    return head + "\n".join(rows) + "\n"
-
-
-def _plot_sizes(rows: list[tuple[Any, dict[str, Any]]], file: Path) -> None:
+def _plot_sizes(done: list[tuple[Any, dict[str, Any]]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    mixed = sorted((r["bpw"], r["mean_kld"]) for case, r in rows if "mixed" in case.name)
-    axes.plot(*zip(*mixed, strict=True), "o-", label="cq, types mixed by sensitivity (12 chunks)")
-    plain = sorted((r["bpw"], r["mean_kld"]) for case, r in rows if "mixed" not in case.name)
-    if plain:
-        axes.plot(*zip(*plain, strict=True), "s--", label="cq, one type (12 chunks)")
-    for name, bpw, _, kld in LLAMA_CPP:
-        axes.plot(bpw, kld, "kx")
-        axes.annotate(f" {name}", (bpw, kld))
+    points = {
+        "cq, types mixed by sensitivity": ("o-", [(c, r) for c, r in done if c.group == "size" and "mixed" in c.name]),
+        "cq, one type": ("s--", [(c, r) for c, r in done if c.group == "size" and "mixed" not in c.name]),
+        "llama.cpp with an importance matrix": ("kx", peers := [(c, r) for c, r in done if c.group == "peer"]),
+    }
+    points["cq, types mixed by sensitivity"][1].extend((c, r) for c, r in done if c.name == "all stages")
+    for label, (style, results) in points.items():
+        if results:
+            line = sorted((r["bpw"], r["mean_kld"]) for _, r in results)
+            axes.plot(*zip(*line, strict=True), style, label=label)
+    for case, r in peers:
+        axes.annotate(f" {case.name}", (r["bpw"], r["mean_kld"]), fontsize="x-small")
     axes.set(yscale="log", xlabel="bits per weight of the linear layers", ylabel="mean KLD", title="SmolLM2-135M")
     axes.legend()
     axes.grid(alpha=0.3, which="both")
