@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .architecture import Linear
 from .basis import FileBasis
 from .layer_pair import ATTENTION, FFN, ROUTER, LayerPair
-from .quantize import Quantized
+from .quantize import Quantized, QuantizedExperts
 from .report import Tuned
 
 ROUNDS = 2
@@ -35,7 +35,7 @@ class Codebooks:
     int8; scale [experts, rows, 1]; indices int64 [experts, rows, cols] into centroids.
     """
 
-    def __init__(self, linear: Linear, quantized: Quantized, basis: FileBasis) -> None:
+    def __init__(self, linear: Linear, quantized: Quantized | QuantizedExperts, basis: FileBasis) -> None:
         """From what the k-means found. Only for rows with codebooks of their own, no group scales and no transform."""
         self.linear, self.quantized, self.basis = linear, quantized, basis
         fits = quantized.fits
@@ -53,7 +53,7 @@ class Codebooks:
     def weight(self) -> Tensor:
         """The float weight of transformers' layer, differentiable by the centroids."""
         stored = self.scale * self.centroids.gather(-1, self.indices)
-        return self.basis.from_file(stored.reshape(self.quantized.original.shape))
+        return self.basis.from_file(stored.reshape(self.quantized.planned.shape))
 
     def assign(self, ratio: Tensor) -> None:
         """Every weight w_ij takes the centroid nearest to ratio_j w_ij; ratio [experts, cols] = D2 / D1."""

@@ -1,7 +1,8 @@
 """How a checkpoint's architecture is described: its tensors, their names in both worlds, and what feeds what.
 
-A decoder layer is handled as a dict {name of the spec: float32 tensor}: norms [n], linears [out, in], experts' linears
-[n_experts, out, in], all in transformers' row order. Everything the stages need to know is in the specs below.
+A decoder layer is handled as a dict {name of the spec: float32 tensor}: norms [n], linears [out, in], all in
+transformers' row order. Experts are handled one by one, as a dict of the linears of one. Everything the stages need to
+know is in the specs below.
 """
 
 from __future__ import annotations
@@ -136,6 +137,12 @@ class Architecture:
         return any(norm.bias for norm in self.norms)
 
     @property
+    def norm_biases(self) -> list[Vector]:
+        """The vectors that are biases of norms."""
+        names = {norm.bias for norm in self.norms}
+        return [vector for vector in self.vectors if vector.name in names]
+
+    @property
     def plain(self) -> list[Norm | Vector]:
         """A layer's tensors that are never quantized, in file order."""
         return [*self.norms, *self.vectors]
@@ -156,6 +163,8 @@ class Architecture:
             for spec in self.plain:
                 module.get_parameter(spec.parameter).copy_(layer[spec.name])
             for linear in self.linears:
+                if linear.experts and linear.name not in layer:
+                    continue
                 linear.rows_of(module.get_parameter(linear.parameter)).copy_(layer[linear.name])
 
 

@@ -1,4 +1,4 @@
-"""Calibration: text -> token sequences -> second moments of every linear's input, per expert."""
+"""Calibration: text -> token sequences -> second moments of every linear's input."""
 
 from __future__ import annotations
 
@@ -48,33 +48,24 @@ def tokenize(checkpoint: Checkpoint, text: str, special: bool = False) -> list[i
     return ids
 
 
-Statistics = dict[str, list[Moments]]  # site -> one entry, or one per expert
-
-
 @contextmanager
 def capture(
-    arch: Architecture, module: nn.Module, n_experts: int, token_weights: dict[str, Tensor] | None = None
-) -> Iterator[Statistics]:
-    """While active, running the decoder layer module fills the statistics of every site of its linears.
+    arch: Architecture, module: nn.Module, token_weights: dict[str, Tensor] | None = None
+) -> Iterator[dict[str, Moments]]:
+    """While active, running the decoder layer module fills the moments of every site but the experts'.
 
     token_weights: site -> [tokens], how much each token of the run counts; all the same without.
     """
-    found: Statistics = {}
+    found: dict[str, Moments] = {}
     handles = []
     for linear in arch.linears:
-        if not linear.measured or linear.site in found:
+        if not linear.measured or linear.experts or linear.site in found:
             continue
         cols = linear.rows_of(module.get_parameter(linear.parameter)).shape[-1]
-        found[linear.site] = [Moments(cols, sampled=True) for _ in range(n_experts if linear.experts else 1)]
-        if not linear.experts:
-            weights = token_weights[linear.site] if token_weights else None
-            hook = _linear_hook(found[linear.site][0], weights)
-            handles.append(module.get_submodule(linear.site).register_forward_pre_hook(hook))
-    site = arch.experts_site
-    if site:
-        weights = token_weights[site] if token_weights else None
-        hook = _experts_hook(found[site], found[f"{site}.hidden"], weights)
-        handles.append(module.get_submodule(site).register_forward_pre_hook(hook))
+        found[linear.site] = Moments(cols, sampled=True)
+        weights = token_weights[linear.site] if token_weights else None
+        hook = _linear_hook(found[linear.site], weights)
+        handles.append(module.get_submodule(linear.site).register_forward_pre_hook(hook))
     try:
         yield found
     finally:
@@ -86,30 +77,6 @@ def _linear_hook(moments: Moments, weights: Tensor | None) -> Any:
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0].flatten(0, -2)
         moments.add(x, None if weights is None else weights[moments.tokens : moments.tokens + len(x)])
-
-    return hook
-
-
-def _experts_hook(inputs: list[Moments], hidden: list[Moments], weights: Tensor | None) -> Any:
-    """transformers keeps experts fused, so no hook sees one expert's input: gather it, and recompute gate and up.
-
-    An expert's error reaches the output times its routing weight, so that goes into the weights.
-    """
-    seen = 0
-
-    def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        nonlocal seen
-        states, index, routing = arguments[0].flatten(0, -2), arguments[1], arguments[2]
-        batch = None if weights is None else weights[seen : seen + len(states), None] * routing
-        seen += len(states)
-        for expert, (x_moments, h_moments) in enumerate(zip(inputs, hidden, strict=True)):
-            token, slot = torch.where(index == expert)
-            if len(token):
-                x = states[token]
-                gate, up = (x @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
-                weight = None if batch is None else batch[token, slot]
-                x_moments.add(x, weight)
-                h_moments.add(module.act_fn(gate) * up, weight)
 
     return hook
 

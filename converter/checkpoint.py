@@ -178,8 +178,8 @@ class Checkpoint:
         if found != shape:
             raise CQError(f"{self.path}: tensor {name} has shape {list(found)}, the configuration says {list(shape)}")
 
-    def _read(self, name: str) -> Tensor:
-        tensor = self.source.read(name)
+    def _read(self, name: str, entry: int | None = None) -> Tensor:
+        tensor = self.source.read(name, entry)
         if not torch.isfinite(tensor).all():
             raise CQError(f"{self.path}: tensor {name} holds NaN or infinite values")
         return tensor
@@ -215,17 +215,27 @@ class Checkpoint:
         return self.embedding() if self.tied else self._read(self._model_name(HEAD))
 
     def layer(self, index: int) -> Layer:
-        """All tensors of one decoder layer, as architecture.Layer describes."""
-        return {spec.name: self._read_layer_tensor(spec, index) for spec in self.arch_of(index).specs}
+        """All tensors of one decoder layer but the experts'."""
+        specs = [spec for spec in self.arch_of(index).specs if not _is_experts(spec)]
+        return {spec.name: self._read_layer_tensor(spec, index) for spec in specs}
+
+    def expert(self, index: int, expert: int) -> Layer:
+        """The linears [out, in] of one expert of a layer, and the layer's norms."""
+        arch = self.arch_of(index)
+        norms: list[Norm | Vector] = [*arch.norms, *arch.norm_biases]
+        found = {spec.name: self._read_layer_tensor(spec, index) for spec in norms}
+        for linear in arch.linears:
+            if linear.experts:
+                name = self._disk_name(linear, index)
+                whole = "{}" not in name  # on disk one tensor for all experts
+                tensor = self._read(name, expert) if whole else self._read(name.format(expert))
+                found[linear.name] = linear.rows_of(tensor) if whole else tensor
+        return found
 
     def _read_layer_tensor(self, spec: Norm | Vector | Linear, layer: int) -> Tensor:
         if self._is_absent(spec):
             return torch.zeros(self.expected_shape(spec, layer))
-        name = self._disk_name(spec, layer)
-        if "{}" in name:
-            n_experts = self.expected_shape(spec, layer)[0]
-            return torch.stack([self._read(name.format(expert)) for expert in range(n_experts)])
-        return self._from_disk(spec, self._read(name))
+        return self._from_disk(spec, self._read(self._disk_name(spec, layer)))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -255,6 +265,10 @@ class Checkpoint:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
         self.arch.correct_rope(model.get_decoder().rotary_emb)
         return model
+
+
+def _is_experts(spec: Norm | Vector | Linear) -> bool:
+    return isinstance(spec, Linear) and spec.experts
 
 
 class GgufCheckpoint(Checkpoint):

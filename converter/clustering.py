@@ -90,6 +90,11 @@ class Fit:
             if getattr(self, name) is not None:
                 getattr(self, name)[:] = getattr(other, name)
 
+    def finished(self) -> Fit:
+        """The same without the weights that it was fitted to."""
+        nothing = np.empty(0, np.float32)
+        return replace(self, w=nothing, weight=nothing, row_weight=nothing)
+
     def clustered(self) -> Clustered:
         """Packed as the file holds it."""
         packed = pack(self.indices, self.cq, self.codebook_rows)
@@ -151,13 +156,13 @@ def descend(fit: Fit, moments: NDArray[np.float32], n_threads: int, rounds: int 
 
 def weights_of(fit: Fit, n_threads: int) -> NDArray[np.float32]:
     """The weights [rows, cols] that the fit stands for."""
-    out = np.empty_like(fit.w)
+    out = np.empty(fit.indices.shape, np.float32)
     _check(lib.cq_clustered_weights(_job(fit, 0), pointer(out, "float *"), n_threads))
     return out
 
 
 def _job(fit: Fit, iterations: int) -> Any:
-    rows, cols = fit.w.shape
+    rows, cols = fit.indices.shape
     return ffi.new(
         "cq_clustering *",
         {

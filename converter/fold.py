@@ -15,10 +15,10 @@ from .architecture import Architecture, Layer, Norm
 
 
 def fold_norms(arch: Architecture, layer: Layer) -> Layer:
-    """The same layer with all norm scales 1: W diag(scale) takes the place of each W that reads the norm."""
+    """The same layer, or expert, with all norm scales 1: each W that reads the norm becomes W diag(scale)."""
     folded = dict(layer)
     for linear in arch.linears:
-        if linear.norm:
+        if linear.norm and linear.name in layer:
             folded[linear.name] = layer[linear.name] * layer[linear.norm]
     for norm in arch.norms:
         if norm.bias:
@@ -31,7 +31,7 @@ def fold_norms(arch: Architecture, layer: Layer) -> Layer:
 def _fold_bias(arch: Architecture, norm: Norm, layer: Layer, folded: Layer) -> Layer:
     """What changes in the folded layer; the constant is such that the new column is about as large as the others."""
     assert norm.bias is not None
-    bias, readers = layer[norm.bias], [linear for linear in arch.linears if linear.norm == norm.name]
+    bias, readers = layer[norm.bias], [x for x in arch.linears if x.norm == norm.name and x.name in layer]
     if all(linear.bias for linear in readers):
         own = {linear.bias: layer[linear.bias] + layer[linear.name] @ bias for linear in readers if linear.bias}
         return own | {norm.bias: torch.zeros_like(bias)}
@@ -47,9 +47,9 @@ def _fold_bias(arch: Architecture, norm: Norm, layer: Layer, folded: Layer) -> L
 
 def _without_mean(arch: Architecture, layer: Layer) -> Layer:
     """Everything that writes the residual stream, without the mean of what it writes."""
-    linears = {x.name: layer[x.name] - layer[x.name].mean(-2, keepdim=True) for x in arch.linears if x.writes_residual}
-    norm_biases = {norm.bias for norm in arch.norms}
-    vectors = [x.name for x in arch.vectors if x.residual and x.name not in norm_biases]
+    writers = [x.name for x in arch.linears if x.writes_residual and x.name in layer]
+    linears = {name: layer[name] - layer[name].mean(-2, keepdim=True) for name in writers}
+    vectors = [x.name for x in arch.vectors if x.residual and x.name in layer and x not in arch.norm_biases]
     return linears | {name: layer[name] - layer[name].mean() for name in vectors}
 
 

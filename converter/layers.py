@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .accf import CentroidTuner, Codebooks
 from .architecture import Architecture, Layer, Linear
 from .basis import FileBasis
-from .calibration import Statistics, capture
+from .calibration import capture
+from .experts import Expert, Routed, streamed_experts
+from .gradients import LayerSensitivity
 from .layer_pair import LayerPair
 from .moments import Moments
 from .plan import Plan, PlannedTensor
-from .quantize import Quantized, quantize, quantize_plain
+from .quantize import Quantized, QuantizedExperts, quantize, quantize_plain
 from .report import Tuned, progress
 from .sensitivity import Sensitivity
 from .settings import Settings
@@ -23,22 +26,33 @@ from .side_by_side import Task, run_tasks
 from .stream import LayerStream
 from .transform import TransformedModel
 
+Tensors = dict[str, Quantized | QuantizedExperts]  # by GGUF stem
+
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer's tensors by GGUF stem, in file order and in the file's basis.
+    """A layer's tensors in file order and in the file's basis.
 
     tokens: per expert, [] if dense; tuned: what fine-tuning did to it.
     """
 
-    tensors: dict[str, Quantized]
+    tensors: Tensors
     tokens: list[int]
     tuned: Tuned | None = None
 
 
+@dataclass
+class _Seen:
+    """What calibration showed of a layer: moments by site, tokens of experts; nothing without a text."""
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+    routed: Routed | None = None
+    sensitivity: LayerSensitivity | None = None
+
+
 @dataclass(frozen=True)
 class LayerQuantizer:
-    """The stage that clusters. Holds one layer at a time."""
+    """The stage that clusters. Holds one layer at a time, and of its experts those that are being clustered."""
 
     settings: Settings
     plan: Plan
@@ -61,37 +75,131 @@ class LayerQuantizer:
                 advance(f"layer {index}")
 
     def _layer(self, index: int, planned: tuple[PlannedTensor, ...], hidden: Tensor | None) -> QuantizedLayer:
-        arch, config = self.model.checkpoint.arch_of(index), self.model.checkpoint.config
         layer = self.model.layer(index)
-        statistics: Statistics = {}
-        module: Any = None
-        sensitivity = self.sensitivity.layer(index) if self.sensitivity else None
-        outputs = sensitivity.outputs if sensitivity else {}
+        seen, module = _Seen(), None
         if hidden is not None:
-            module = self.stream.module(index, layer)
-            weights = sensitivity.token_weights if sensitivity else None
-            with capture(arch, module, arch.n_experts(config), weights) as statistics:
-                self.stream.forward(module, hidden.clone())
-        tensors, n_plain = {}, len(arch.plain)
+            module = self.stream.module(index, layer, partial(self.model.expert, index))
+            seen = self._calibrate(index, module, hidden)
+        tensors = self._quantize(index, layer, planned, seen)
+        tuned = None
+        if hidden is not None and module is not None:
+            if self.tuner:
+                tuned = self._tune(index, self.tuner, tensors, hidden)
+            self._advance(index, module, tensors, hidden)
+        n_experts = self.model.n_experts(index) if seen.routed else 0
+        tokens = [len(seen.routed.rows(number)[0]) for number in range(n_experts)] if seen.routed else []
+        return QuantizedLayer(tensors, tokens, tuned)
+
+    def _calibrate(self, index: int, module: nn.Module, hidden: Tensor) -> _Seen:
+        sensitivity = self.sensitivity.layer(index) if self.sensitivity else None
+        weights = sensitivity.token_weights if sensitivity else None
+        with capture(self.model.checkpoint.arch_of(index), module, weights) as moments:
+            routed = self.stream.without_experts(module, hidden.clone())
+        return _Seen(moments, routed, sensitivity)
+
+    def _quantize(self, index: int, layer: Layer, planned: tuple[PlannedTensor, ...], seen: _Seen) -> Tensors:
+        arch = self.model.checkpoint.arch_of(index)
+        tensors: Tensors = {}
         for spec, tensor in zip(arch.plain, planned, strict=False):
             tensors[spec.name] = quantize_plain(tensor, layer[spec.name])
         tasks: list[Task] = []
-        for linear, tensor in zip(arch.linears, planned[n_plain:], strict=True):
-            tensors[linear.name], own = self._linear(tensor, linear, layer[linear.name], statistics, outputs)
+        experts: dict[str, QuantizedExperts] = {}
+        outputs = seen.sensitivity.outputs if seen.sensitivity else {}
+        for linear, tensor in zip(arch.linears, planned[len(arch.plain) :], strict=True):
+            if linear.experts:
+                tensors[linear.name] = experts[linear.name] = QuantizedExperts(tensor, [])
+                continue
+            moments = seen.moments.get(linear.site)
+            packed = outputs.get(linear.name)
+            output = packed[0].moments() if packed else None
+            tensors[linear.name], own = self._linear(tensor, linear, layer[linear.name], moments, output)
             tasks += own
-        run_tasks(tasks, self.settings.threads)
-        tuned = None
-        if hidden is not None:
-            if self.tuner:
-                tuned = self._tune(arch, self.tuner, module, tensors, hidden)
-            arch.install(module, self.effective(arch, tensors))
-            self.stream.forward(module, hidden)
-        tokens = [entry.tokens for entry in statistics[arch.experts_site]] if arch.experts_site and statistics else []
-        return QuantizedLayer(tensors, tokens, tuned)
+        run_tasks(tasks + self._expert_tasks(index, experts, seen), self.settings.threads)
+        return tensors
 
-    def _tune(
-        self, arch: Architecture, tuner: CentroidTuner, module: Any, tensors: dict[str, Quantized], hidden: Tensor
-    ) -> Tuned:
+    def _linear(
+        self, planned: PlannedTensor, linear: Linear, weight: Tensor, moments: Moments | None, output: Moments | None
+    ) -> tuple[Quantized, list[Task]]:
+        basis = self.basis(linear)
+        inputs = moments and moments.in_basis(basis)
+        by_output = output and output.of_outputs(basis)
+        return quantize(planned, basis.to_file(weight).contiguous(), inputs, by_output, self.settings.refinement)
+
+    # ---- experts ----
+
+    def _expert_tasks(self, index: int, experts: dict[str, QuantizedExperts], seen: _Seen) -> list[Task]:
+        """One task per expert: read, calibrate, cluster its linears, forget everything but the result."""
+        if not experts:
+            return []
+        shared = _shared_outputs(seen.sensitivity, experts)
+        cost = 0
+        for linear in experts.values():
+            linear.experts += [Quantized(linear.planned, None, None, [], None)] * self.model.n_experts(index)
+            *_, rows, cols = linear.planned.shape
+            cost += rows * cols * cols
+        run = partial(self._cluster_expert, index, experts, seen, shared)
+        return [Task(cost, partial(run, number)) for number in range(self.model.n_experts(index))]
+
+    def _cluster_expert(
+        self,
+        index: int,
+        experts: dict[str, QuantizedExperts],
+        seen: _Seen,
+        shared: dict[str, Moments],
+        number: int,
+        n_threads: int,
+    ) -> None:
+        arch = self.model.checkpoint.arch_of(index)
+        layer = self.model.expert(index, number)
+        inputs: dict[str, Moments] = {}
+        if seen.routed:
+            expert = Expert.of(arch, layer, self.stream.activation(index))
+            weights = seen.sensitivity.token_weights[arch.experts_site or ""] if seen.sensitivity else None
+            found = seen.routed.moments(number, expert, weights)
+            inputs = dict(zip((arch.experts_site or "", f"{arch.experts_site}.hidden"), found, strict=True))
+        for linear in (linear for linear in arch.linears if linear.experts):
+            output = shared.get(linear.name)
+            if seen.sensitivity and output is None:
+                output = seen.sensitivity.outputs[linear.name][number].moments()
+            planned = experts[linear.name].planned.of_expert(number)
+            quantized, tasks = self._linear(planned, linear, layer[linear.name], inputs.get(linear.site), output)
+            for task in tasks:
+                task.run(n_threads)
+            if not self.settings.tunes_centroids:
+                quantized.finish(n_threads)
+            experts[linear.name].experts[number] = quantized
+
+    # ---- after clustering ----
+
+    def _advance(self, index: int, module: nn.Module, tensors: Tensors, hidden: Tensor) -> None:
+        """hidden becomes the output of the quantized layer."""
+        arch = self.model.checkpoint.arch_of(index)
+        arch.install(module, self.effective(arch, tensors, experts=False))
+        experts = streamed_experts(module)
+        if experts:
+            experts.expert = partial(self._effective_expert, arch, tensors, self.stream.activation(index))
+        self.stream.forward(module, hidden)
+
+    def _effective_expert(self, arch: Architecture, tensors: Tensors, act: Any, number: int) -> Expert:
+        layer = {}
+        for linear in arch.linears:
+            experts = tensors[linear.name]
+            if isinstance(experts, QuantizedExperts):
+                stored = experts.experts[number].weight(self.settings.threads)
+                layer[linear.name] = self.basis(linear).from_file(stored)
+        return Expert.of(arch, layer, act)
+
+    def effective(self, arch: Architecture, tensors: Tensors, experts: bool = True) -> Layer:
+        """The weights that the file stands for, in transformers' basis; with the experts' or without."""
+        n_threads = self.settings.threads
+        layer = {spec.name: tensors[spec.name].weight(n_threads) for spec in arch.plain}
+        for linear in arch.linears:
+            if experts or not linear.experts:
+                layer[linear.name] = self.basis(linear).from_file(tensors[linear.name].weight(n_threads))
+        return layer
+
+    def _tune(self, index: int, tuner: CentroidTuner, tensors: Tensors, hidden: Tensor) -> Tuned:
+        arch = self.model.checkpoint.arch_of(index)
         books, fixed = [], {}
         for linear in arch.linears:
             quantized, basis = tensors[linear.name], self.basis(linear)
@@ -99,26 +207,14 @@ class LayerQuantizer:
                 books.append(Codebooks(linear, quantized, basis))
             else:
                 fixed[linear.name] = basis.from_file(quantized.weight(self.settings.threads))
+        module = self.stream.module(index, self.model.whole_layer(index))
         return tuner.tune(LayerPair(self.stream, arch, module, fixed), books, hidden)
 
-    def _linear(
-        self,
-        planned: PlannedTensor,
-        linear: Linear,
-        weight: Tensor,
-        statistics: Statistics,
-        outputs: dict[str, list[Moments]],
-    ) -> tuple[Quantized, list[Task]]:
-        basis = self.basis(linear)
-        by_output = [entry.of_outputs(basis) for entry in outputs.get(linear.name, ())]
-        moments = [entry.in_basis(basis) for entry in statistics.get(linear.site, ())]
-        stored = basis.to_file(weight).contiguous()
-        return quantize(planned, stored, moments, by_output, self.settings.refinement)
 
-    def effective(self, arch: Architecture, tensors: dict[str, Quantized]) -> Layer:
-        """The weights that the file stands for, in transformers' basis."""
-        n_threads = self.settings.threads
-        layer = {spec.name: tensors[spec.name].weight(n_threads) for spec in arch.plain}
-        for linear in arch.linears:
-            layer[linear.name] = self.basis(linear).from_file(tensors[linear.name].weight(n_threads))
-        return layer
+def _shared_outputs(sensitivity: LayerSensitivity | None, linears: Iterable[str]) -> dict[str, Moments]:
+    """Of those linears whose outputs' moments all experts share, factored before several threads ask for it."""
+    packed = {name: sensitivity.outputs[name] for name in linears} if sensitivity else {}
+    shared = {name: entries[0].moments() for name, entries in packed.items() if len(entries) == 1}
+    for moments in shared.values():
+        _ = moments.feedback_factor, moments.damped
+    return shared

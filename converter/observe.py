@@ -30,7 +30,7 @@ def observe(model: TransformedModel, stream: LayerStream, tokens: Tensor) -> Obs
     rows: list[Tensor] = []
     with progress("observing", n_layers) as advance:
         for i in range(n_layers):
-            module = stream.module(i, model.layer(i))
+            module = stream.load(model, i)
             with capture_norms(model.checkpoint.arch_of(i), module, ROWS_PER_NORM) as found:
                 stream.forward(module, hidden)
             rows += found

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .architecture import Architecture, ChannelGroup, Layer
+from .architecture import Architecture, Layer
 
 RATIO = 0.25
 
@@ -33,35 +33,29 @@ def outlier_order(columns: Tensor, block: int, ratio: float = RATIO) -> Tensor:
     return torch.cat([sub_groups[group] for group in dealt + low[len(high) * per_block :]])
 
 
-def permute_layer(arch: Architecture, layer: Layer, block: int, head_dim: int) -> Layer:
-    """The layer with its free channels reordered for codebooks of `block` columns; logits are unchanged."""
+def permute_channels(arch: Architecture, layer: Layer, block: int) -> Layer:
+    """The layer, or one expert, with FFN channels reordered for codebooks of `block` columns; logits are unchanged."""
     permuted = dict(layer)
     for group in arch.channels:
-        permuted |= _permute_channels(group, layer, block)
-    return permuted | _permute_heads(arch, layer, block, head_dim)
+        if group.consumer in layer:
+            order = outlier_order(layer[group.consumer], block)
+            permuted |= {name: layer[name][order] for name in group.producers}
+            permuted[group.consumer] = layer[group.consumer][:, order]
+    return permuted
 
 
-def _permute_channels(group: ChannelGroup, layer: Layer, block: int) -> Layer:
-    """The group's tensors in the order of each expert's own consumer."""
-    names = (*group.producers, group.consumer)
-    if layer[group.consumer].dim() == 3:
-        experts = zip(*(layer[name] for name in names), strict=True)
-        ordered = [_permute_channels(group, dict(zip(names, expert, strict=True)), block) for expert in experts]
-        return {name: torch.stack([expert[name] for expert in ordered]) for name in names}
-    order = outlier_order(layer[group.consumer], block)
-    permuted = {name: layer[name][order] for name in group.producers}
-    return permuted | {group.consumer: layer[group.consumer][:, order]}
+def permute_heads(arch: Architecture, layer: Layer, block: int, head_dim: int) -> Layer:
+    """The layer with value rows (as HeadGroup says) and output columns [out, heads * head_dim] reordered per KV head.
 
-
-def _permute_heads(arch: Architecture, layer: Layer, block: int, head_dim: int) -> Layer:
-    """Value rows (as HeadGroup says) and output columns [out, heads * head_dim], reordered per KV head."""
+    For codebooks of `block` columns; logits are unchanged.
+    """
     value, output = layer[arch.heads.value], layer[arch.heads.output]
     v = value.reshape(-1, head_dim, value.shape[-1])  # [kv_heads, head_dim, in]
     o = output.unflatten(1, (v.shape[0], -1, head_dim))  # [out, kv_heads, queries per KV head, head_dim]
     orders = [outlier_order(o[:, head].flatten(0, 1), block) for head in range(v.shape[0])]
     v = torch.stack([v[head, order] for head, order in enumerate(orders)])
     o = torch.stack([o[:, head, :, order] for head, order in enumerate(orders)], dim=1)
-    permuted = {arch.heads.value: v.reshape(value.shape), arch.heads.output: o.reshape(output.shape)}
+    permuted = layer | {arch.heads.value: v.reshape(value.shape), arch.heads.output: o.reshape(output.shape)}
     if arch.heads.bias:
         rows = layer[arch.heads.bias].unflatten(0, (-1, head_dim))
         permuted[arch.heads.bias] = torch.cat([row[order] for row, order in zip(rows, orders, strict=True)])

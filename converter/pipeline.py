@@ -22,7 +22,7 @@ from .metadata import metadata
 from .moments import Moments
 from .observe import Observation, observe
 from .plan import Plan, PlannedTensor, make_plan
-from .quantize import Quantized, quantize
+from .quantize import Quantized, QuantizedExperts, quantize
 from .report import Report, warn
 from .rope import rope_tensors
 from .rotation import LearnedRotation, learn_rotation, random_rotation
@@ -170,7 +170,7 @@ class _Job:
         written = Written(rel_errors=self.report.rel_errors)
         if tokens is not None:
             written.hidden = embedding.weight(self.settings.threads)[tokens]
-            if self.settings.method == "paper" and self.settings.finetune:
+            if self.settings.tunes_centroids:
                 written.original_hidden = self.model.embedding()[tokens]
         return written
 
@@ -206,12 +206,11 @@ class _Job:
         self._write_tensor(file, self._quantize(planned_head, self.model.head(), inputs))
 
     def _quantize(self, planned: PlannedTensor, weight: Tensor, inputs: Moments | None = None) -> Quantized:
-        moments = None if inputs is None else [inputs]
-        quantized, tasks = quantize(planned, weight, moments, None, self.settings.refinement)
+        quantized, tasks = quantize(planned, weight, inputs, None, self.settings.refinement)
         run_tasks(tasks, self.settings.threads)
         return quantized
 
-    def _write_tensor(self, file: OutputFile, quantized: Quantized) -> None:
+    def _write_tensor(self, file: OutputFile, quantized: Quantized | QuantizedExperts) -> None:
         file.write(quantized.planned, quantized.arrays())
         if len(quantized.planned.shape) > 1:
             self.report.rel_errors[quantized.planned.name] = quantized.rel_error(self.settings.threads)

@@ -67,6 +67,11 @@ class PlannedTensor:
             found.append((ids, replace(self, name=name, shape=shape, type=kind, expert_types=())))
         return found
 
+    def of_expert(self, number: int) -> PlannedTensor:
+        """One expert's matrix."""
+        own = self.expert_types[number] if self.expert_types else self.type
+        return replace(self, shape=self.shape[1:], type=own, expert_types=())
+
     @property
     def cq(self) -> CQType | None:
         """The clustered type, None for an ordinary one. Of a section, where there are any."""

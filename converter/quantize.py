@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,19 +32,29 @@ from .side_by_side import Task
 F16_MAX = 65504.0
 
 
+@dataclass(frozen=True)
+class ErrorSums:
+    """Squared error and square of a linear's outputs per token, on so many tokens; of its weights if there are 0."""
+
+    tokens: int
+    error: float
+    total: float
+
+
 @dataclass
 class Quantized:
-    """A weight [out, in] or [n_experts, out, in] in its planned type.
+    """A weight [..., out, in] in its planned type.
 
-    fits: of a clustered type, one per matrix; they may still change. plain: the array of any other type.
-    moments: statistics of its inputs, one entry per matrix, or none.
+    fits: of a clustered type, one per matrix; they may still change. plain: the array of any other type. original and
+    moments, statistics of its inputs where there are any, serve the error alone.
     """
 
     planned: PlannedTensor
-    original: Tensor
-    moments: list[Moments] | None
+    original: Tensor | None
+    moments: Moments | None
     fits: list[Fit]
     plain: NDArray[Any] | None
+    final: ErrorSums | None = None
 
     def arrays(self) -> list[NDArray[Any]]:
         """What the file holds, in the order of the plan's parts."""
@@ -55,40 +65,77 @@ class Quantized:
             groups = [] if clustered.group_scales is None else [clustered.group_scales]
             parts.append([clustered.packed, clustered.centroids, clustered.scales, *groups])
         stacked = [np.stack(arrays) for arrays in zip(*parts, strict=True)]
-        return stacked if self.original.dim() == 3 else [array[0] for array in stacked]
+        return stacked if len(self.planned.shape) == 3 else [array[0] for array in stacked]
 
     def weight(self, n_threads: int) -> Tensor:
         """Float32, what a kernel effectively multiplies."""
         if self.plain is None:
             matrices = [torch.from_numpy(weights_of(fit, n_threads)) for fit in self.fits]
-            return torch.stack(matrices).reshape(self.original.shape)
+            return torch.stack(matrices).reshape(self.planned.shape)
         if self.planned.type == "q8_0":
             values = quants.dequantize(self.plain, GGMLQuantizationType.Q8_0)
         else:
             values = self.plain.astype(np.float32)
-        return torch.from_numpy(values).reshape(self.original.shape)
+        return torch.from_numpy(values).reshape(self.planned.shape)
+
+    def error_sums(self, n_threads: int) -> ErrorSums:
+        """Of the outputs on the calibration inputs, of the weights without any."""
+        if self.final is not None:
+            return self.final
+        assert self.original is not None
+        original, effective = self.original, self.weight(n_threads)
+        if self.moments is not None and self.moments.tokens:
+            return ErrorSums(self.moments.tokens, *self.moments.relative_error(original, effective))
+        return ErrorSums(0, float((original - effective).square().sum()), float(original.square().sum()))
 
     def rel_error(self, n_threads: int) -> float:
         """||XW - XW'|| / ||XW|| on the calibration inputs, ||W - W'|| / ||W|| without any."""
-        return relative_error(self.original, self.weight(n_threads), self.moments)
+        return relative_error([self.error_sums(n_threads)])
+
+    def finish(self, n_threads: int) -> None:
+        """Forget everything but what the file holds and the error."""
+        self.final = self.error_sums(n_threads)
+        self.original = self.moments = None
+        self.fits = [fit.finished() for fit in self.fits]
 
 
 @dataclass
-class QuantizedByType(Quantized):
-    """Experts of several types: whose matrices, and these, for each section of the plan."""
+class QuantizedExperts:
+    """A linear of all experts of a layer, one Quantized each."""
 
-    sections: list[tuple[list[int], Quantized]]
+    planned: PlannedTensor
+    experts: list[Quantized]
+
+    @property
+    def fits(self) -> list[Fit]:
+        """One per expert of a clustered type."""
+        return [fit for expert in self.experts for fit in expert.fits]
 
     def arrays(self) -> list[NDArray[Any]]:
         """What the file holds, in the order of the plan's parts."""
-        return [array for ids, part in self.sections for array in [*part.arrays(), np.array(ids, np.int32)]]
+        if not self.planned.expert_types:
+            return self._stacked(range(len(self.experts)))
+        sections = [ids for ids, _ in self.planned.sections()]
+        return [array for ids in sections for array in [*self._stacked(ids), np.array(ids, np.int32)]]
+
+    def _stacked(self, ids: Iterable[int]) -> list[NDArray[Any]]:
+        parts = [self.experts[number].arrays() for number in ids]
+        return [np.stack(arrays) for arrays in zip(*parts, strict=True)]
 
     def weight(self, n_threads: int) -> Tensor:
-        """Float32, what a kernel effectively multiplies."""
-        out = torch.empty_like(self.original)
-        for ids, part in self.sections:
-            out[ids] = part.weight(n_threads)
-        return out
+        """Float32 [n_experts, out, in], what a kernel effectively multiplies."""
+        return torch.stack([expert.weight(n_threads) for expert in self.experts])
+
+    def rel_error(self, n_threads: int) -> float:
+        """As Quantized.rel_error, over all experts; those that saw no token are left out where others did."""
+        return relative_error([expert.error_sums(n_threads) for expert in self.experts])
+
+
+def relative_error(sums: list[ErrorSums]) -> float:
+    """The error relative to what it is an error of, as norms."""
+    seen = [(s.tokens * s.error, s.tokens * s.total) for s in sums if s.tokens]
+    error, total = (sum(values) for values in zip(*(seen or [(s.error, s.total) for s in sums]), strict=True))
+    return float((error / total) ** 0.5) if total > 0 else 0.0
 
 
 def quantize_plain(planned: PlannedTensor, weight: Tensor) -> Quantized:
@@ -97,51 +144,24 @@ def quantize_plain(planned: PlannedTensor, weight: Tensor) -> Quantized:
 
 
 def quantize(
-    planned: PlannedTensor,
-    weight: Tensor,
-    moments: list[Moments] | None,
-    outputs: list[Moments] | None,
-    refinement: Refinement,
+    planned: PlannedTensor, weight: Tensor, moments: Moments | None, output: Moments | None, refinement: Refinement
 ) -> tuple[Quantized, list[Task]]:
-    """Weight [out, in] or [n_experts, out, in] in its planned type, once the tasks have run: one per clustered matrix.
+    """Weight [..., out, in] in its planned type, once the tasks have run: one per clustered matrix.
 
-    moments, outputs: statistics of its inputs and of its outputs' gradients, one entry or one per expert; an entry
-    that has seen no token counts as none. One entry of outputs may serve all experts.
+    moments, output: statistics of its inputs and of its outputs' gradients, where there are any; those that have seen
+    no token count as none.
     """
-    if planned.expert_types:
-        return _quantize_by_type(planned, weight, moments, outputs, refinement)
     if planned.cq is None:
         return Quantized(planned, weight, moments, [], _plain(planned, weight)), []
-    matrices = weight if weight.dim() == 3 else weight[None]
-    entries: Sequence[Moments | None] = moments or [None] * len(matrices)
-    by_output: Sequence[Moments | None] = outputs or [None]
-    if len(by_output) == 1:
-        by_output = [*by_output] * len(matrices)
+    seen = moments if moments is not None and moments.tokens else None
+    by_output = output if output is not None and output.tokens else None
     fits, tasks = [], []
-    for matrix, entry, output in zip(matrices, entries, by_output, strict=True):
-        seen = entry if entry is not None and entry.tokens else None
+    for matrix in weight if weight.dim() == 3 else weight[None]:
         importance = seen.damped.diagonal().numpy() if seen else np.ones(matrix.shape[1], np.float32)
         fit = new_fit(matrix.numpy(), importance, planned.cq, planned.grouping)
-        tasks.append(_clustering_task(fit, seen, output if output is not None and output.tokens else None, refinement))
+        tasks.append(_clustering_task(fit, seen, by_output, refinement))
         fits.append(fit)
     return Quantized(planned, weight, moments, fits, None), tasks
-
-
-def _quantize_by_type(
-    planned: PlannedTensor,
-    weight: Tensor,
-    moments: list[Moments] | None,
-    outputs: list[Moments] | None,
-    refinement: Refinement,
-) -> tuple[Quantized, list[Task]]:
-    sections, tasks = [], []
-    for ids, section in planned.sections():
-        own_moments = moments and [moments[expert] for expert in ids]
-        own_outputs = [outputs[expert] for expert in ids] if outputs and len(outputs) > 1 else outputs
-        quantized, own = quantize(section, weight[ids], own_moments, own_outputs, refinement)
-        sections.append((ids, quantized))
-        tasks += own
-    return QuantizedByType(planned, weight, moments, [], None, sections), tasks
 
 
 def _clustering_task(fit: Fit, moments: Moments | None, output: Moments | None, refinement: Refinement) -> Task:
@@ -186,21 +206,3 @@ def _cluster(fit: Fit, moments: Moments | None, output: Moments | None, refine: 
     cluster_in_turn(fit, output.feedback_factor, from_scratch, n_threads)
     for _ in range(refine.descent_rounds):
         sweep(fit, weight, output.damped, moments.damped, descent, n_threads)
-
-
-def relative_error(weight: Tensor, effective: Tensor, moments: list[Moments] | None) -> float:
-    """See Quantized.rel_error; experts that saw no token are left out where others did."""
-    if not moments or not any(entry.tokens for entry in moments):
-        return float((weight - effective).norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
-    pairs = zip(
-        weight.reshape(len(moments), -1, weight.shape[-1]),
-        effective.reshape(len(moments), -1, weight.shape[-1]),
-        strict=True,
-    )
-    sums = [
-        [entry.tokens * value for value in entry.relative_error(w, e)]
-        for entry, (w, e) in zip(moments, pairs, strict=True)
-        if entry.tokens
-    ]
-    error, total = (sum(values) for values in zip(*sums, strict=True))
-    return float((error / total) ** 0.5) if total > 0 else 0.0

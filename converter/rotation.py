@@ -121,14 +121,16 @@ def rotate_heads(arch: Architecture, layer: Layer, rotation: Tensor) -> Layer:
 
 
 def rotate_layer(arch: Architecture, layer: Layer, rotation: Tensor) -> Layer:
-    """The layer in the rotated basis: W R for what a norm feeds, R^T W for what writes the residual stream."""
+    """The layer, or one expert, in the rotated basis: W R for what a norm feeds, R^T W for what writes the stream."""
     rotated = dict(layer)
     for linear in arch.linears:
+        if linear.name not in layer:
+            continue
         if linear.norm:
             rotated[linear.name] = rotated[linear.name] @ rotation
         if linear.writes_residual:
             rotated[linear.name] = rotation.T @ rotated[linear.name]
     for vector in arch.vectors:
-        if vector.residual:
+        if vector.residual and vector.name in layer:
             rotated[vector.name] = rotated[vector.name] @ rotation
     return rotated

@@ -82,6 +82,11 @@ class Settings:
         return "cq5" if self.calibration is not None and self.refinement.feedback and self.method == "full" else "q8_0"
 
     @property
+    def tunes_centroids(self) -> bool:
+        """Whether codebooks still change after clustering (accf.py)."""
+        return self.method == "paper" and self.finetune
+
+    @property
     def measures_sensitivity(self) -> bool:
         """Whether gradients are measured, so that types can be mixed."""
         return self.calibration is not None and self.refinement.feedback and self.refinement.sensitivity

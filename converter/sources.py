@@ -27,8 +27,8 @@ class Source(Protocol):
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor, None if there is none of this name."""
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as float32; CQError if it cannot be read."""
+    def read(self, name: str, entry: int | None = None) -> Tensor:
+        """The tensor, or one entry along its first axis, as float32; CQError if it cannot be read."""
 
 
 class SafetensorsSource:
@@ -66,10 +66,11 @@ class SafetensorsSource:
         """Shape of a tensor, None if there is none of this name."""
         return tuple(self._handles[name].get_slice(name).get_shape()) if name in self._handles else None
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as float32; CQError if it is not a float tensor."""
+    def read(self, name: str, entry: int | None = None) -> Tensor:
+        """The tensor, or one entry along its first axis, as float32; CQError if it is not a float tensor."""
         with _readable(self.path):
-            tensor = self._handles[name].get_tensor(name)
+            whole = entry is None
+            tensor = self._handles[name].get_tensor(name) if whole else self._handles[name].get_slice(name)[entry]
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise CQError(f"{self.path}: tensor {name} is {tensor.dtype}: only float checkpoints can be converted")
         return tensor.float()
@@ -99,13 +100,15 @@ class GgufSource:
         """Shape of a tensor in torch's order, None if there is none of this name."""
         return tuple(int(n) for n in reversed(self._tensors[name].shape)) if name in self._tensors else None
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as float32; CQError for a type that cannot be dequantized."""
+    def read(self, name: str, entry: int | None = None) -> Tensor:
+        """The tensor, or one entry along its first axis, as float32; CQError for a type without dequantization."""
         tensor = self._tensors[name]
+        rows = slice(None) if entry is None else slice(entry, entry + 1)
         try:
-            values = dequantize(tensor.data, tensor.tensor_type)
+            values = dequantize(tensor.data[rows], tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise CQError(
                 f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be read"
             ) from error
-        return torch.from_numpy(np.array(values, np.float32)).reshape(self.shape(name))
+        shape = self.shape(name) or ()
+        return torch.from_numpy(np.array(values, np.float32)).reshape(shape if entry is None else shape[1:])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from .architecture import Layer, value_dim_of
+from .architecture import Architecture, Layer, value_dim_of
 from .checkpoint import Checkpoint
 from .fold import fold_embedding, fold_final_norm, fold_norms
-from .permutation import permute_layer
+from .permutation import permute_channels, permute_heads
 from .rotation import rotate_heads, rotate_layer
 
 
@@ -53,13 +54,33 @@ class TransformedModel:
         return logits if bias is None else logits + bias
 
     def layer(self, index: int) -> Layer:
-        """All tensors of one decoder layer; norm scales are 1."""
+        """All tensors of one decoder layer but the experts'; norm scales are 1."""
         arch, config = self.checkpoint.arch_of(index), self.checkpoint.config
-        layer = fold_norms(arch, self.checkpoint.layer(index))
-        if self.rotation is not None:
-            layer = rotate_layer(arch, layer, self.rotation)
+        layer = self._in_basis(arch, self.checkpoint.layer(index))
         if self.head_rotation is not None:
             layer = rotate_heads(arch, layer, self.head_rotation)
-        if self.permute_block:
-            layer = permute_layer(arch, layer, self.permute_block, value_dim_of(config))
-        return layer
+        return permute_heads(arch, layer, self.permute_block, value_dim_of(config)) if self.permute_block else layer
+
+    def expert(self, index: int, expert: int) -> Layer:
+        """The linears of one expert of a layer."""
+        arch = self.checkpoint.arch_of(index)
+        layer = self._in_basis(arch, self.checkpoint.expert(index, expert))
+        return {linear.name: layer[linear.name] for linear in arch.linears if linear.experts}
+
+    def whole_layer(self, index: int) -> Layer:
+        """The layer with the linears of all experts, [n_experts, out, in]."""
+        n_experts = self.n_experts(index)
+        experts = [self.expert(index, number) for number in range(n_experts)]
+        stacks = {name: torch.stack([expert[name] for expert in experts]) for name in experts[0]} if experts else {}
+        return self.layer(index) | stacks
+
+    def n_experts(self, index: int) -> int:
+        """Of one layer, 0 if it is dense."""
+        arch = self.checkpoint.arch_of(index)
+        return arch.n_experts(self.checkpoint.config) if arch.experts_site else 0
+
+    def _in_basis(self, arch: Architecture, layer: Layer) -> Layer:
+        layer = fold_norms(arch, layer)
+        if self.rotation is not None:
+            layer = rotate_layer(arch, layer, self.rotation)
+        return permute_channels(arch, layer, self.permute_block) if self.permute_block else layer

@@ -43,7 +43,7 @@ class Layer:
         tensors = self.quantized.tensors
         clustered = [linear for linear in checkpoint.arch.linears if tensors[linear.name].fits]
         self.books = [Codebooks(linear, tensors[linear.name], quantizer.basis(linear)) for linear in clustered]
-        self.pair = LayerPair(stream, checkpoint.arch, stream.module(0, model.layer(0)), {})
+        self.pair = LayerPair(stream, checkpoint.arch, stream.module(0, model.whole_layer(0)), {})
         self.effective = quantizer.effective(checkpoint.arch, tensors)
 
     def tune(self, router_weight: float = 1.0):
@@ -96,7 +96,7 @@ def test_every_weight_takes_the_centroid_of_least_psi(folder):
 
 def test_products_of_equal_runs_are_equal_and_count_every_token(folder):
     layer = Layer(folder)
-    weights = {book.linear.name: book.quantized.original for book in layer.books}
+    weights = {book.linear.name: book.original.reshape(book.quantized.planned.shape) for book in layer.books}
     own = {book.linear.name: book.basis.from_file(weights[book.linear.name]) for book in layer.books}
     for site, (d1, d2) in layer.pair.input_products(layer.hidden, layer.hidden, own).items():
         torch.testing.assert_close(d1, d2)
@@ -114,7 +114,7 @@ def test_tuning_lowers_the_loss_of_the_layer(folder):
         assert not all(np.array_equal(a, b) for a, b in zip(before, runs[-1], strict=True))
         for book in layer.books:  # what the fits hold is what was measured
             fits = torch.stack([torch.from_numpy(fit.clustered().dequantize()) for fit in book.quantized.fits])
-            stored = book.basis.from_file(fits.reshape(book.quantized.original.shape))
+            stored = book.basis.from_file(fits.reshape(book.quantized.planned.shape))
             torch.testing.assert_close(stored, book.weight().detach())
     assert all(np.array_equal(a, b) for a, b in zip(*runs, strict=True))
 

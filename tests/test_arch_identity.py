@@ -35,7 +35,7 @@ def streamed_logits(model: TransformedModel) -> torch.Tensor:
     stream = LayerStream(model.checkpoint)
     hidden = model.embedding()[TOKENS]
     for i in range(model.checkpoint.config.num_hidden_layers):
-        stream.forward(stream.module(i, model.layer(i)), hidden)
+        stream.forward(stream.load(model, i), hidden)
     return model.logits(stream.final_norm(hidden))[0]
 
 
@@ -70,7 +70,7 @@ def test_permutation_keeps_logits(case):
     """Blocks of 8 columns: small enough that FFN channels and every head's value channels really move."""
     checkpoint, original = case
     permuted = TransformedModel(checkpoint, permute_block=8)
-    before, after = TransformedModel(checkpoint).layer(1), permuted.layer(1)
+    before, after = TransformedModel(checkpoint).whole_layer(1), permuted.whole_layer(1)
     layer = checkpoint.arch_of(1)
     for name in (*(group.consumer for group in layer.channels), layer.heads.output):
         assert not torch.equal(before[name], after[name])

@@ -9,10 +9,12 @@ from codequant_converter.architecture import interleave_rope, split_rope
 from codequant_converter.basis import FileBasis
 from codequant_converter.calibration import capture, read_tokens
 from codequant_converter.checkpoint import open_checkpoint
+from codequant_converter.experts import Expert
 from codequant_converter.permutation import outlier_order
 from codequant_converter.rotation import cayley, learn_rotation, orthogonalize, quantization_loss, random_rotation
 from codequant_converter.stream import LayerStream
 from codequant_converter.tokenizer import tokenizer_keys
+from codequant_converter.transform import TransformedModel
 
 from pyggml_bridge.format import hadamard, quantize_activations
 from pyggml_bridge.tokenizer import Tokenizer
@@ -94,13 +96,13 @@ def test_rope_order_is_llama_cpps():
 
 def test_moments_are_those_of_every_linears_input(mixtral):
     """Against inputs recomputed from the layer's definition, expert by expert."""
-    stream, layer = LayerStream(mixtral), mixtral.layer(0)
-    module = stream.module(0, layer)
+    stream, model = LayerStream(mixtral), TransformedModel(mixtral)
+    module, layer = stream.load(model, 0), model.whole_layer(0)
     hidden = torch.randn(3, 20, 96, generator=torch.Generator().manual_seed(1))
     seen = {}
     module.post_attention_layernorm.register_forward_hook(lambda m, i, out: seen.update(x=out.flatten(0, 1)))
-    with capture(mixtral.arch, module, 4) as statistics:
-        stream.forward(module, hidden)
+    with capture(mixtral.arch, module) as statistics:
+        routed = stream.without_experts(module, hidden)
     x = seen["x"]
     chosen = (x @ layer["ffn_gate_inp"].T).topk(2, dim=-1).indices
     for expert in range(4):
@@ -108,8 +110,8 @@ def test_moments_are_those_of_every_linears_input(mixtral):
         inner = torch.nn.functional.silu(rows @ layer["ffn_gate_exps"][expert].T) * (
             rows @ layer["ffn_up_exps"][expert].T
         )
-        for site, inputs in (("mlp.experts", rows), ("mlp.experts.hidden", inner)):
-            entry = statistics[site][expert]
+        found = routed.moments(expert, Expert.of(mixtral.arch, model.expert(0, expert), stream.activation(0)), None)
+        for entry, inputs in zip(found, (rows, inner), strict=True):
             assert entry.tokens == len(rows)
             expected = inputs.T @ inputs / len(rows)
             torch.testing.assert_close(entry.matrix, expected, rtol=1e-3, atol=1e-5)
@@ -117,12 +119,12 @@ def test_moments_are_those_of_every_linears_input(mixtral):
             torch.testing.assert_close(
                 entry.damped, expected + damping * torch.eye(len(expected)), rtol=1e-3, atol=1e-5
             )
-    assert sum(entry.tokens for entry in statistics["mlp.experts"]) == 2 * 60
-    assert statistics["self_attn.q_proj"][0].tokens == 60
-    factor = statistics["self_attn.o_proj"][0].feedback_factor
+    assert sum(len(routed.rows(expert)[0]) for expert in range(4)) == 2 * 60
+    assert statistics["self_attn.q_proj"].tokens == 60
+    factor = statistics["self_attn.o_proj"].feedback_factor
     inverse = (factor.T @ factor).double()
     torch.testing.assert_close(
-        inverse @ statistics["self_attn.o_proj"][0].damped.double(),
+        inverse @ statistics["self_attn.o_proj"].damped.double(),
         torch.eye(len(factor), dtype=torch.float64),
         atol=2e-2,
         rtol=0,

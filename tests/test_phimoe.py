@@ -49,7 +49,7 @@ def test_scales_of_zero_lose_no_bias(tmp_path):
     """W (s n + b) of every reader, where b / s would not exist; the folded norm adds one constant to all channels."""
     MODELS["phimoe"].save(tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
-    layer = checkpoint.layer(0)
+    layer = checkpoint.layer(0) | checkpoint.expert(0, 1)
     for name in ("attn_norm", "ffn_norm"):
         layer[f"{name}.bias"] = torch.linspace(-1, 2, 96)
     layer["attn_norm"][::2] = 0
@@ -69,8 +69,8 @@ def test_scales_of_zero_lose_no_bias(tmp_path):
 def test_nothing_writes_a_mean(tmp_path):
     MODELS["phimoe"].save(tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
-    folded = fold_norms(checkpoint.arch, checkpoint.layer(1))
-    for mean in (folded["attn_output"].mean(0), folded["attn_output.bias"].mean(), folded["ffn_down_exps"].mean(1)):
+    folded = fold_norms(checkpoint.arch, checkpoint.layer(1) | checkpoint.expert(1, 0))
+    for mean in (folded["attn_output"].mean(0), folded["attn_output.bias"].mean(), folded["ffn_down_exps"].mean(0)):
         assert mean.abs().max() < 1e-6
 
 
