@@ -30,6 +30,7 @@ from .row_feedback import cluster_in_turn, sweep
 from .side_by_side import Task
 
 F16_MAX = 65504.0
+PIECE = 1 << 24  # weights
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,14 @@ def _plain(planned: PlannedTensor, weight: Tensor) -> NDArray[Any]:
         if float(weight.abs().max()) > F16_MAX:
             raise CQError(f"{planned.name}: values beyond the range of F16: use --tensor-type")
         return values.astype(np.float16)
-    packed: NDArray[Any] = quants.quantize(values, GGMLQuantizationType.Q8_0)
-    return packed
+    rows = values.reshape(-1, values.shape[-1])
+    pieces = [quants.quantize(piece, GGMLQuantizationType.Q8_0) for piece in _pieces(rows)]
+    return np.concatenate(pieces).reshape(*values.shape[:-1], -1)
+
+
+def _pieces(rows: NDArray[Any]) -> list[NDArray[Any]]:
+    """Few rows at a time: gguf's conversions need several times the memory of what they convert."""
+    return np.array_split(rows, -(-rows.size // PIECE))
 
 
 def _cluster(fit: Fit, moments: Moments | None, output: Moments | None, refine: Refinement, n_threads: int) -> None:

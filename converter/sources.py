@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,18 +32,22 @@ class Source(Protocol):
 
 
 class SafetensorsSource:
-    """The safetensors files of a directory, with or without an index."""
+    """The safetensors files of a directory, with or without an index.
+
+    A file is mapped only while a tensor is read: pages that stayed mapped would count as this process's memory.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Open every file; CQError for a missing, truncated or foreign one."""
+        """Read every file's header; CQError for a missing, truncated or foreign one."""
         self.path = path
-        self._stack = ExitStack()
         self.files = self._file_names()
-        self._handles: dict[str, Any] = {}
+        self._file_of: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for file in self.files:
-            with _readable(file):
-                handle = self._stack.enter_context(safe_open(file, framework="pt"))
-            self._handles |= dict.fromkeys(handle.keys(), handle)
+            with _opened(file) as tensors:
+                names = list(tensors.keys())
+                self._file_of |= dict.fromkeys(names, file)
+                self._shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
 
     def _file_names(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
@@ -64,22 +68,22 @@ class SafetensorsSource:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor, None if there is none of this name."""
-        return tuple(self._handles[name].get_slice(name).get_shape()) if name in self._handles else None
+        return self._shapes.get(name)
 
     def read(self, name: str, entry: int | None = None) -> Tensor:
         """The tensor, or one entry along its first axis, as float32; CQError if it is not a float tensor."""
-        with _readable(self.path):
-            whole = entry is None
-            tensor = self._handles[name].get_tensor(name) if whole else self._handles[name].get_slice(name)[entry]
+        with _opened(self._file_of[name]) as tensors:
+            tensor = tensors.get_tensor(name) if entry is None else tensors.get_slice(name)[entry]
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise CQError(f"{self.path}: tensor {name} is {tensor.dtype}: only float checkpoints can be converted")
         return tensor.float()
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        yield
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
     except (SafetensorError, OSError) as error:
         raise CQError(f"{path}: not a readable safetensors file ({error})") from error
 
