@@ -15,7 +15,8 @@ from pyggml_bridge.native import default_threads
 
 from .budget import DEFAULT_BPW, DEFAULT_EXPERTS_BPW
 from .clustering import CODEBOOK_ROWS, DESCENT_ROUNDS, Grouping, Refinement
-from .pipeline import convert, plan_conversion
+from .memory import free_memory
+from .pipeline import Needs, convert, needs, plan_conversion
 from .plan import Plan
 from .report import console, tensor_table, warn
 from .settings import METHODS, ROTATIONS, Override, Settings
@@ -36,7 +37,8 @@ def command() -> None:
     if arguments.report and not arguments.report.resolve().parent.is_dir():
         raise CQError(f"--report {arguments.report}: no such directory")
     if arguments.dry_run:
-        show_plan(settings, plan_conversion(settings)[1], arguments.json)
+        checkpoint, plan = plan_conversion(settings)
+        show_plan(settings, plan, needs(settings, checkpoint, plan), arguments.json)
         return
     report = convert(settings)
     document = report.document()
@@ -95,8 +97,9 @@ def parser() -> ArgumentParser:
     p.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help="type of matching matrices")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes")
     p.add_argument("--threads", type=int, default=None, metavar="N", help="threads (default: physical cores)")
+    p.add_argument("--max-memory", type=float, metavar="GB", help="memory it may take (what is free)")
     p.add_argument("--no-check", action="store_true", help="do not reload and run the result")
-    p.add_argument("--dry-run", action="store_true", help="print types, sizes and disk; write nothing")
+    p.add_argument("--dry-run", action="store_true", help="print types, sizes, memory and disk; write nothing")
     p.add_argument("--work-dir", type=Path, metavar="DIR", help="keep unfinished work there (--resume: FILE.work)")
     p.add_argument("--resume", action="store_true", help="go on with the unfinished work of the same conversion")
     p.add_argument("--overwrite", action="store_true", help="replace an existing output file")
@@ -112,6 +115,8 @@ def _check(a: argparse.Namespace) -> None:
         raise CQError(f"--calibration-tokens {a.calibration_tokens}: expected at least 64")
     if a.threads is not None and not 1 <= a.threads <= 1024:
         raise CQError(f"--threads {a.threads}: expected 1 .. 1024")
+    if a.max_memory is not None and not 0 < a.max_memory <= 1e6:
+        raise CQError(f"--max-memory {a.max_memory:g}: expected gigabytes, more than 0")
     if not 0 <= a.descent_rounds <= 1000:
         raise CQError(f"--descent-rounds {a.descent_rounds}: expected 0 .. 1000")
     if not 0 <= a.seed < 1 << 32:
@@ -164,12 +169,13 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         threads=a.threads or default_threads(),
         overwrite=a.overwrite,
         check=not a.no_check,
+        max_memory=free_memory() if a.max_memory is None else int(a.max_memory * 1e9),
         work_dir=a.work_dir,
         resume=a.resume,
     )
 
 
-def show_plan(settings: Settings, plan: Plan, as_json: bool) -> None:
+def show_plan(settings: Settings, plan: Plan, needs: Needs, as_json: bool) -> None:
     """The dry run's output; CQError if the output could not be written."""
     check_output(settings.out, settings.overwrite, plan.nbytes)
     if settings.measures_sensitivity and settings.bits is None:
@@ -178,10 +184,13 @@ def show_plan(settings: Settings, plan: Plan, as_json: bool) -> None:
         {"name": t.name, "type": t.type, "shape": list(t.shape), "bpw": t.bpw, "bytes": t.nbytes} for t in plan.tensors
     ]
     if as_json:
-        print_json({"out": str(settings.out), "bytes": plan.nbytes, "bpw": plan.bpw, "tensors": tensors})
+        needed = {"peak_memory_bytes": needs.memory, "disk_bytes": needs.disk}
+        print_json({"out": str(settings.out), "bytes": plan.nbytes, "bpw": plan.bpw, **needed, "tensors": tensors})
     console.print(tensor_table(plan, {}))
     console.print(
-        f"{settings.out}: {plan.nbytes / 1e6:.1f} MB of tensors, {plan.bpw:.3f} bits per weight; nothing written"
+        f"{settings.out}: {plan.nbytes / 1e6:.1f} MB of tensors, {plan.bpw:.3f} bits per weight; "
+        f"about {needs.memory / 1e9:.1f} GB of memory, {needs.disk / 1e9:.1f} GB of disk at most while it converts; "
+        "nothing written"
     )
 
 

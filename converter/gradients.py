@@ -15,6 +15,8 @@ from .experts import Routed, StreamedExperts
 from .moments import DAMPING, Moments
 
 INPUT_STRIDE = 4  # every fourth token's inputs are enough to predict what feedback gains
+HALF_BYTES = 2
+MAX_OUTPUTS = 8192  # of a linear whose outputs' moments are kept; the rows of wider ones are taken as independent
 EXPERTS_IN_COMMON = 0.1  # share of an expert's damage that is the mean of all: another text chooses others
 
 
@@ -34,6 +36,13 @@ class PackedMoments:
     def moments(self) -> Moments:
         """A covariance of few rows is noise to the share of cols / tokens: damped by as much."""
         return Moments.of(self.matrix.float(), self.tokens, DAMPING + len(self.matrix) / max(1, self.tokens))
+
+
+def output_moments_bytes(linear: Linear, shape: tuple[int, ...]) -> int:
+    """Of the packed moments of a linear [..., out, in], of all experts."""
+    *n_experts, out, _ = shape
+    own = n_experts[0] if n_experts and not linear.writes_residual else 1
+    return HALF_BYTES * out * out * own if out <= MAX_OUTPUTS else 0
 
 
 @dataclass(frozen=True)
@@ -66,14 +75,15 @@ class GradientCapture:
         self.energy[linear.name][expert] += float((gradient.square() @ row_energy) @ x.square().sum(dim=-1))
         inputs = self.inputs.setdefault(linear.name, Moments(x.shape[1]))
         inputs.add(x[::INPUT_STRIDE], norms[::INPUT_STRIDE].square())
-        outputs = self.outputs.setdefault(linear.name, Moments(gradient.shape[1]))
-        outputs.add(gradient, 1 / norms.clamp_min(torch.finfo(torch.float32).tiny))
+        if gradient.shape[1] <= MAX_OUTPUTS:
+            outputs = self.outputs.setdefault(linear.name, Moments(gradient.shape[1]))
+            outputs.add(gradient, 1 / norms.clamp_min(torch.finfo(torch.float32).tiny))
         return norms
 
     def pack(self, linear: Linear) -> None:
         """No more gradients come to what add has gathered of this linear's outputs: the next are another expert's."""
         outputs = self.outputs.pop(linear.name, None)
-        if outputs is None:  # an expert that no token chose
+        if outputs is None:  # an expert that no token chose, or too many outputs
             self.packed.setdefault(linear.name, []).append(PackedMoments(torch.zeros(0, 0).half(), 0))
             return
         self.gains.setdefault(linear.name, []).append(outputs.feedback_gain)
@@ -101,7 +111,7 @@ class GradientCapture:
     def _damage(self, linear: Linear) -> Tensor:
         """[1], or [n_experts]: an expert that few tokens chose counts a tenth of the mean one at least."""
         gains = self.gains.get(linear.name, [])
-        gain = sum(gains) / max(1, len(gains))
+        gain = sum(gains) / len(gains) if gains else 1.0
         energy = self.energy[linear.name]
         shrunk = (1 - EXPERTS_IN_COMMON) * energy + EXPERTS_IN_COMMON * energy.mean()
         inputs = self.inputs.get(linear.name)

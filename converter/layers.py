@@ -16,6 +16,7 @@ from .calibration import capture
 from .experts import Expert, Routed, streamed_experts
 from .gradients import LayerSensitivity
 from .layer_pair import LayerPair
+from .memory import task_bytes, workers
 from .moments import Moments
 from .plan import Plan, PlannedTensor
 from .quantize import Quantized, QuantizedExperts, quantize, quantize_plain
@@ -114,7 +115,11 @@ class LayerQuantizer:
             output = packed[0].moments() if packed else None
             tensors[linear.name], own = self._linear(tensor, linear, layer[linear.name], moments, output)
             tasks += own
-        run_tasks(tasks + self._expert_tasks(index, experts, seen), self.settings.threads)
+        tasks += self._expert_tasks(index, experts, seen)
+        shapes = [[t.planned.shape[-2:] for t in experts.values()]] if experts else []
+        shapes += [[t.planned.shape[-2:]] for t in tensors.values() if t.fits]
+        largest = max((task_bytes(each, seen.routed is not None) for each in shapes), default=0)
+        run_tasks(tasks, self.settings.threads, workers(self.settings, largest, len(tasks)))
         return tensors
 
     def _linear(
@@ -159,8 +164,9 @@ class LayerQuantizer:
             inputs = dict(zip((arch.experts_site or "", f"{arch.experts_site}.hidden"), found, strict=True))
         for linear in (linear for linear in arch.linears if linear.experts):
             output = shared.get(linear.name)
-            if seen.sensitivity and output is None:
-                output = seen.sensitivity.outputs[linear.name][number].moments()
+            packed = seen.sensitivity.outputs.get(linear.name, []) if seen.sensitivity else []
+            if packed and output is None:
+                output = packed[number].moments()
             planned = experts[linear.name].planned.of_expert(number)
             quantized, tasks = self._linear(planned, linear, layer[linear.name], inputs.get(linear.site), output)
             for task in tasks:
@@ -213,7 +219,7 @@ class LayerQuantizer:
 
 def _shared_outputs(sensitivity: LayerSensitivity | None, linears: Iterable[str]) -> dict[str, Moments]:
     """Of those linears whose outputs' moments all experts share, factored before several threads ask for it."""
-    packed = {name: sensitivity.outputs[name] for name in linears} if sensitivity else {}
+    packed = {name: sensitivity.outputs.get(name, []) for name in linears} if sensitivity else {}
     shared = {name: entries[0].moments() for name, entries in packed.items() if len(entries) == 1}
     for moments in shared.values():
         _ = moments.feedback_factor, moments.damped

@@ -12,6 +12,7 @@ from .basis import FileBasis
 DAMPING = 0.1  # added to the second moments' diagonal, relative to its mean: lowest held-out error (docs/decisions.md)
 SAMPLE_ROWS = 64  # kept of every batch of rows
 PANEL = 256  # columns summed at a time
+WIDE = 4096  # columns, beyond which factors are computed in float32: half the memory
 
 
 class Moments:
@@ -81,8 +82,9 @@ class Moments:
         return float(conditional.sum() / self.damped.diagonal().sum())
 
     def _backward_factor(self) -> Tensor:
-        """Upper V, float64, with V V^T = damped: its Cholesky factor, rows and columns taken backwards."""
-        return torch.linalg.cholesky(self.damped.double().flip(0, 1)).flip(0, 1)
+        """Upper V with V V^T = damped: its Cholesky factor, rows and columns taken backwards."""
+        damped = self.damped if len(self.damped) > WIDE else self.damped.double()
+        return torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
 
     def in_basis(self, basis: FileBasis) -> Moments:
         """The moments of the inputs that the file's weight multiplies."""

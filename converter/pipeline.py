@@ -18,6 +18,7 @@ from .calibration import read_tokens, tokenize
 from .check import check_file
 from .checkpoint import GGUF_BIASES, HEAD_BIAS, Checkpoint, open_checkpoint
 from .layers import LayerQuantizer
+from .memory import peak_bytes, require_memory
 from .metadata import metadata
 from .moments import Moments
 from .observe import Observation, observe
@@ -51,12 +52,30 @@ def plan_conversion(settings: Settings) -> tuple[Checkpoint, Plan]:
     return checkpoint, make_plan(checkpoint, settings)
 
 
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a conversion takes at its peak: of memory, and of disk in the work folder."""
+
+    memory: int
+    disk: int
+
+
+def needs(settings: Settings, checkpoint: Checkpoint, plan: Plan) -> Needs:
+    """From shapes alone; plan: types may still change."""
+    n_tokens = settings.calibration_tokens if settings.calibration else 0
+    disk = plan.nbytes
+    if n_tokens:
+        disk += folder_bytes(checkpoint, n_tokens, settings.measures_sensitivity)
+    return Needs(peak_bytes(checkpoint, settings, n_tokens), disk)
+
+
 def convert(settings: Settings) -> Report:
     """Convert as the settings say; the output appears under its name only when complete and checked."""
     started = time.perf_counter()
     torch.set_num_threads(settings.threads)
     checkpoint, plan = plan_conversion(settings)
     check_output(settings.out, settings.overwrite, plan.nbytes)
+    require_memory(needs(settings, checkpoint, plan).memory, settings)
     job = _Job(settings, checkpoint, plan, Report(plan, str(settings.out)))
     job.run()
     job.report.seconds = time.perf_counter() - started
@@ -77,7 +96,7 @@ class _Job:
         permute_block = self.settings.grouping.group_size if grouped else 0
         self.model = TransformedModel(self.checkpoint, permute_block=permute_block)
         with work_folder(self.settings, self.checkpoint) as work:
-            self._require_disk(work, tokens)
+            self._require_disk(work)
             observed_tokens = self._check_tokens() if tokens is None else tokens[:OBSERVED_SEQUENCES]
             logits = self._rotate(work, observed_tokens, learns=tokens is not None)
             sensitivity = self._sensitivity(work, tokens)
@@ -88,11 +107,8 @@ class _Job:
                 self.report.check = check_file(work.part, observed_tokens[0], logits, tokenizer, n_threads)
             publish(work.part, self.settings.out)
 
-    def _require_disk(self, work: WorkFolder, tokens: Tensor | None) -> None:
-        needed = self.plan.nbytes
-        if tokens is not None:
-            needed += folder_bytes(self.model, tokens.numel(), self.settings.measures_sensitivity)
-        require_free(work.path, needed)
+    def _require_disk(self, work: WorkFolder) -> None:
+        require_free(work.path, needs(self.settings, self.checkpoint, self.plan).disk)
 
     def _calibration_tokens(self) -> Tensor | None:
         if self.settings.calibration is None:
@@ -143,7 +159,7 @@ class _Job:
             has_experts = self.checkpoint.arch.n_experts(self.checkpoint.config) > 0
             target = self.settings.target_bpw or default_bpw(self.plan, has_experts)
             self.plan = self.report.plan = allocate(self.plan, found.damage, self.settings, target)
-            self._require_disk(work, tokens)
+            self._require_disk(work)
         return found
 
     def _write(self, work: WorkFolder, tokens: Tensor | None, sensitivity: Sensitivity | None) -> None:

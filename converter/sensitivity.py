@@ -20,15 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import Architecture
+from .checkpoint import Checkpoint
 from .experts import streamed_experts
-from .gradients import GradientCapture, LayerSensitivity, PackedMoments, capture_gradients, experts_backward
+from .gradients import (
+    GradientCapture,
+    LayerSensitivity,
+    PackedMoments,
+    capture_gradients,
+    experts_backward,
+    output_moments_bytes,
+)
 from .report import progress
 from .stream import LayerStream
 from .transform import TransformedModel
 from .work import WorkFolder
 
 HEAD_ROWS = 512  # tokens whose logits are in memory at a time
-HALF_BYTES, FLOAT_BYTES = 2, 4
+FLOAT_BYTES = 4
 BACKWARD = "backward"  # the state between two layers of the backward pass
 STATES = 4  # hidden states between two layers: two, each beside the one that it replaces
 
@@ -56,9 +64,8 @@ class Sensitivity:
         self.work.save(f"sensitivity-{index}", {"token_weights": layer.token_weights, "outputs": outputs})
 
 
-def folder_bytes(model: TransformedModel, n_tokens: int, measured: bool) -> int:
+def folder_bytes(checkpoint: Checkpoint, n_tokens: int, measured: bool) -> int:
     """What lies in the work folder at most beside the output: hidden states, and what measure leaves."""
-    checkpoint = model.checkpoint
     config = checkpoint.config
     hidden_bytes = FLOAT_BYTES * n_tokens * config.hidden_size
     if not measured:
@@ -67,9 +74,8 @@ def folder_bytes(model: TransformedModel, n_tokens: int, measured: bool) -> int:
     for i in range(config.num_hidden_layers):
         for linear in checkpoint.arch_of(i).linears:
             if linear.measured:
-                *n_experts, out, _ = checkpoint.expected_shape(linear, i)
-                outputs += out * out * (n_experts[0] if n_experts and not linear.writes_residual else 1)
-    return HALF_BYTES * outputs + (config.num_hidden_layers + STATES) * hidden_bytes
+                outputs += output_moments_bytes(linear, checkpoint.expected_shape(linear, i))
+    return outputs + (config.num_hidden_layers + STATES) * hidden_bytes
 
 
 def measure(

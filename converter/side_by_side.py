@@ -27,13 +27,13 @@ def stop_point() -> None:
         raise CancelledError
 
 
-def run_tasks(tasks: list[Task], n_threads: int) -> None:
-    """Run all of them; the first exception of any is raised.
+def run_tasks(tasks: list[Task], n_threads: int, at_once: int | None = None) -> None:
+    """Run all of them, at most at_once side by side; the first exception of any is raised.
 
     One matrix at a time on all threads would wait at a barrier after every few rows. What a task computes must not
     depend on its number of threads; torch's own is 1 inside.
     """
-    workers = min(n_threads, len(tasks))
+    workers = min(n_threads, len(tasks), at_once or n_threads)
     if not workers:
         return
     _cancelled.clear()

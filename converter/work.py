@@ -28,7 +28,7 @@ from .settings import Settings
 
 IDENTITY, IDENTITY_PART, LOCK = "settings.json", "settings.part", "lock"
 # Settings that do not change the bytes of the output, and paths, whose contents count instead.
-NOT_IDENTITY = ("out", "overwrite", "work_dir", "resume", "model", "calibration")
+NOT_IDENTITY = ("out", "overwrite", "max_memory", "work_dir", "resume", "model", "calibration")
 
 
 class WorkFolder:
