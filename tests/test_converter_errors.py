@@ -185,6 +185,7 @@ def test_dry_run_writes_nothing(pristine, tmp_path, monkeypatch, capsys):
     assert exit_info.value.code == 0
     assert list(tmp_path.iterdir()) == []
     assert document["bytes"] == sum(tensor["bytes"] for tensor in document["tensors"])
+    assert document["disk_bytes"] >= document["bytes"] and document["peak_memory_bytes"] > 1 << 28
 
 
 def command(*arguments: object) -> list[str]:

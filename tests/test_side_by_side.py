@@ -25,6 +25,23 @@ def test_every_task_runs_once_on_its_share_of_threads(n_tasks, n_threads):
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_no_more_run_side_by_side_than_may(at_once):
+    running, most, lock = 0, 0, threading.Lock()
+
+    def run(n_threads: int) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.01)
+        with lock:
+            running -= 1
+
+    run_tasks([Task(1, run)] * 12, 4, at_once)
+    assert most == at_once
+
+
 def test_the_largest_comes_first():
     order: list[int] = []
     run_tasks([Task(cost, lambda n, cost=cost: order.append(cost)) for cost in (3, 9, 1, 7)], 1)

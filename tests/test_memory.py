@@ -1,0 +1,104 @@
+"""A conversion's memory: known from shapes beforehand, kept to --max-memory, experts a few at a time."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from codequant_converter import cli, memory, moments, pipeline
+from codequant_converter.checkpoint import open_checkpoint
+from codequant_converter.moments import Moments
+from codequant_converter.transform import TransformedModel
+from transformers import Qwen3MoeConfig
+
+from pyggml_bridge.errors import CQError
+
+from .models import QWEN3_MOE, TEXT, TinyModel
+
+N_EXPERTS = 24
+MANY_EXPERTS = TinyModel("qwen3_moe", QWEN3_MOE | {"num_experts": N_EXPERTS, "num_experts_per_tok": 4}, head_dim=32)
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    MANY_EXPERTS.save(folder)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def settings(model: Path, *options: str):
+    arguments = [str(model), "--out", str(model / "m.gguf"), "--overwrite", "--no-check", *options]
+    return cli.settings_of(cli.parser().parse_args(arguments))
+
+
+@pytest.mark.parametrize("options", [(), ("--no-sensitivity",), ("--method", "paper", "--no-finetune")])
+def test_experts_are_in_memory_a_few_at_a_time(model, monkeypatch, options):
+    """Every float weight of an expert that a stage has read is gone before many more are."""
+    alive, most = 0, 0
+    original = TransformedModel.expert
+
+    def forget() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def expert(self, index: int, number: int):
+        nonlocal alive, most
+        layer = original(self, index, number)
+        for weight in layer.values():
+            weakref.finalize(weight, forget)
+            alive += 1
+        most = max(most, alive)
+        return layer
+
+    monkeypatch.setattr(TransformedModel, "expert", expert)
+    calibration = ("--calibration", str(model / "text.txt"), "--calibration-tokens", "512", "--threads", "2")
+    pipeline.convert(settings(model, *calibration, *options))
+    assert 0 < most <= 3 * 4 < 3 * N_EXPERTS  # three linears of two tasks' experts, each beside the one before
+
+
+def test_memory_grows_with_what_is_asked_for(model):
+    checkpoint = open_checkpoint(str(model))
+    calibrated = settings(model, "--calibration", str(model / "text.txt"))
+    plain = settings(model, "--calibration", str(model / "text.txt"), "--no-sensitivity")
+    one = settings(model, "--calibration", str(model / "text.txt"), "--threads", "1")
+    needed = [memory.peak_bytes(checkpoint, calibrated, n) for n in (0, 1024, 16384, 131072)]
+    assert needed == sorted(set(needed))
+    assert memory.peak_bytes(checkpoint, plain, 1024) < needed[1]
+    assert memory.peak_bytes(checkpoint, one, 1024) <= needed[1]
+
+
+def test_the_largest_models_fit_a_laptop(model, monkeypatch, tmp_path):
+    """From the shapes of Qwen3-30B-A3B, whose layers have 604 million weights: 2.4 GB as floats."""
+    config = Qwen3MoeConfig(
+        hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+    )  # fmt: skip
+    checkpoint = open_checkpoint(str(model))
+    chosen = settings(model, "--calibration", str(model / "text.txt"), "--threads", "2")
+    monkeypatch.setattr(checkpoint, "config", config)
+    del checkpoint.__dict__["skeleton"]
+    assert memory.peak_bytes(checkpoint, chosen, 16384) < 8 * GB
+
+
+def test_too_little_memory_is_one_line_before_the_work(model):
+    with pytest.raises(CQError, match=r"needs about 0\.\d GB of memory, 0\.1 GB are free"):
+        pipeline.convert(settings(model, "--max-memory", "0.1", "--out", str(model / "none.gguf")))
+    assert not list(model.glob("none.gguf*"))
+
+
+def test_less_memory_means_fewer_tasks_side_by_side(model):
+    assert memory.workers(settings(model, "--threads", "8", "--max-memory", "8"), GB, 100) == 4
+    assert memory.workers(settings(model, "--threads", "8", "--max-memory", "1"), GB, 100) == 1
+    assert memory.workers(settings(model, "--threads", "8", "--max-memory", "64"), GB, 3) == 3
+
+
+def test_factors_of_wide_matrices_are_close_to_those_of_double_precision(monkeypatch):
+    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    x[:, :5] *= 30  # directions that dominate, as activations have them
+    exact = Moments.of_rows(x).feedback_factor
+    monkeypatch.setattr(moments, "WIDE", 100)
+    torch.testing.assert_close(Moments.of_rows(x).feedback_factor, exact, rtol=1e-3, atol=1e-4 * float(exact.max()))
