@@ -223,8 +223,8 @@ static int supported(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-const cq_kernels cq_kernels_avx2 = {"avx2",     supported,  gemv,     PANEL_ROWS, decode_panel,
-                                    pack_panel, gemm_panel, dot_q8_0, peak_macs,  CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_avx2 = {"avx2",     supported, gemv,     PANEL_ROWS, decode_panel,    pack_panel,
+                                    gemm_panel, NULL,      dot_q8_0, peak_macs,  CQ_FLOAT_KERNELS};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

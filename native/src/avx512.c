@@ -290,8 +290,8 @@ static int supported(void) {
            __builtin_cpu_supports("f16c");
 }
 
-const cq_kernels cq_kernels_avx512 = {"avx512",   supported,  gemv,     PANEL_ROWS, decode_panel,
-                                      pack_panel, gemm_panel, dot_q8_0, peak_macs,  CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_avx512 = {"avx512",   supported,         gemv,     PANEL_ROWS, decode_panel,    pack_panel,
+                                      gemm_panel, gemm_panel_scaled, dot_q8_0, peak_macs,  CQ_FLOAT_KERNELS};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

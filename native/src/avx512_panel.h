@@ -47,66 +47,100 @@ static void pack_panel(const int8_t *rows, int32_t n_cols, uint8_t *panel) {
         }
 }
 
-/* acc[N][PANEL_ROWS] (+)= panel times N tokens: 2 N accumulators, two weight registers, one broadcast. N is a constant
- * and everything is unrolled, else the compiler keeps the accumulators in memory. */
-CQ_INLINE void tile(const int32_t N, const uint8_t *panel, const int8_t *const *tokens, int32_t col, int32_t n_cols,
-                    int32_t *acc, int32_t first) {
-    __m512i sum[TILE_TOKENS][2];
+typedef struct {
+    __m512i half[2];
+} tile_sums;
+
+/* Floats of one token from its accumulators. */
+CQ_INLINE void scale_token(const tile_sums sum, const cq_scaling *to, int32_t t) {
+    const __m512 token_scale = _mm512_set1_ps(to->token_scales[t]);
+    for (int32_t h = 0; h < 2; h++) {
+        const int32_t n = cq_min(16, to->n_rows - 16 * h);
+        if (n <= 0) break;
+        const __mmask16 rows = (__mmask16)((1u << n) - 1);
+        const __m512 scale = _mm512_mul_ps(_mm512_maskz_loadu_ps(rows, to->row_scales + 16 * h), token_scale);
+        const __m512 value = _mm512_cvtepi32_ps(sum.half[h]);
+        float *out = to->out[t] + 16 * h;
+        _mm512_mask_storeu_ps(out, rows,
+                              to->accumulate ? _mm512_fmadd_ps(value, scale, _mm512_maskz_loadu_ps(rows, out))
+                                             : _mm512_mul_ps(value, scale));
+    }
+}
+
+/* Columns [col, col + n_cols) of a panel times N tokens: 2 N accumulators, two weight registers, one broadcast. N is a
+ * constant and everything is unrolled, else the compiler keeps the accumulators in memory. They start from acc, at the
+ * first column from what the weights' offset of 128 adds to them, and end in acc, or scaled where `to` is given. */
+typedef struct {
+    const uint8_t *panel;
+    int32_t col, n_cols;
+    const cq_scaling *to;
+} tile_columns;
+
+CQ_INLINE void tile(const int32_t N, const tile_columns *c, const int8_t *const *tokens, const int32_t *x_sum,
+                    int32_t first_token, int32_t *acc) {
+    tile_sums sum[TILE_TOKENS];
     const int8_t *x[TILE_TOKENS];
 #pragma GCC unroll 12
     for (int32_t t = 0; t < N; t++) {
-        x[t] = tokens[t] + col;
-        sum[t][0] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(acc + t * PANEL_ROWS);
-        sum[t][1] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(acc + t * PANEL_ROWS + 16);
+        x[t] = tokens[t] + c->col;
+        for (int32_t h = 0; h < 2; h++)
+            sum[t].half[h] =
+                c->col ? _mm512_loadu_si512(acc + t * PANEL_ROWS + 16 * h) : _mm512_set1_epi32(-128 * x_sum[t]);
     }
-    for (int32_t k = 0; k < n_cols; k += 4, panel += PANEL_STEP) {
+    const uint8_t *panel = c->panel + (int64_t)c->col * PANEL_ROWS;
+    for (int32_t k = 0; k < c->n_cols; k += 4, panel += PANEL_STEP) {
         const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
 #pragma GCC unroll 12
         for (int32_t t = 0; t < N; t++) {
             int32_t four;
             memcpy(&four, x[t] + k, 4);
             const __m512i activation = _mm512_set1_epi32(four);
-            sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], w0, activation);
-            sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], w1, activation);
+            sum[t].half[0] = _mm512_dpbusd_epi32(sum[t].half[0], w0, activation);
+            sum[t].half[1] = _mm512_dpbusd_epi32(sum[t].half[1], w1, activation);
         }
     }
 #pragma GCC unroll 12
     for (int32_t t = 0; t < N; t++) {
-        _mm512_storeu_si512(acc + t * PANEL_ROWS, sum[t][0]);
-        _mm512_storeu_si512(acc + t * PANEL_ROWS + 16, sum[t][1]);
+        if (c->to) {
+            scale_token(sum[t], c->to, first_token + t);
+            continue;
+        }
+        _mm512_storeu_si512(acc + t * PANEL_ROWS, sum[t].half[0]);
+        _mm512_storeu_si512(acc + t * PANEL_ROWS + 16, sum[t].half[1]);
     }
 }
 
 #define CQ_TILE(N)                                                                                                     \
-    static void tile_##N(const uint8_t *panel, const int8_t *const *x, int32_t col, int32_t n_cols, int32_t *acc) {    \
-        tile(N, panel, x, col, n_cols, acc, col == 0);                                                                 \
+    static void tile_##N(const tile_columns *c, const int8_t *const *x, const int32_t *x_sum, int32_t first_token,     \
+                         int32_t *acc) {                                                                               \
+        tile(N, c, x, x_sum, first_token, acc);                                                                        \
     }
 /* clang-format off */
 CQ_TILE(1) CQ_TILE(2) CQ_TILE(3) CQ_TILE(4) CQ_TILE(5) CQ_TILE(6)
 CQ_TILE(7) CQ_TILE(8) CQ_TILE(9) CQ_TILE(10) CQ_TILE(11) CQ_TILE(12)
 
-static void (*const tiles[])(const uint8_t *, const int8_t *const *, int32_t, int32_t, int32_t *) = {
+static void (*const tiles[])(const tile_columns *, const int8_t *const *, const int32_t *, int32_t, int32_t *) = {
     tile_1, tile_2, tile_3, tile_4, tile_5, tile_6, tile_7, tile_8, tile_9, tile_10, tile_11, tile_12};
 /* clang-format on */
 
 /* TILE_COLS columns of the panel (128 KiB, in the second-level cache) serve all tokens before the next ones; tokens are
  * dealt evenly to tiles, as 13 tokens in tiles of 7 and 6 take less than in 12 and 1. */
-static void gemm_panel(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
-                       int32_t n_tokens, int32_t *acc) {
+static void gemm_panel_scaled(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
+                              int32_t n_tokens, int32_t *acc, const cq_scaling *to) {
     const int32_t n_tiles = cq_ceil_div(n_tokens, TILE_TOKENS);
     for (int32_t col = 0; col < n_cols; col += TILE_COLS) {
+        const int32_t n = cq_min(TILE_COLS, n_cols - col);
+        const tile_columns c = {panel, col, n, col + n == n_cols ? to : NULL};
         for (int32_t i = 0, t = 0; i < n_tiles; i++) {
-            const int32_t n = cq_ceil_div(n_tokens - t, n_tiles - i);
-            tiles[n - 1](panel + (int64_t)col * PANEL_ROWS, x + t, col, cq_min(TILE_COLS, n_cols - col),
-                         acc + (int64_t)t * PANEL_ROWS);
-            t += n;
+            const int32_t count = cq_ceil_div(n_tokens - t, n_tiles - i);
+            tiles[count - 1](&c, x + t, x_sum + t, t, acc + (int64_t)t * PANEL_ROWS);
+            t += count;
         }
     }
-    for (int32_t t = 0; t < n_tokens; t++) {
-        const __m512i offset = _mm512_set1_epi32(128 * x_sum[t]);
-        int32_t *out = acc + (int64_t)t * PANEL_ROWS;
-        _mm512_storeu_si512(out, _mm512_sub_epi32(_mm512_loadu_si512(out), offset));
-        _mm512_storeu_si512(out + 16, _mm512_sub_epi32(_mm512_loadu_si512(out + 16), offset));
-    }
+}
+
+static void gemm_panel(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
+                       int32_t n_tokens, int32_t *acc) {
+    gemm_panel_scaled(panel, n_cols, x, x_sum, n_tokens, acc, NULL);
 }
 #endif

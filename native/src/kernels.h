@@ -20,6 +20,13 @@ struct cq_kmeans;
 struct cq_kmeans_layer;
 struct cq_column_block;
 
+/* Where a panel's products go: out[t][r] (+)= acc[t][r] * (row_scales[r] * token_scales[t]) for r < n_rows. */
+typedef struct {
+    float *const *out;
+    const float *row_scales, *token_scales;
+    int32_t n_rows, accumulate;
+} cq_scaling;
+
 typedef struct cq_kernels {
     const char *name;
     int (*supported)(void);
@@ -40,6 +47,10 @@ typedef struct cq_kernels {
      */
     void (*gemm_panel)(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
                        int32_t n_tokens, int32_t *acc);
+
+    /* The same without a way through memory, acc being scratch as large; NULL: gemm_panel, then scale_acc. */
+    void (*gemm_panel_scaled)(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
+                              int32_t n_tokens, int32_t *acc, const cq_scaling *to);
 
     /* One row of Q8_0 blocks (F16 scale, 32 int8) times activations quantized per 32 columns. */
     float (*dot_q8_0)(const uint8_t *blocks, const int8_t *q, const float *scales, int32_t n_cols);

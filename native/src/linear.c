@@ -34,13 +34,26 @@ static void prefetch_output(const float *out, int32_t n) {
     for (int32_t r = 0; r < n; r += 16) __builtin_prefetch(out + r, 1);
 }
 
+static void multiply_panel(const cq_kernels *kernels, const uint8_t *panel, int32_t n_cols, const int8_t *const *x,
+                           const int32_t *sums, int32_t n_tokens, const cq_scaling *to) {
+    int32_t acc[CQ_TOKEN_TILE * CQ_MAX_PANEL_ROWS] __attribute__((aligned(64)));
+    if (kernels->gemm_panel_scaled) {
+        kernels->gemm_panel_scaled(panel, n_cols, x, sums, n_tokens, acc, to);
+        return;
+    }
+    kernels->gemm_panel(panel, n_cols, x, sums, n_tokens, acc);
+    for (int32_t t = 0; t < n_tokens; t++)
+        kernels->scale_acc(acc + (int64_t)t * kernels->panel_rows, to->row_scales, to->token_scales[t], to->out[t],
+                           to->n_rows, to->accumulate);
+}
+
 static void clustered_gemm(const cq_worker *worker, const cq_items *it, int64_t row, int32_t n_rows, int32_t out_col) {
     const cq_linear *op = it->op;
     const cq_matrix *w = op->w;
     const cq_kernels *kernels = worker->kernels;
-    int32_t acc[CQ_TOKEN_TILE * CQ_MAX_PANEL_ROWS] __attribute__((aligned(64)));
     const int8_t *x[CQ_TOKEN_TILE];
     int32_t sums[CQ_TOKEN_TILE];
+    float *out[CQ_TOKEN_TILE], scales[CQ_TOKEN_TILE];
     for (int32_t done = 0; done < n_rows; done += kernels->panel_rows) {
         int32_t n = n_rows - done < kernels->panel_rows ? n_rows - done : kernels->panel_rows;
         kernels->decode_panel(w, row + done, n, worker->scratch);
@@ -50,15 +63,13 @@ static void clustered_gemm(const cq_worker *worker, const cq_items *it, int64_t 
                 int32_t in = cq_input_row(it, first + i);
                 x[i] = op->act->q + (int64_t)in * w->n_cols;
                 sums[i] = op->act->sums[in];
-                prefetch_output(cq_output(it, first + i, out_col + done), n);
+                scales[i] = op->act->scales[in];
+                out[i] = cq_output(it, first + i, out_col + done);
+                prefetch_output(out[i], n);
             }
-            kernels->gemm_panel(worker->scratch, w->n_cols, x, sums, n_tokens, acc);
-            for (int32_t i = 0; i < n_tokens; i++) {
-                float *out = cq_output(it, first + i, out_col + done);
-                kernels->scale_acc(acc + (int64_t)i * kernels->panel_rows, w->scales + row + done,
-                                   op->act->scales[cq_input_row(it, first + i)], out, n, op->accumulate);
-                cq_add_bias(op, row + done, n, out);
-            }
+            const cq_scaling to = {out, w->scales + row + done, scales, n, op->accumulate};
+            multiply_panel(kernels, worker->scratch, w->n_cols, x, sums, n_tokens, &to);
+            for (int32_t i = 0; i < n_tokens; i++) cq_add_bias(op, row + done, n, out[i]);
         }
     }
 }

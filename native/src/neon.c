@@ -204,9 +204,10 @@ static int has_neon(void) { return 1; }
 #pragma GCC pop_options
 #endif
 
-const cq_kernels cq_kernels_neon = {"neon",     has_neon,        gemv_base,     PANEL_ROWS,     decode_panel,
-                                    pack_panel, gemm_panel_base, dot_q8_0_base, peak_macs_base, CQ_FLOAT_KERNELS};
-const cq_kernels cq_kernels_neon_dotprod = {"neon-dotprod",    has_dotprod,     gemv_dotprod,       PANEL_ROWS,
-                                            decode_panel,      pack_panel,      gemm_panel_dotprod, dot_q8_0_dotprod,
-                                            peak_macs_dotprod, CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_neon = {"neon",        has_neon,       gemv_base,       PANEL_ROWS,
+                                    decode_panel,  pack_panel,     gemm_panel_base, NULL,
+                                    dot_q8_0_base, peak_macs_base, CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_neon_dotprod = {"neon-dotprod",   has_dotprod,       gemv_dotprod,       PANEL_ROWS,
+                                            decode_panel,     pack_panel,        gemm_panel_dotprod, NULL,
+                                            dot_q8_0_dotprod, peak_macs_dotprod, CQ_FLOAT_KERNELS};
 #endif

@@ -145,5 +145,5 @@ static int64_t peak_macs(int32_t iterations) {
 
 static int supported(void) { return 1; }
 
-const cq_kernels cq_kernels_portable = {"scalar",   supported,  gemv,     PANEL_ROWS, decode_panel,
-                                        pack_panel, gemm_panel, dot_q8_0, peak_macs,  CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_portable = {"scalar",   supported, gemv,     PANEL_ROWS, decode_panel,    pack_panel,
+                                        gemm_panel, NULL,      dot_q8_0, peak_macs,  CQ_FLOAT_KERNELS};

@@ -116,6 +116,34 @@ static void check_pack(const sample *s, int32_t first, int32_t n, const uint8_t 
     guarded_free(rows), free(packed);
 }
 
+/* The scaled products are those of the accumulators. Later tokens come before earlier ones in memory, so that a row
+ * written past its end shows in one that was finished before. */
+static void check_scaled(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
+                         int32_t n_tokens, int32_t n_rows, const int32_t *acc) {
+    const cq_kernels *kernels = cq_kernels_current();
+    if (!kernels->gemm_panel_scaled) return;
+    guarded memory = guarded_new((size_t)n_tokens * n_rows * 4), row_memory = guarded_new((size_t)n_rows * 4);
+    float *out[64], token_scales[64], *row_scales = row_memory.data, want[64];
+    int32_t *scratch = malloc(sizeof(int32_t) * (size_t)n_tokens * kernels->panel_rows);
+    for (int32_t r = 0; r < n_rows; r++) row_scales[r] = 0.001f * (float)random_between(0, 1000);
+    for (int32_t t = 0; t < n_tokens; t++) {
+        out[t] = (float *)memory.data + (int64_t)(n_tokens - 1 - t) * n_rows;
+        token_scales[t] = 0.001f * (float)random_between(1, 1000);
+    }
+    for (int32_t accumulate = 0; accumulate < 2; accumulate++) {
+        for (int32_t i = 0; i < n_tokens * n_rows; i++) ((float *)memory.data)[i] = accumulate ? (float)i : NAN;
+        const cq_scaling to = {out, row_scales, token_scales, n_rows, accumulate};
+        kernels->gemm_panel_scaled(panel, n_cols, x, x_sum, n_tokens, scratch, &to);
+        for (int32_t t = 0; t < n_tokens; t++) {
+            for (int32_t r = 0; r < n_rows; r++) want[r] = (float)((n_tokens - 1 - t) * n_rows + r);
+            kernels->scale_acc(acc + t * kernels->panel_rows, row_scales, token_scales[t], want, n_rows, accumulate);
+            CHECK(memcmp(want, out[t], (size_t)n_rows * 4) == 0, "gemm_panel_scaled: %d rows, token %d of %d, %s",
+                  n_rows, t, n_tokens, accumulate ? "added" : "stored");
+        }
+    }
+    free(scratch), guarded_free(memory), guarded_free(row_memory);
+}
+
 static void check_gemm(const sample *s, const int8_t *const *x, const int32_t *x_sum, int32_t n_tokens) {
     const cq_kernels *kernels = cq_kernels_current();
     const int32_t panel_rows = kernels->panel_rows, n_rows = s->w.n_experts * s->w.n_rows;
@@ -139,6 +167,7 @@ static void check_gemm(const sample *s, const int8_t *const *x, const int32_t *x
                       acc[t * panel_rows + r], want);
             }
         CHECK(acc[n_tokens * panel_rows] == 12345, "gemm_panel wrote past its tokens");
+        check_scaled(panel, s->w.n_cols, x, x_sum, n_tokens, n, acc);
     }
     free(panel), free(acc);
 }
@@ -211,6 +240,7 @@ void test_integers(void) {
             }
         check_matrix(type, 33, 1088, 1088, 64, 50, RANDOM);
         check_matrix(type, 2, 2112, 2112, 64, 13, RANDOM);
+        check_matrix(type, 18, 4096 + 192, CQ_MAX_COLS, 64, 14, RANDOM); /* more columns than a tile takes at once */
     }
     for (int32_t n_blocks = 1; n_blocks <= 40; n_blocks++) check_q8_0(n_blocks, n_blocks % 2);
 }
