@@ -13,7 +13,10 @@ from tests.tiny_gguf import Tiny, TinyFile, write_tiny
 
 @dataclass(frozen=True)
 class TinyDeepSeek(Tiny):
-    """ffn is the dense layers', expert_ffn an expert's; of the latent attention head_dim and n_kv_heads are not used."""
+    """ffn is the dense layers', expert_ffn an expert's; head_dim and n_kv_heads are not used.
+
+    groups: of experts, and those a token's may come from; q_rank 0: queries without a latent.
+    """
 
     arch: str = "deepseek2"
     n_layers: int = 3
