@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 QUERY_ROWS = 16  # of a block of attention.cu and latent.cu
-WIDE_LATENT = 640  # of wider keys latent.cu takes half as many rows: CQ_WIDE
+WIDE_LATENT = 576  # of wider keys latent.cu takes half as many rows: CQ_WIDE
 MAX_HEAD_DIM = 600  # of attention.cu, whose queries and keys fill 48 KB of shared memory at 607
 Q8_0_BLOCK = 32
 ROW_THREADS = 256

@@ -107,7 +107,8 @@ extern "C" __global__ void __launch_bounds__(CQ_THREADS) attention(const cq_atte
     const int heads = op.n_heads / op.n_kv_heads, first_row = blockIdx.x * CQ_QUERY_ROWS;
     const int last_row = min_int(first_row + CQ_QUERY_ROWS, op.n_tokens * heads) - 1;
     const int mine = threadIdx.x / CQ_SHARING, row = min_int(first_row + mine, last_row);
-    const int token = row / heads, window = window_of(op); /* rows past the end repeat the last one */
+    const int position = *op.position + row / heads; /* rows past the end repeat the last one */
+    const int window = window_of(op);
     const long long out_row = query_row(op, row);
     for (int pair = threadIdx.x % CQ_SHARING; pair < CQ_PAIRS; pair += CQ_SHARING) {
         const float *from = op.q + out_row * CQ_HEAD_DIM + 2 * pair;
@@ -122,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(CQ_THREADS) attention(const cq_atte
         __syncthreads(); /* nobody reads the previous values any more */
         load_tile(k, key, span.to, tile);
         __syncthreads();
-        softmax_tile(queries + mine * CQ_PAIRS, tile, *op.position + token - key, window, p + mine * CQ_KEYS, state);
+        softmax_tile(queries + mine * CQ_PAIRS, tile, position - key, window, p + mine * CQ_KEYS, state);
         __syncthreads();
         load_tile(v, key, span.to, tile);
         __syncthreads();

@@ -262,5 +262,6 @@ extern "C" __global__ void __launch_bounds__(CQ_THREADS) gemm(const cq_linear op
         if (!idle) multiply_step(now, warp_row, warp_token, sums);
         if (more) store_weights(source, fetched, weight_row, next);
     }
-    store_tile(op, tile, blockIdx.y * CQ_TILE_ROWS + warp_row, warp_token, sums);
+    /* The tile anew: kept in registers through the loop it makes Q8_0 spill. */
+    store_tile(op, tile_at(op, blockIdx.x), blockIdx.y * CQ_TILE_ROWS + warp_row, warp_token, sums);
 }

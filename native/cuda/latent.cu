@@ -20,7 +20,7 @@
 
 enum {
     CQ_THREADS = 256,
-    CQ_WIDE = CQ_HEAD_DIM > 640, /* then one row a warp and half as many keys, for registers and shared memory */
+    CQ_WIDE = CQ_HEAD_DIM > 576, /* then one row a warp and half as many keys, for registers and shared memory */
     CQ_WARP_ROWS = CQ_WIDE ? 1 : 2,
     CQ_BLOCK_ROWS = CQ_WARP_ROWS * CQ_THREADS / 32,
     CQ_KEYS = CQ_WIDE ? 8 : 16,
@@ -43,7 +43,7 @@ struct cq_rows {
 CQ_DEVICE void copy_tile(const u16 *cache, int first, int end, u32 *tile) {
     if constexpr (CQ_KEY_BYTES % 16 == 0) {
         const u8 *from = (const u8 *)(cache + (long long)first * CQ_HEAD_DIM);
-        const int present = (end - first) * CQ_KEY_BYTES;
+        const int present = min_int(end - first, CQ_KEYS) * CQ_KEY_BYTES;
         for (int at = 16 * threadIdx.x; at < CQ_KEYS * CQ_KEY_BYTES; at += 16 * CQ_THREADS)
             copy_async((u8 *)tile + at, from + (at < present ? at : 0), at < present);
     } else {

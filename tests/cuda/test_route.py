@@ -13,8 +13,8 @@ from pyggml_bridge.program import Scoring
 from tests.cuda.arrays import Memory
 from tests.cuda.emulate import run
 from tests.cuda.test_rows import EPS, SEEDS, floats
-from tests.test_routing import drawn_logits, softmax, sparsemixer
-from tests.test_routing import route as cpu_route
+from tests.routing_oracle import drawn_logits, softmax, sparsemixer
+from tests.routing_oracle import route as cpu_route
 
 
 def route(logits: np.ndarray, top_k: int, choice: cl.Choice, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
