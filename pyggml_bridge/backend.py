@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -34,6 +34,9 @@ class Backend(Protocol):
         tokens: int32 [n], n <= n_batch, stored in the KV cache from `position` on.
         """
 
+    def refresh(self, array: NDArray[Any]) -> None:
+        """An array that the program's operations read has other contents now."""
+
 
 class Half(Protocol):
     """A backend as one of two that take turns on a program that was cut in two."""
@@ -47,6 +50,9 @@ class Half(Protocol):
 
         Arrays may change when the turn after next begins. Returns the logits, without rows if the other half has them.
         """
+
+    def refresh(self, array: NDArray[Any]) -> None:
+        """As Backend.refresh; also of arrays that only the other half reads."""
 
 
 def finish(turns: Turns) -> NDArray[np.float32]:

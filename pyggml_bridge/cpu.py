@@ -62,6 +62,9 @@ class CPUBackend:
         """
         return finish(self.turns(tokens, position, n_outputs))
 
+    def refresh(self, array: NDArray[Any]) -> None:
+        """As Backend.refresh: operations read the array itself."""
+
     def turns(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> Turns:
         """As Half.turns."""
         self._step.tokens = pointer(tokens, "const int32_t *")

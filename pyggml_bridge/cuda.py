@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from pyggml_bridge import nvrtc
 from pyggml_bridge.backend import Arrays, Turns, finish, row_count
 from pyggml_bridge.cuda_kernels import Launch
-from pyggml_bridge.cuda_program import Buffer, CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda_memory import Buffer
+from pyggml_bridge.cuda_program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.program import Value
 
@@ -69,7 +70,7 @@ class CUDABackend:
         self._stream = self._cupy.cuda.Stream(non_blocking=True)
         self._arrays: dict[Buffer, Any] = {}
         with self._stream:
-            for buffer in self._program.buffers:
+            for buffer in self._program.memory.buffers:
                 self._place(buffer)
         self._stream.synchronize()
         self._functions: dict[tuple[Any, str], Any] = {}
@@ -143,6 +144,13 @@ class CUDABackend:
 
     # ---- memory ----
 
+    def refresh(self, array: NDArray[Any]) -> None:
+        """As Backend.refresh: uploaded anew to the same place, which captured graphs read."""
+        buffer = self._program.memory.holding(array)
+        if buffer is not None:
+            with self._stream:
+                self._upload(buffer, array)
+
     def _place(self, buffer: Buffer) -> None:
         """Allocate, and copy what the file holds in pieces straight from the map."""
         array = self._cupy.empty(max(buffer.nbytes, 1), np.uint8)
@@ -150,10 +158,13 @@ class CUDABackend:
         if buffer.host is None:
             array.fill(0)  # positions of the KV cache that were never written are multiplied by zero, so no NaN there
             return
-        host = np.ascontiguousarray(buffer.host).view(np.uint8).reshape(-1)
+        self._upload(buffer, buffer.host)
+
+    def _upload(self, buffer: Buffer, array: NDArray[Any]) -> None:
+        host = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
         for start in range(0, len(host), UPLOAD_BYTES):
             piece = host[start : start + UPLOAD_BYTES]
-            array[start : start + len(piece)].set(piece, stream=self._stream)
+            self._arrays[buffer][start : start + len(piece)].set(piece, stream=self._stream)
 
     def _read(self, buffer: Buffer, dtype: Any, shape: tuple[int, int]) -> NDArray[Any]:
         n_bytes = np.dtype(dtype).itemsize * shape[0] * shape[1]

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-QUERY_ROWS = 16  # of attention.cu
+QUERY_ROWS = 16  # of a block of attention.cu and latent.cu
+WIDE_LATENT = 576  # of wider keys latent.cu takes half as many rows: CQ_WIDE
+MAX_HEAD_DIM = 600  # of attention.cu, whose queries and keys fill 48 KB of shared memory at 607
 Q8_0_BLOCK = 32
 ROW_THREADS = 256
 
@@ -51,9 +53,9 @@ def rows_launch(kernel: str, grid: tuple[int, int], *args: Any) -> Launch:
     return Launch(ROWS, kernel, (*grid, 1), ROW_THREADS, args)
 
 
-def rms_norm(x: int, weight: int, out: int, n: int, eps: float, n_rows: int) -> Launch:
-    """Norm of rows [n_rows, n]."""
-    args = (np.uint64(x), np.uint64(weight), np.uint64(out), np.int32(n), np.float32(eps))
+def rms_norm(x: int, weight: int, out: int, n: int, eps: float, n_rows: int, bias: int = 0) -> Launch:
+    """Norm of rows [n_rows, n]; bias 0: none."""
+    args = (np.uint64(x), np.uint64(weight), np.uint64(bias), np.uint64(out), np.int32(n), np.float32(eps))
     return rows_launch("rms_norm", (n_rows, 1), *args)
 
 
@@ -90,6 +92,12 @@ def select_rows(x: int, out: int, n: int, first: int, n_rows: int) -> Launch:
     return rows_launch("select_rows", grid, np.uint64(x), np.uint64(out), np.int32(n), np.int32(first))
 
 
+def copy_columns(x: int, out: int, widths: tuple[int, int], n: int, n_rows: int) -> Launch:
+    """n columns of each of n_rows rows of x; widths: of rows of x and of out, in floats."""
+    sizes = map(np.int32, (*widths, n, n_rows * n))
+    return rows_launch("copy_columns", (ceil_div(n_rows * n, ROW_THREADS), 1), np.uint64(x), np.uint64(out), *sizes)
+
+
 # ---- attention ----
 
 
@@ -103,7 +111,10 @@ ATTENTION = np.dtype(
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What attention depends on besides addresses and the number of tokens. window 0: all keys are visible."""
+    """What attention depends on besides addresses and the number of tokens.
+
+    window 0: all keys are visible. value_dim: columns of values; latent: those are the first ones of each key.
+    """
 
     n_heads: int
     n_kv_heads: int
@@ -111,15 +122,20 @@ class AttentionShape:
     n_ctx: int
     window: int
     scale: float
+    value_dim: int
+    latent: bool = False
 
     @property
     def module(self) -> Module:
-        """attention.cu for this width of a head."""
+        """attention.cu or latent.cu for these widths."""
+        if self.latent:
+            return Module("latent.cu", (("CQ_HEAD_DIM", self.head_dim), ("CQ_VALUE_DIM", self.value_dim)))
         return Module("attention.cu", (("CQ_HEAD_DIM", self.head_dim),))
 
     def tiles(self, n_tokens: int) -> int:
         """Blocks that the queries of one key-value head fill."""
-        return ceil_div(n_tokens * (self.n_heads // self.n_kv_heads), QUERY_ROWS)
+        wide = self.latent and self.head_dim > WIDE_LATENT
+        return ceil_div(n_tokens * (self.n_heads // self.n_kv_heads), QUERY_ROWS // 2 if wide else QUERY_ROWS)
 
     def splits(self, n_tokens: int, n_blocks: int) -> int:
         """Parts of the keys that bring a single token's blocks to n_blocks, of at least 128 keys; more tokens: one."""
@@ -129,28 +145,29 @@ class AttentionShape:
 
     def partial_floats(self, n_tokens: int, splits: int) -> int:
         """float32 elements of what the splits leave for the merge."""
-        return splits * n_tokens * self.n_heads * (self.head_dim + 2) if splits > 1 else 1
+        return splits * n_tokens * self.n_heads * (self.value_dim + 2) if splits > 1 else 1
 
 
 def append(new: int, cache: int, position: int, heads: tuple[int, int], n_ctx: int, n_tokens: int) -> Launch:
     """Keys or values [n_tokens, *heads = (n_kv_heads, head_dim)] to the cache [n_kv_heads, n_ctx, head_dim] as F16."""
-    module = Module("attention.cu", (("CQ_HEAD_DIM", heads[1]),))
-    args = (np.uint64(new), np.uint64(cache), np.uint64(position), np.int32(n_ctx))
-    return Launch(module, "append", (n_tokens, heads[0], 1), 128, args)
+    args = (np.uint64(new), np.uint64(cache), np.uint64(position), np.int32(n_ctx), np.int32(heads[1]))
+    return rows_launch("append", (n_tokens, heads[0]), *args)
 
 
 def attention(
     shape: AttentionShape, addresses: tuple[int, int, int, int, int, int], n_tokens: int, splits: int
 ) -> list[Launch]:
-    """addresses: q, k cache, v cache, out, partial (partial_floats) and position."""
+    """addresses: q, k cache, v cache (0 if latent), out, partial (partial_floats) and position."""
     struct = np.zeros(1, ATTENTION)
     for name, address in zip(("q", "k_cache", "v_cache", "out", "partial", "position"), addresses, strict=True):
         struct[name] = address
     for name in ("n_heads", "n_kv_heads", "n_ctx", "window", "scale"):
         struct[name] = getattr(shape, name)
     struct["n_tokens"] = n_tokens
-    launches = [Launch(shape.module, "attention", (shape.tiles(n_tokens), shape.n_kv_heads, splits), 128, (struct,))]
+    kernel, threads = ("latent_attention", 256) if shape.latent else ("attention", 128)
+    grid = (shape.tiles(n_tokens), shape.n_kv_heads, splits)
+    launches = [Launch(shape.module, kernel, grid, threads, (struct,))]
     if splits > 1:
-        args = (np.uint64(addresses[4]), np.uint64(addresses[3]), np.int32(splits))
-        launches.append(Launch(shape.module, "attention_merge", (n_tokens * shape.n_heads, 1, 1), 128, args))
+        args = (np.uint64(addresses[4]), np.uint64(addresses[3]), np.int32(splits), np.int32(shape.value_dim))
+        launches.append(rows_launch("attention_merge", (n_tokens * shape.n_heads, 1), *args))
     return launches

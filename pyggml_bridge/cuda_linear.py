@@ -28,6 +28,13 @@ LINEAR = np.dtype(
     align=True,
 )
 
+CHOICE = np.dtype(
+    [(name, "u8") for name in ("logits", "ids", "weights")]
+    + [(n, "i4") for n in ("n_tokens", "n_experts", "top_k", "scoring", "normalize", "n_groups", "top_groups")]
+    + [(name, "f4") for name in ("scale", "jitter")],
+    align=True,
+)
+
 
 @dataclass(frozen=True)
 class DeviceMatrix:
@@ -75,7 +82,8 @@ class DeviceRouting:
 @dataclass(frozen=True)
 class Operands:
     """What a linear layer reads and writes. q and scales: quantized x, for CQ types and Q8_0. n_tokens: rows of x, of
-    whose slots there are n_tokens * top_k where it is routed. places: int32 [experts], of a weight cut by type."""
+    whose slots there are n_tokens * top_k where it is routed. places: int32 [experts], of a weight cut by type. parts:
+    without a routing, equal parts of a row, each multiplied by the weight's matrix of its own."""
 
     n_tokens: int
     out: int
@@ -87,6 +95,7 @@ class Operands:
     gather: bool = False
     accumulate: bool = False
     places: int = 0
+    parts: int = 1
 
     def struct(self, w: DeviceMatrix) -> NDArray[Any]:
         """cq_linear of common.cuh, an array of one."""
@@ -103,12 +112,14 @@ class Operands:
     @property
     def n_items(self) -> int:
         """Rows of out."""
-        return self.n_tokens * (self.routing.top_k if self.routing else 1)
+        return self.n_tokens * (self.routing.top_k if self.routing else self.parts)
 
     @property
     def n_tiles(self) -> int:
         """Tiles of items."""
-        return self.routing.max_tiles(self.n_tokens) if self.routing else ceil_div(self.n_tokens, TILE_TOKENS)
+        if self.routing is not None:
+            return self.routing.max_tiles(self.n_tokens)
+        return self.parts * ceil_div(self.n_tokens, TILE_TOKENS)
 
 
 def is_clustered(kind: int) -> bool:
@@ -163,14 +174,27 @@ def linear_module(source: str, kind: int, *, tensor_cores: bool = True) -> Modul
 ROUTE = Module("route.cu")
 
 
-def route(logits: int, routing: DeviceRouting, n_tokens: int, scoring: int, *, normalize: bool) -> list[Launch]:
-    """Each token's experts, and for more tokens than the GEMV takes the slots sorted by expert.
+@dataclass(frozen=True)
+class Choice:
+    """How experts are chosen and weighted; the fields are those of program.Route, scoring a Scoring's number."""
 
-    scoring: of CQ_SOFTMAX and CQ_SIGMOID.
-    """
-    sizes = map(np.int32, (n_tokens, routing.n_experts, routing.top_k, scoring, normalize))
-    args = (np.uint64(logits), np.uint64(routing.ids), np.uint64(routing.weights), *sizes)
-    launches = [Launch(ROUTE, "route", (ceil_div(n_tokens, 4), 1, 1), 128, args)]
+    scoring: int
+    normalize: bool
+    n_groups: int = 1
+    top_groups: int = 0
+    scale: float = 1.0
+    jitter: float = 0.0
+
+
+def route(logits: int, routing: DeviceRouting, n_tokens: int, choice: Choice) -> list[Launch]:
+    """Each token's experts, and for more tokens than the GEMV takes the slots sorted by expert."""
+    struct = np.zeros(1, CHOICE)
+    for name in ("scoring", "normalize", "n_groups", "top_groups", "scale", "jitter"):
+        struct[name] = getattr(choice, name)
+    for name in ("ids", "weights", "n_experts", "top_k"):
+        struct[name] = getattr(routing, name)
+    struct["logits"], struct["n_tokens"] = logits, n_tokens
+    launches = [Launch(ROUTE, "route", (ceil_div(n_tokens, 4), 1, 1), 128, (struct,))]
     if n_tokens > GEMV_MAX_TOKENS:
         launches.append(group(routing, n_tokens))
     return launches

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,36 +12,11 @@ from pyggml_bridge import cuda_kernels as ck
 from pyggml_bridge import cuda_linear as cl
 from pyggml_bridge import program as p
 from pyggml_bridge.backend import Quantize, Step, Turn, steps, turn_of, values_of
+from pyggml_bridge.cuda_memory import Buffer, Memory, RoutingBuffers, address, device_routing
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.weights import Matrix
 
-ALIGNMENT = 512  # what CuPy's allocator rounds to
 MAX_EXPERT_BYTES = 1 << 32  # offsets within one expert's matrix are 32 bits wide: codebook.cuh
-
-
-@dataclass(eq=False)
-class Buffer:
-    """Device memory: `address` is set when it is allocated. host: what it is filled with first."""
-
-    nbytes: int
-    host: NDArray[Any] | None = None
-    address: int = 0
-
-    @property
-    def allocated_bytes(self) -> int:
-        """As the device counts them."""
-        return ck.ceil_div(max(self.nbytes, 1), ALIGNMENT) * ALIGNMENT
-
-
-@dataclass(frozen=True, eq=False)
-class RoutingBuffers:
-    """A routing's arrays on the device."""
-
-    ids: Buffer
-    weights: Buffer
-    order: Buffer
-    offsets: Buffer
-    tiles: Buffer
 
 
 @dataclass(frozen=True)
@@ -58,7 +31,7 @@ Build = Callable[[int, int], list[ck.Launch]]  # from the operation's rows and t
 
 
 class CUDAProgram:
-    """Launches of a program for batches of up to n_batch tokens. buffers: all memory it needs.
+    """Launches of a program for batches of up to n_batch tokens. memory: all that it needs.
 
     `inputs` holds int32 [1 + n_batch]: the first token's position, then the tokens.
     """
@@ -67,18 +40,14 @@ class CUDAProgram:
         """Plan the memory; CQError naming what the kernels cannot address or compute."""
         for op in program.ops:
             _require_kernel(op)
-        self.buffers: list[Buffer] = []
-        self.inputs = self._new(4 * (1 + n_batch))
+        self.memory = Memory()
+        self.inputs = self.memory.new(4 * (1 + n_batch))
         self.routings: dict[p.Routing, RoutingBuffers] = {}
         self.n_batch, self.vocab_size = n_batch, program.vocab_size
         self._device, self._bits = device, program.activation_bits
         self._program = program
-        if program.long_rope:
-            raise CQError("--cuda: rope that changes with the length (longrope) is not supported")
         self._partial: dict[int, Buffer] = {}
-        self._free: dict[int, list[Buffer]] = defaultdict(list)
         self._of: dict[p.Value | Quantize, tuple[Buffer, ...]] = {}
-        self._hosted: dict[tuple[int, int], Buffer] = {}
         self.turns: list[Turn[tuple[p.Rows, Build]]] = []
         for step in self._lower():
             turn = turn_of(self.turns, step.op)
@@ -93,7 +62,7 @@ class CUDAProgram:
     @property
     def nbytes(self) -> int:
         """Device memory of all buffers."""
-        return sum(buffer.allocated_bytes for buffer in self.buffers)
+        return sum(buffer.allocated_bytes for buffer in self.memory.buffers)
 
     @property
     def routing_ids(self) -> list[tuple[Buffer, int]]:
@@ -111,54 +80,37 @@ class CUDAProgram:
     def buffer_of(self, value: p.Value) -> Buffer:
         """float32 [rows, width], shared with values that do not live at the same time."""
         if value not in self._of:
-            self._of[value] = (self._take(4 * self.n_batch * value.top_k * value.width),)
+            self._of[value] = (self.memory.take(4 * self.n_batch * value.top_k * value.width),)
         return self._of[value][0]
-
-    def _new(self, nbytes: int, host: NDArray[Any] | None = None) -> Buffer:
-        buffer = Buffer(nbytes, host)
-        self.buffers.append(buffer)
-        return buffer
-
-    def _take(self, nbytes: int) -> Buffer:
-        return self._free[nbytes].pop() if self._free[nbytes] else self._new(nbytes)
-
-    def _host(self, array: NDArray[Any] | None) -> Buffer | None:
-        """An array that is uploaded, once however often it is used."""
-        if array is None:
-            return None
-        key = array.ctypes.data, array.nbytes
-        if key not in self._hosted:
-            self._hosted[key] = self._new(array.nbytes, array)
-        return self._hosted[key]
 
     def _activation(self, quantized: Quantize) -> tuple[Buffer, Buffer]:
         x, n_rows = quantized.x, self.n_batch * quantized.x.top_k
         if quantized not in self._of:
-            n_scales = x.width // quantized.group if quantized.group else 1
-            self._of[quantized] = (self._take(n_rows * x.width), self._take(4 * n_rows * n_scales))
+            n_scales = x.width // quantized.group if quantized.group else quantized.parts
+            self._of[quantized] = (self.memory.take(n_rows * x.width), self.memory.take(4 * n_rows * n_scales))
         q, scales = self._of[quantized]
         return q, scales
 
     def _routing(self, routing: p.Routing) -> RoutingBuffers:
         if routing not in self.routings:
             n_slots = self.n_batch * routing.top_k
-            n_tiles = _device_routing(routing).max_tiles(self.n_batch)
+            n_tiles = device_routing(routing).max_tiles(self.n_batch)
             sizes = (n_slots, n_slots, n_slots, routing.n_experts + 1, 2 * n_tiles)
-            self.routings[routing] = RoutingBuffers(*(self._new(4 * size) for size in sizes))
+            self.routings[routing] = RoutingBuffers(*(self.memory.new(4 * size) for size in sizes))
         return self.routings[routing]
 
     def _matrix(self, w: Matrix) -> Callable[[], cl.DeviceMatrix]:
         parts = w.clustered
         if w.data.nbytes // w.n_experts >= MAX_EXPERT_BYTES:
             raise CQError(f"--cuda: tensor {w.name} has 4 GiB or more in one matrix")
-        data = self._host(w.data)
+        data = self.memory.host(w.data)
         assert data is not None
         if parts is None:
             return lambda: cl.DeviceMatrix(int(w.type), w.n_experts, w.n_rows, w.n_cols, data.address)
-        centroids, groups, scales = map(self._host, (parts.centroids, parts.group_scales, parts.scales))
+        centroids, groups, scales = map(self.memory.host, (parts.centroids, parts.group_scales, parts.scales))
         return lambda: cl.DeviceMatrix(
-            int(w.type), w.n_experts, w.n_rows, w.n_cols, data.address, _address(centroids), _address(groups),
-            _address(scales), parts.codebook_rows, parts.codebook_cols, parts.scale_cols,
+            int(w.type), w.n_experts, w.n_rows, w.n_cols, data.address, address(centroids), address(groups),
+            address(scales), parts.codebook_rows, parts.codebook_cols, parts.scale_cols,
         )  # fmt: skip
 
     # ---- operations ----
@@ -169,7 +121,7 @@ class CUDAProgram:
             yield step
             for value in step.done:
                 for buffer in self._of[value]:
-                    self._free[buffer.nbytes].append(buffer)
+                    self.memory.give_back(buffer)
 
     @staticmethod
     def _rows(op: p.Op | Quantize) -> p.Rows:
@@ -202,20 +154,24 @@ class CUDAProgram:
                 table, out = self._matrix(op.table), self.buffer_of(op.out)
                 return lambda n, _: [cl.embed(table(), self.inputs.address + 4, out.address, n)]
             case p.RmsNorm():
-                x, out, weight, width = (
-                    self.buffer_of(op.x),
-                    self.buffer_of(op.out),
-                    self._host(op.weight),
-                    len(op.weight),
-                )
+                x, out, width = self.buffer_of(op.x), self.buffer_of(op.out), len(op.weight)
+                weight, bias = self.memory.host(op.weight), self.memory.host(op.bias)
                 parts = op.x.width // width * op.x.top_k
-                return lambda n, _: [ck.rms_norm(x.address, _address(weight), out.address, width, op.eps, n * parts)]
+                return lambda n, _: [
+                    ck.rms_norm(x.address, address(weight), out.address, width, op.eps, n * parts, bias=address(bias))
+                ]
             case p.Rope():
-                x, table_ = self.buffer_of(op.x), self._host(op.cos_sin)
+                x, table_ = self.buffer_of(op.x), self.memory.host(op.cos_sin)
                 heads, n_rot = (op.x.width // op.head_dim, op.head_dim), 2 * op.cos_sin.shape[1]
                 return lambda n, _: [
                     ck.rope(
-                        x.address, _address(table_), self.inputs.address, heads, n_rot, n, interleaved=op.interleaved
+                        x.address + 4 * op.first,
+                        address(table_),
+                        self.inputs.address,
+                        heads,
+                        n_rot,
+                        n,
+                        interleaved=op.interleaved,
                     )
                 ]
             case p.SwiGLU():
@@ -224,26 +180,35 @@ class CUDAProgram:
             case p.SelectOutputs():
                 x, out = self.buffer_of(op.x), self.buffer_of(op.out)
                 return lambda n, all_: [ck.select_rows(x.address, out.address, op.x.width, all_ - n, n)]
+            case p.CopyColumns():
+                x, out, widths = self.buffer_of(op.x), self.buffer_of(op.out), (op.x.width, op.out.width)
+                part_widths = (widths[0] // op.parts, widths[1] // op.parts)
+                start, to, each = 4 * op.first, 4 * op.at, op.parts * op.x.top_k
+                return lambda n, _: [ck.copy_columns(x.address + start, out.address + to, part_widths, op.n, n * each)]
         raise AssertionError(f"no kernel for {type(op).__name__}")
 
     def _quantize(self, op: Quantize) -> Build:
-        x, (q, scales), top_k, width = self.buffer_of(op.x), self._activation(op), op.x.top_k, op.x.width
+        x, (q, scales) = self.buffer_of(op.x), self._activation(op)
+        width, each = op.x.width // op.parts, op.x.top_k * op.parts
         if op.group:
-            return lambda n, _: [ck.quantize_blocks(x.address, q.address, scales.address, width, n * top_k)]
-        return lambda n, _: [ck.quantize(x.address, q.address, scales.address, width, self._bits, n * top_k)]
+            return lambda n, _: [ck.quantize_blocks(x.address, q.address, scales.address, width, n * each)]
+        return lambda n, _: [ck.quantize(x.address, q.address, scales.address, width, self._bits, n * each)]
 
     def _linear(self, op: p.Linear, activation: Quantize | None) -> Build:
-        w, x, out, bias = self._matrix(op.w), self.buffer_of(op.x), self.buffer_of(op.out), self._host(op.bias)
+        w, x, out, bias = self._matrix(op.w), self.buffer_of(op.x), self.buffer_of(op.out), self.memory.host(op.bias)
         q, scales = self._activation(activation) if activation else (None, None)
         routing, routed = op.routing, self._routing(op.routing) if op.routing else None
         gather = routing is not None and op.x.rows is p.Rows.TOKENS
-        places = self._host(_places(op.w.experts, routing.n_experts)) if routing else None
+        places = self.memory.host(_places(op.w.experts, routing.n_experts)) if routing else None
+        parts = 1 if routing else op.w.n_experts
 
         def build(n: int, _: int) -> list[ck.Launch]:
             n_items = n if routing else n * op.out.top_k
-            experts = _device_routing(routing, routed) if routing else None
-            inputs = (x.address, _address(q), _address(scales), _address(bias))
-            operands = cl.Operands(n_items, out.address, *inputs, experts, gather, op.accumulate, _address(places))
+            experts = device_routing(routing, routed) if routing else None
+            inputs = (x.address, address(q), address(scales), address(bias))
+            operands = cl.Operands(
+                n_items, out.address, *inputs, experts, gather, op.accumulate, address(places), parts
+            )
             return [cl.linear(w(), operands, tensor_cores=self._device.tensor_cores)]
 
         return build
@@ -251,30 +216,33 @@ class CUDAProgram:
     def _experts(self, op: p.Route | p.Combine) -> Build:
         buffers, routing = self._routing(op.routing), op.routing
         if isinstance(op, p.Route):
-            logits, scoring, normalize = self.buffer_of(op.logits), op.scoring.value, op.normalize
-            return lambda n, _: cl.route(
-                logits.address, _device_routing(routing, buffers), n, scoring, normalize=normalize
-            )
+            logits, groups = self.buffer_of(op.logits), (op.n_groups, op.top_groups)
+            choice = cl.Choice(op.scoring.value, op.normalize, *groups, op.scale, op.jitter)
+            return lambda n, _: cl.route(logits.address, device_routing(routing, buffers), n, choice)
         y, out, width = self.buffer_of(op.y), self.buffer_of(op.out), op.out.width
-        return lambda n, _: [cl.combine(y.address, _device_routing(routing, buffers), out.address, width, n)]
+        return lambda n, _: [cl.combine(y.address, device_routing(routing, buffers), out.address, width, n)]
 
     def _attention(self, op: p.Attention) -> Build:
-        assert op.v is not None  # _require_kernel
-        q, k, v, out = (self.buffer_of(value) for value in (op.q, op.k, op.v, op.out))
+        q, out = self.buffer_of(op.q), self.buffer_of(op.out)
         n_kv_heads, n_ctx = self._program.n_kv_heads, self._program.n_ctx
-        k_cache, v_cache = (self._new(2 * n_kv_heads * n_ctx * op.head_dim) for _ in range(2))
-        shape = ck.AttentionShape(op.q.width // op.head_dim, n_kv_heads, op.head_dim, n_ctx, op.window, op.scale)
+        new = [(self.buffer_of(op.k), op.head_dim)]
+        if op.v is not None:
+            new.append((self.buffer_of(op.v), op.value_dim))
+        caches = [self.memory.new(2 * n_kv_heads * n_ctx * dim) for _, dim in new]
+        sizes = (op.q.width // op.head_dim, n_kv_heads, op.head_dim, n_ctx, op.window, op.scale, op.value_dim)
+        shape = ck.AttentionShape(*sizes, latent=op.v is None)
         splits = shape.splits(1, 2 * self._device.n_processors)
         partial_bytes = 4 * shape.partial_floats(1, splits)
         if partial_bytes not in self._partial:  # layers run one after the other
-            self._partial[partial_bytes] = self._new(partial_bytes)
+            self._partial[partial_bytes] = self.memory.new(partial_bytes)
         partial = self._partial[partial_bytes]
 
         def build(n: int, _: int) -> list[ck.Launch]:
-            at, heads = self.inputs.address, (n_kv_heads, op.head_dim)
-            new = ((k, k_cache), (v, v_cache))
-            launches = [ck.append(b.address, cache.address, at, heads, n_ctx, n) for b, cache in new]
-            addresses = (q.address, k_cache.address, v_cache.address, out.address, partial.address, at)
+            at = self.inputs.address
+            stored = zip(new, caches, strict=True)
+            launches = [ck.append(b.address, to.address, at, (n_kv_heads, dim), n_ctx, n) for (b, dim), to in stored]
+            k_cache, v_cache = caches[0].address, 0 if op.v is None else caches[-1].address
+            addresses = (q.address, k_cache, v_cache, out.address, partial.address, at)
             return launches + ck.attention(shape, addresses, n, splits if n == 1 else 1)
 
         return build
@@ -290,22 +258,10 @@ def _places(experts: NDArray[np.int32] | None, n_experts: int) -> NDArray[np.int
 
 
 def _require_kernel(op: p.Op) -> None:
-    """CQError for what only the CPU computes."""
-    if isinstance(op, p.RmsNorm) and op.bias is not None:
-        raise CQError("--cuda: norms with biases (phimoe) are not supported")
-    if isinstance(op, p.Route) and op.scoring is p.Scoring.SPARSEMIXER:
-        raise CQError("--cuda: SparseMixer routing (phimoe) is not supported")
-    if isinstance(op, p.CopyColumns) or (isinstance(op, p.Attention) and op.v is None):
-        raise CQError("--cuda: latent attention over a compressed KV cache (DeepSeek-V2) is not supported")
-    if isinstance(op, p.Route) and (op.top_groups or op.scale != 1):
-        raise CQError("--cuda: experts chosen by groups, or weights that are scaled, are not supported")
-
-
-def _address(buffer: Buffer | None) -> int:
-    return buffer.address if buffer else 0
-
-
-def _device_routing(routing: p.Routing, buffers: RoutingBuffers | None = None) -> cl.DeviceRouting:
-    names = ("ids", "weights", "order", "offsets", "tiles")
-    addresses = [getattr(buffers, name).address if buffers else 0 for name in names]
-    return cl.DeviceRouting(routing.n_experts, routing.top_k, *addresses)
+    """CQError for what no kernel has room for."""
+    if not isinstance(op, p.Attention) or op.v is None:
+        return
+    if op.head_dim > ck.MAX_HEAD_DIM:
+        raise CQError(f"--cuda: attention heads wider than {ck.MAX_HEAD_DIM} columns ({op.head_dim}) are not supported")
+    if op.value_dim != op.head_dim:
+        raise CQError(f"--cuda: attention heads of {op.head_dim} columns, values of {op.value_dim}, are not supported")

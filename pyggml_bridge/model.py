@@ -89,6 +89,7 @@ class Model:
         if is_long == self._is_long:
             return
         rope.table[: len(rope.short)] = rope.long if is_long else rope.short
+        self._backend.refresh(rope.table)
         self._is_long = is_long
         for start in range(0, position, self.n_batch):
             batch = self._history[start : min(position, start + self.n_batch)]

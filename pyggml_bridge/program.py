@@ -196,7 +196,8 @@ class CopyColumns:
 
 @dataclass(frozen=True, eq=False)
 class LongRope:
-    """Rope whose angles depend on the length of the sequence: the backend's operations read `table`, its user fills it.
+    """Rope whose angles depend on the length of the sequence: the backend's operations read `table`, its user fills it
+    and says so (Backend.refresh).
 
     table float32 [n_ctx, n_rot / 2, 2]: its first rows are those of `short` for sequences of up to len(short) tokens,
     as at the start, and those of `long` for longer ones.

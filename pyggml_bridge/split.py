@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +107,11 @@ class SplitBackend:
             except StopIteration as end:
                 return end.value
             given = host.send(given)
+
+    def refresh(self, array: NDArray[Any]) -> None:
+        """As Backend.refresh."""
+        self._host.refresh(array)
+        self._device.refresh(array)
 
 
 def gpu_backend(program: p.Program, n_batch: int, n_threads: int, gpu_layers: int) -> Backend:

@@ -125,6 +125,7 @@ def _chips() -> list[list[str]]:
 KERNELS = (
     ("gemv", "CQ4", 128), ("gemv", "CQ5", 128), ("gemv", "CQ4T", 128), ("gemm", "CQ4", 256), ("gemm", "CQ5", 256),
     ("gemm", "CQ4T", 256), ("plain_gemv", "Q8_0", 128), ("gemm", "Q8_0", 256), ("attention", "head_dim 128", 128),
+    ("latent_attention", "head_dim 576", 256),
     ("rms_norm", "", 256), ("quantize", "", 256), ("swiglu", "", 256), ("route", "", 128), ("group", "", 256),
 )  # fmt: skip
 

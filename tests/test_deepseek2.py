@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +155,11 @@ def tied(tmp_path_factory) -> Path:
     return folder / "m.gguf"
 
 
-def test_cuda_says_what_it_cannot_do(tied):
+def test_cuda_plans_the_program(tied):
     program = build(Weights(GGUFFile(tied)), 64)
-    with pytest.raises(CQError, match="--cuda: latent attention"):
-        CUDAProgram(program, 8, DeviceInfo(100))
-    grouped = replace(program, ops=[op for op in program.ops if type(op).__name__ == "Route"])
-    grouped.ops = [replace(op, top_groups=2, n_groups=3) for op in grouped.ops]
-    with pytest.raises(CQError, match="--cuda: experts chosen by groups"):
-        CUDAProgram(grouped, 8, DeviceInfo(100))
+    planned = CUDAProgram(program, 8, DeviceInfo(100))
+    kernels = [launch.kernel for turn in range(len(planned.turns)) for launch in planned.launches(turn, 1, 1)]
+    assert kernels.count("latent_attention") == kernels.count("append") == 3
 
 
 def test_expansions_can_be_clustered(tied, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -16,7 +15,7 @@ from gguf import GGMLQuantizationType
 from transformers import AutoConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
-from pyggml_bridge import cuda_program
+from pyggml_bridge.cuda_program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.export import export
 from pyggml_bridge.models import load_model
@@ -182,16 +181,18 @@ def test_missing_biases_are_named(tmp_path):
             open_checkpoint(str(tmp_path))
 
 
-def test_files_and_devices_that_do_not_fit_are_refused(converted, tmp_path):
+def test_cuda_plans_the_program(converted):
+    """One buffer of angles, which is filled anew when the factors change."""
     folder, _ = converted
-    weights = Weights(GGUFFile(folder / "long.gguf"))
-    program = build(weights, 64)
-    for refused, fragment in (
-        (program, "norms with biases"),
-        (replace(program, ops=program.ops[-1:]), "longrope"),
-    ):
-        with pytest.raises(CQError, match=f"--cuda: .*{fragment}"):
-            cuda_program.CUDAProgram(refused, 8, cuda_program.DeviceInfo(1))
+    program = build(Weights(GGUFFile(folder / "long.gguf")), 64)
+    planned = CUDAProgram(program, 8, DeviceInfo(1))
+    kernels = [launch.kernel for turn in range(len(planned.turns)) for launch in planned.launches(turn, 1, 1)]
+    assert kernels.count("route") == program.n_layers and kernels.count("rope") == 2 * program.n_layers
+    assert program.long_rope and planned.memory.holding(program.long_rope.table) is not None
+
+
+def test_files_that_do_not_fit_are_refused(converted, tmp_path):
+    folder, _ = converted
     file = GGUFFile(folder / "long.gguf")
     del file.tensors["blk.1.ffn_norm.bias"]
     with pytest.raises(CQError, match=r"blk\.1\.ffn_norm\.bias is missing"):

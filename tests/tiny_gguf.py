@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize, quantize
 
 from pyggml_bridge.format import VERSION, Clustered, CQType, Sidecars, pack, register, section_name
 from tests.oracle import random_indices
@@ -59,76 +60,111 @@ def random_clustered(rng: np.random.Generator, shape: tuple[int, ...], t: Tiny, 
     return Clustered(cq, pack(indices, cq, t.codebook_rows), centroids, scales, groups, *sizes)
 
 
-def write_tiny(path: Path, t: Tiny, keys: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
-    """Write a file with these further keys; returns the dequantized float32 weights by name."""
-    rng = np.random.default_rng(t.seed)
-    writer = GGUFWriter(path, t.arch)
-    _write_keys(writer, t)
-    for key, value in (keys or {}).items():
-        kind = GGUFValueType.get_type(value)
-        item = GGUFValueType.get_type(value[0]) if kind is GGUFValueType.ARRAY else None
-        writer.add_key_value(key, value, kind, item)
-    dense: dict[str, np.ndarray] = {}
+class TinyFile:
+    """A file being written; `dense` has the dequantized float32 weights by name."""
 
-    def clustered(name: str, *shape: int, cq: CQType = t.cq) -> None:
-        weight = random_clustered(rng, shape, t, cq)
+    def __init__(self, path: Path, t: Tiny, keys: dict[str, Any] | None = None) -> None:
+        self.t, self.rng = t, np.random.default_rng(t.seed)
+        self.dense: dict[str, np.ndarray] = {}
+        self._writer = GGUFWriter(path, t.arch)
+        _write_keys(self._writer, t)
+        for key, value in (keys or {}).items():
+            kind = GGUFValueType.get_type(value)
+            item = GGUFValueType.get_type(value[0]) if kind is GGUFValueType.ARRAY else None
+            self._writer.add_key_value(key, value, kind, item)
+
+    def clustered(self, name: str, *shape: int, cq: CQType | None = None) -> None:
+        cq = cq or self.t.cq
+        weight = random_clustered(self.rng, shape, self.t, cq)
         names = Sidecars.of(name)
-        writer.add_tensor(name, weight.packed, raw_dtype=GGMLQuantizationType(int(cq)))
-        writer.add_tensor(names.centroids, weight.centroids)
-        writer.add_tensor(names.scales, weight.scales)
+        self._writer.add_tensor(name, weight.packed, raw_dtype=GGMLQuantizationType(int(cq)))
+        self._writer.add_tensor(names.centroids, weight.centroids)
+        self._writer.add_tensor(names.scales, weight.scales)
         if weight.group_scales is not None:
-            writer.add_tensor(names.group_scales, weight.group_scales)
-        dense[name] = weight.dequantize()
+            self._writer.add_tensor(names.group_scales, weight.group_scales)
+        self.dense[name] = weight.dequantize()
 
-    def experts(name: str, *shape: int) -> None:
+    def experts(self, name: str, *shape: int) -> None:
+        t = self.t
         if not t.expert_cqs:
-            clustered(name, t.n_experts, *shape)
+            self.clustered(name, t.n_experts, *shape)
             return
         whole = np.empty((t.n_experts, *shape), np.float32)
         for i, cq in enumerate(sorted(set(t.expert_cqs))):
             section, ids = section_name(name, i), [e for e, own in enumerate(t.expert_cqs) if own is cq]
-            clustered(section, len(ids), *shape, cq=cq)
-            writer.add_tensor(Sidecars.of(section).experts, np.array(ids, np.int32))
-            whole[ids] = dense.pop(section)
-        dense[name] = whole
+            self.clustered(section, len(ids), *shape, cq=cq)
+            self._writer.add_tensor(Sidecars.of(section).experts, np.array(ids, np.int32))
+            whole[ids] = self.dense.pop(section)
+        self.dense[name] = whole
 
-    def plain(name: str, array: np.ndarray, dtype: type = np.float32) -> None:
-        writer.add_tensor(name, array.astype(dtype))
-        dense[name] = array.astype(dtype).astype(np.float32)
+    def plain(self, name: str, array: np.ndarray, dtype: type = np.float32) -> None:
+        self._writer.add_tensor(name, array.astype(dtype))
+        self.dense[name] = array.astype(dtype).astype(np.float32)
 
-    plain("token_embd.weight", rng.normal(0, 1, (t.vocab, t.hidden)), np.float16)
+    def q8_0(self, name: str, array: np.ndarray) -> None:
+        blocks = quantize(array.astype(np.float32), GGMLQuantizationType.Q8_0)
+        self._writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType.Q8_0)
+        self.dense[name] = dequantize(blocks, GGMLQuantizationType.Q8_0)
+
+    def norm(self, name: str, width: int) -> None:
+        self.plain(name, self.rng.uniform(0.5, 1.5, width))
+
+    def bias(self, name: str, width: int) -> None:
+        self.plain(name, self.rng.normal(0, 0.5, width))
+
+    def expert_ffn(self, block: str, width: int) -> None:
+        """Router and experts."""
+        t = self.t
+        self.plain(f"{block}.ffn_gate_inp.weight", self.rng.normal(0, 0.2, (t.n_experts, t.hidden)))
+        self.experts(f"{block}.ffn_gate_exps.weight", width, t.hidden)
+        self.experts(f"{block}.ffn_up_exps.weight", width, t.hidden)
+        self.experts(f"{block}.ffn_down_exps.weight", t.hidden, width)
+
+    def dense_ffn(self, block: str, width: int, suffix: str = "") -> None:
+        self.clustered(f"{block}.ffn_gate{suffix}.weight", width, self.t.hidden)
+        self.clustered(f"{block}.ffn_up{suffix}.weight", width, self.t.hidden)
+        self.clustered(f"{block}.ffn_down{suffix}.weight", self.t.hidden, width)
+
+    def embedding(self) -> None:
+        self.plain("token_embd.weight", self.rng.normal(0, 1, (self.t.vocab, self.t.hidden)), np.float16)
+
+    def output(self) -> None:
+        """Norm and head, without which the embedding is it."""
+        self.norm("output_norm.weight", self.t.hidden)
+        if not self.t.tied:
+            self.plain("output.weight", self.rng.normal(0, 0.3, (self.t.vocab, self.t.hidden)))
+
+    def close(self) -> None:
+        self._writer.write_header_to_file()
+        self._writer.write_kv_data_to_file()
+        self._writer.write_tensors_to_file()
+        self._writer.close()
+
+
+def write_tiny(path: Path, t: Tiny, keys: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
+    """Write a file with these further keys; returns the dequantized float32 weights by name."""
+    file = TinyFile(path, t, keys)
+    file.embedding()
     for layer in range(t.n_layers):
         b = f"blk.{layer}"
         q_out, kv_out = t.n_heads * t.head_dim, t.n_kv_heads * t.head_dim
-        plain(f"{b}.attn_norm.weight", rng.uniform(0.5, 1.5, t.hidden))
+        file.norm(f"{b}.attn_norm.weight", t.hidden)
         for name, n_out in (("attn_q", q_out), ("attn_k", kv_out), ("attn_v", kv_out)):
-            clustered(f"{b}.{name}.weight", n_out, t.hidden)
+            file.clustered(f"{b}.{name}.weight", n_out, t.hidden)
             if t.biases:
-                plain(f"{b}.{name}.bias", rng.normal(0, 0.5, n_out))
-        clustered(f"{b}.attn_output.weight", t.hidden, q_out)
-        plain(f"{b}.ffn_norm.weight", rng.uniform(0.5, 1.5, t.hidden))
+                file.bias(f"{b}.{name}.bias", n_out)
+        file.clustered(f"{b}.attn_output.weight", t.hidden, q_out)
+        file.norm(f"{b}.ffn_norm.weight", t.hidden)
         if t.n_experts:
-            plain(f"{b}.ffn_gate_inp.weight", rng.normal(0, 0.2, (t.n_experts, t.hidden)))
-            experts(f"{b}.ffn_gate_exps.weight", t.ffn, t.hidden)
-            experts(f"{b}.ffn_up_exps.weight", t.ffn, t.hidden)
-            experts(f"{b}.ffn_down_exps.weight", t.hidden, t.ffn)
+            file.expert_ffn(b, t.ffn)
             if t.shared_ffn:
-                plain(f"{b}.ffn_gate_inp_shexp.weight", rng.normal(0, 0.2, (1, t.hidden)))
-                clustered(f"{b}.ffn_gate_shexp.weight", t.shared_ffn, t.hidden)
-                clustered(f"{b}.ffn_up_shexp.weight", t.shared_ffn, t.hidden)
-                clustered(f"{b}.ffn_down_shexp.weight", t.hidden, t.shared_ffn)
+                file.plain(f"{b}.ffn_gate_inp_shexp.weight", file.rng.normal(0, 0.2, (1, t.hidden)))
+                file.dense_ffn(b, t.shared_ffn, "_shexp")
         else:
-            clustered(f"{b}.ffn_gate.weight", t.ffn, t.hidden)
-            clustered(f"{b}.ffn_up.weight", t.ffn, t.hidden)
-            clustered(f"{b}.ffn_down.weight", t.hidden, t.ffn)
-    plain("output_norm.weight", rng.uniform(0.5, 1.5, t.hidden))
-    if not t.tied:
-        plain("output.weight", rng.normal(0, 0.3, (t.vocab, t.hidden)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return dense
+            file.dense_ffn(b, t.ffn)
+    file.output()
+    file.close()
+    return file.dense
 
 
 def _write_keys(writer: GGUFWriter, t: Tiny) -> None:

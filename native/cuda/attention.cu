@@ -10,7 +10,7 @@
  * Eight threads share a row: of a tile each scores every eighth key, then adds values to every eighth pair of columns.
  *
  * Grid: (rows / 16, n_kv_heads, splits), 128 threads. Sums are float32. */
-#include "common.cuh"
+#include "attention.cuh"
 
 enum {
     CQ_THREADS = 128,
@@ -22,26 +22,6 @@ enum {
     CQ_PITCH = CQ_PAIRS | 1, /* of pairs; odd, so that keys lie in different banks */
     CQ_PAIRS_EACH = (CQ_PAIRS + CQ_SHARING - 1) / CQ_SHARING,
 };
-
-#define CQ_HIDDEN (-1e30f) /* score of a key that a query does not see; finite, as differences must not be NaN */
-
-struct cq_attention {
-    const float *q;               /* [tokens][n_heads][CQ_HEAD_DIM] */
-    const u16 *k_cache, *v_cache; /* F16 [n_kv_heads][n_ctx][CQ_HEAD_DIM] */
-    float *out;                   /* as q */
-    float *partial;               /* [splits][tokens][n_heads][CQ_HEAD_DIM + 2]: sums, then m and l; splits > 1 */
-    const int *position;          /* of the first token */
-    int n_tokens, n_heads, n_kv_heads, n_ctx, window; /* window 0: unlimited */
-    float scale;
-};
-
-/* k or v [tokens][n_kv_heads][CQ_HEAD_DIM] to its place in the cache, as F16. Grid: (tokens, n_kv_heads). */
-extern "C" __global__ void __launch_bounds__(CQ_THREADS)
-    append(const float *from, u16 *cache, const int *position, int n_ctx) {
-    from += ((long long)blockIdx.x * gridDim.y + blockIdx.y) * CQ_HEAD_DIM;
-    cache += ((long long)blockIdx.y * n_ctx + *position + blockIdx.x) * CQ_HEAD_DIM;
-    for (int i = threadIdx.x; i < CQ_HEAD_DIM; i += CQ_THREADS) cache[i] = to_half(from[i]);
-}
 
 /* Keys or values first .. to tile [CQ_KEYS][CQ_PITCH] as pairs; zero past `end` and past an odd head. */
 CQ_DEVICE void load_tile(const u16 *cache, int first, int end, u32 *tile) {
@@ -58,9 +38,6 @@ CQ_DEVICE void load_tile(const u16 *cache, int first, int end, u32 *tile) {
         tile[key * CQ_PITCH + pair] = both;
     }
 }
-
-CQ_DEVICE float lower(u32 pair) { return from_half((u16)pair); }
-CQ_DEVICE float upper(u32 pair) { return from_half((u16)(pair >> 16)); }
 
 /* What a thread keeps of its row. */
 struct cq_row_state {
@@ -112,9 +89,8 @@ CQ_DEVICE void add_values(const float *p, const u32 *values, cq_row_state &state
 }
 
 CQ_DEVICE void store_row(const cq_attention &op, const cq_row_state &state, long long row) {
-    const long long rows = (long long)op.n_tokens * op.n_heads;
-    float *to = op.out + row * CQ_HEAD_DIM, scale = 1.0f / state.sum;
-    if (gridDim.z > 1) to = op.partial + (blockIdx.z * rows + row) * (CQ_HEAD_DIM + 2), scale = 1.0f;
+    float *to = result_row(op, row, CQ_HEAD_DIM);
+    const float scale = gridDim.z > 1 ? 1.0f : 1.0f / state.sum;
     const int part = threadIdx.x % CQ_SHARING;
 #pragma unroll
     for (int i = 0; i < 2 * CQ_PAIRS_EACH; i++) {
@@ -130,47 +106,28 @@ extern "C" __global__ void __launch_bounds__(CQ_THREADS) attention(const cq_atte
     CQ_SHARED(float, p, CQ_QUERY_ROWS *CQ_KEYS);
     const int heads = op.n_heads / op.n_kv_heads, first_row = blockIdx.x * CQ_QUERY_ROWS;
     const int last_row = min_int(first_row + CQ_QUERY_ROWS, op.n_tokens * heads) - 1;
-    const int window = op.window > 0 ? op.window : 0x7fffffff, position = *op.position;
     const int mine = threadIdx.x / CQ_SHARING, row = min_int(first_row + mine, last_row);
-    const int token = row / heads; /* rows past the end repeat the last one */
-    const long long out_row = (long long)token * op.n_heads + blockIdx.y * heads + row % heads;
+    const int position = *op.position + row / heads; /* rows past the end repeat the last one */
+    const int window = window_of(op);
+    const long long out_row = query_row(op, row);
     for (int pair = threadIdx.x % CQ_SHARING; pair < CQ_PAIRS; pair += CQ_SHARING) {
         const float *from = op.q + out_row * CQ_HEAD_DIM + 2 * pair;
         queries[mine * CQ_PAIRS + pair] =
             make_float2(from[0] * op.scale, 2 * pair + 1 < CQ_HEAD_DIM ? from[1] * op.scale : 0.0f);
     }
-    /* Keys that any row sees, in whole tiles from a multiple of CQ_KEYS on, dealt to the splits in equal parts. */
-    const int begin = position + first_row / heads >= window ? position + first_row / heads - window + 1 : 0;
-    const int end = position + last_row / heads + 1, first_tile = begin / CQ_KEYS;
-    const int each = ceil_div(ceil_div(end, CQ_KEYS) - first_tile, gridDim.z);
-    const int from = (first_tile + (int)blockIdx.z * each) * CQ_KEYS, to = min_int(end, from + each * CQ_KEYS);
+    const cq_span span = span_of(op, first_row / heads, last_row / heads, CQ_KEYS);
     const u16 *k = op.k_cache + (long long)blockIdx.y * op.n_ctx * CQ_HEAD_DIM;
     const u16 *v = op.v_cache + (long long)blockIdx.y * op.n_ctx * CQ_HEAD_DIM;
     cq_row_state state = {CQ_HIDDEN, 0.0f, {}};
-    for (int key = from; key < to; key += CQ_KEYS) {
+    for (int key = span.from; key < span.to; key += CQ_KEYS) {
         __syncthreads(); /* nobody reads the previous values any more */
-        load_tile(k, key, to, tile);
+        load_tile(k, key, span.to, tile);
         __syncthreads();
-        softmax_tile(queries + mine * CQ_PAIRS, tile, position + token - key, window, p + mine * CQ_KEYS, state);
+        softmax_tile(queries + mine * CQ_PAIRS, tile, position - key, window, p + mine * CQ_KEYS, state);
         __syncthreads();
-        load_tile(v, key, to, tile);
+        load_tile(v, key, span.to, tile);
         __syncthreads();
         add_values(p + mine * CQ_KEYS, tile, state);
     }
     if (first_row + mine <= last_row) store_row(op, state, out_row);
-}
-
-/* Joins the splits: with M the largest m, out = sum exp(m - M) sums / sum exp(m - M) l. Grid: (tokens * n_heads). */
-extern "C" __global__ void __launch_bounds__(CQ_THREADS) attention_merge(const float *partial, float *out, int splits) {
-    const float *row = partial + (long long)blockIdx.x * (CQ_HEAD_DIM + 2);
-    const long long stride = (long long)gridDim.x * (CQ_HEAD_DIM + 2);
-    float largest = CQ_HIDDEN, total = 0;
-    for (int s = 0; s < splits; s++) largest = fmaxf(largest, row[s * stride + CQ_HEAD_DIM]);
-    for (int s = 0; s < splits; s++)
-        total += expf(row[s * stride + CQ_HEAD_DIM] - largest) * row[s * stride + CQ_HEAD_DIM + 1];
-    for (int i = threadIdx.x; i < CQ_HEAD_DIM; i += CQ_THREADS) {
-        float sum = 0;
-        for (int s = 0; s < splits; s++) sum += expf(row[s * stride + CQ_HEAD_DIM] - largest) * row[s * stride + i];
-        out[(long long)blockIdx.x * CQ_HEAD_DIM + i] = sum / total;
-    }
 }

@@ -35,7 +35,8 @@ struct cq_matrix {
 };
 
 /* out (+)= x W^T (+ bias) for n_items rows: of x, or slots that are routed to experts. The input row of a slot is its
- * token if gather is set, else the slot itself. */
+ * token if gather is set, else the slot itself. Where nothing is routed, row r of x is multiplied by matrix
+ * r % n_experts: one after the other for the equal parts (an attention head's) that a longer row consists of. */
 struct cq_linear {
     cq_matrix w;
     const float *x;      /* [rows][n_cols]: what F32 and F16 matrices multiply */
@@ -51,8 +52,8 @@ struct cq_linear {
     int n_items, top_k, gather, accumulate;
 };
 
-/* The items of one tile: at [first, last) of order, or rows first .. last - 1 where nothing is routed. expert: which of
- * w's matrices they multiply, -1: none. */
+/* The items of one tile: at [first, last) of order, or where nothing is routed the first-th to last-1st of the rows
+ * that multiply the same matrix. expert: which of w's matrices they multiply, -1: none. */
 struct cq_tile {
     int expert, first, last;
 };
@@ -62,15 +63,26 @@ CQ_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 CQ_DEVICE int place_of(const cq_linear &op, int expert) { return op.places ? op.places[expert] : expert; }
 
+/* Which of w's matrices a row of out multiplies, -1: none. */
+CQ_DEVICE int matrix_of(const cq_linear &op, int row) {
+    return op.ids ? place_of(op, op.ids[row]) : row % op.w.n_experts;
+}
+
 CQ_DEVICE cq_tile tile_at(const cq_linear &op, int index) {
-    if (!op.ids) return {0, index * CQ_TILE_TOKENS, min_int(op.n_items, (index + 1) * CQ_TILE_TOKENS)};
+    if (!op.ids) {
+        const int rows = op.n_items / op.w.n_experts, tiles = ceil_div(rows, CQ_TILE_TOKENS);
+        const int first = index % tiles * CQ_TILE_TOKENS;
+        return {index / tiles, first, min_int(rows, first + CQ_TILE_TOKENS)};
+    }
     const int expert = op.tiles[2 * index], first = op.tiles[2 * index + 1];
     if (expert < 0) return {-1, 0, 0};
     return {place_of(op, expert), first, min_int(op.offsets[expert + 1], first + CQ_TILE_TOKENS)};
 }
 
-/* Row of out of an item, and row of x of that row of out. */
-CQ_DEVICE int output_row(const cq_linear &op, int item) { return op.ids ? op.order[item] : item; }
+/* Row of out of a tile's item, and row of x of that row of out. */
+CQ_DEVICE int output_row(const cq_linear &op, const cq_tile &tile, int item) {
+    return op.ids ? op.order[item] : item * op.w.n_experts + tile.expert;
+}
 CQ_DEVICE int input_row(const cq_linear &op, int row) { return op.gather ? row / op.top_k : row; }
 
 CQ_DEVICE void store_output(const cq_linear &op, float value, int item_row, int row) {

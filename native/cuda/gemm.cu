@@ -218,7 +218,7 @@ CQ_DEVICE void store_tile(const cq_linear &op, const cq_tile &tile, int first_ro
     for (int i = 0; i < 2 * CQ_TOKEN_PARTS; i++) {
         const int n = i / 2, item = tile.first + first_token + token_of(n, i % 2);
         if (item >= tile.last) continue;
-        const int to = output_row(op, item);
+        const int to = output_row(op, tile, item);
         const float token_scale = CQ_IS_Q8_0 ? 1.0f : op.scales[input_row(op, to)];
 #pragma unroll
         for (int j = 0; j < 2 * CQ_ROW_PARTS; j++) {
@@ -242,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(CQ_THREADS) gemm(const cq_linear op
     const cq_stage first = {weights, tokens, weight_scales, token_scales};
     const int weight_row = threadIdx.x / 2, item = tile.first + threadIdx.x / 4,
               n_steps = ceil_div(op.w.n_cols, CQ_STEP);
-    const int in = item < tile.last ? input_row(op, output_row(op, item)) : -1;
+    const int in = item < tile.last ? input_row(op, output_row(op, tile, item)) : -1;
     const int row =
         min_int(blockIdx.y * CQ_TILE_ROWS + weight_row, op.w.n_rows - 1); /* past the end: decoded in vain */
     const cq_source source = source_of(op.w, tile.expert, row, threadIdx.x % 2);
@@ -262,5 +262,6 @@ extern "C" __global__ void __launch_bounds__(CQ_THREADS) gemm(const cq_linear op
         if (!idle) multiply_step(now, warp_row, warp_token, sums);
         if (more) store_weights(source, fetched, weight_row, next);
     }
-    store_tile(op, tile, blockIdx.y * CQ_TILE_ROWS + warp_row, warp_token, sums);
+    /* The tile anew: kept in registers through the loop it makes Q8_0 spill. */
+    store_tile(op, tile_at(op, blockIdx.x), blockIdx.y * CQ_TILE_ROWS + warp_row, warp_token, sums);
 }

@@ -69,7 +69,7 @@ CQ_DEVICE void add_half(const cq_reader &r, int first_row, int block, int half, 
  */
 extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS, 3) gemv(const cq_linear op, int lanes) {
     const int group = (blockIdx.x * CQ_GEMV_THREADS + threadIdx.x) / lanes, lane = threadIdx.x % lanes;
-    const int first_row = group * CQ_GEMV_ROWS, item = blockIdx.y, expert = op.ids ? place_of(op, op.ids[item]) : 0;
+    const int first_row = group * CQ_GEMV_ROWS, item = blockIdx.y, expert = matrix_of(op, item);
     if (expert < 0) return;
     const int in = input_row(op, item), row = first_row + lane;
     const cq_reader r = reader_of(op.w, expert);

@@ -80,7 +80,7 @@ CQ_DEVICE float dot_row(const cq_linear &op, const u8 *row, int in, int lane) {
 extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS) plain_gemv(const cq_linear op) {
     const int row = blockIdx.x * (CQ_GEMV_THREADS / 32) + threadIdx.x / 32, item = blockIdx.y, lane = threadIdx.x % 32;
     if (row >= op.w.n_rows) return; /* a whole warp */
-    const int expert = op.ids ? place_of(op, op.ids[item]) : 0;
+    const int expert = matrix_of(op, item);
     if (expert < 0) return;
     const long long expert_row = (long long)expert * op.w.n_rows + row;
     const float sum = sum_lanes(dot_row(op, op.w.data + expert_row * row_bytes(op.w), input_row(op, item), lane), 32);
@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(CQ_GEMM_THREADS, 2) plain_gemm(cons
     const long long expert_row = (long long)tile.expert * op.w.n_rows + row;
     const u8 *w = row < op.w.n_rows ? op.w.data + expert_row * row_bytes(op.w) : nullptr;
     const float *x = nullptr;
-    if (item < tile.last) x = op.x + (long long)input_row(op, output_row(op, item)) * op.w.n_cols;
+    if (item < tile.last) x = op.x + (long long)input_row(op, output_row(op, tile, item)) * op.w.n_cols;
     const int row4 = threadIdx.x % 16 * 4, item4 = threadIdx.x / 16 * 4;
     float sums[4][4] = {};
     for (int first = 0; first < op.w.n_cols; first += CQ_STEP) {
@@ -131,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(CQ_GEMM_THREADS, 2) plain_gemm(cons
     for (int i = 0; i < 16; i++) {
         const int to_row = blockIdx.y * CQ_TILE_ROWS + row4 + i % 4, from_item = tile.first + item4 + i / 4;
         if (to_row < op.w.n_rows && from_item < tile.last)
-            store_output(op, sums[i / 4][i % 4], output_row(op, from_item), to_row);
+            store_output(op, sums[i / 4][i % 4], output_row(op, tile, from_item), to_row);
     }
 }
 #endif

@@ -1,5 +1,6 @@
-/* Operations on rows of floats: embedding, norm, activation quantizer, rope, SwiGLU, sums of experts, copies. */
-#include "common.cuh"
+/* Operations on rows of floats: embedding, norm, activation quantizer, rope, SwiGLU, sums of experts, copies, also to
+ * the KV cache, and joining attention's parts. */
+#include "attention.cuh"
 
 enum { CQ_ROW_THREADS = 256 };
 
@@ -33,16 +34,19 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
     }
 }
 
-/* out = x / sqrt(mean(x^2) + eps) * weight, rows [n]. A thread sums n / 256 squares, then the block in a tree. Grid:
- * rows. */
+/* out = x / sqrt(mean(x^2) + eps) * weight (+ bias), rows [n]; bias [n] or NULL. A thread sums n / 256 squares, then
+ * the block in a tree. Grid: rows. */
 extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
-    rms_norm(const float *x, const float *weight, float *out, int n, float eps) {
+    rms_norm(const float *x, const float *weight, const float *bias, float *out, int n, float eps) {
     CQ_SHARED(float, partial, 8);
     x += (long long)blockIdx.x * n, out += (long long)blockIdx.x * n;
     float squares = 0;
     for (int i = threadIdx.x; i < n; i += CQ_ROW_THREADS) squares += x[i] * x[i];
     const float scale = 1.0f / sqrtf(block_sum(squares, partial) / (float)n + eps);
-    for (int i = threadIdx.x; i < n; i += CQ_ROW_THREADS) out[i] = x[i] * scale * weight[i];
+    for (int i = threadIdx.x; i < n; i += CQ_ROW_THREADS) {
+        const float normed = x[i] * scale * weight[i];
+        out[i] = bias ? normed + bias[i] : normed;
+    }
 }
 
 /* As docs/format.md defines it: float32, ties to even; 0 * inf, where the scale is subnormal, counts as 0. */
@@ -133,4 +137,37 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
 extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS) select_rows(const float *x, float *out, int n, int first) {
     const int i = blockIdx.x * CQ_ROW_THREADS + threadIdx.x;
     if (i < n) out[(long long)blockIdx.y * n + i] = x[(long long)(first + (int)blockIdx.y) * n + i];
+}
+
+/* out[r][0 .. n - 1] = x[r][0 .. n - 1], the rows being x_width and out_width floats apart. Rows may be parts of rows,
+ * a few columns wide each, so threads count elements. Grid: n_elements / 256. */
+extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
+    copy_columns(const float *x, float *out, int x_width, int out_width, int n, int n_elements) {
+    const int i = blockIdx.x * CQ_ROW_THREADS + threadIdx.x, row = i / n, column = i % n;
+    if (i < n_elements) out[(long long)row * out_width + column] = x[(long long)row * x_width + column];
+}
+
+/* Keys or values [tokens][n_kv_heads][dim] to their places in the cache [n_kv_heads][n_ctx][dim], as F16. Grid:
+ * (tokens, n_kv_heads). */
+extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
+    append(const float *from, u16 *cache, const int *position, int n_ctx, int dim) {
+    from += ((long long)blockIdx.x * gridDim.y + blockIdx.y) * dim;
+    cache += ((long long)blockIdx.y * n_ctx + *position + blockIdx.x) * dim;
+    for (int i = threadIdx.x; i < dim; i += CQ_ROW_THREADS) cache[i] = to_half(from[i]);
+}
+
+/* Joins the splits of partial [splits][rows][dim + 2] (attention.cuh): with M the largest m, out = sum exp(m - M) sums
+ * / sum exp(m - M) l. Grid: rows, tokens * n_heads. */
+extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
+    attention_merge(const float *partial, float *out, int splits, int dim) {
+    const float *row = partial + (long long)blockIdx.x * (dim + 2);
+    const long long stride = (long long)gridDim.x * (dim + 2);
+    float largest = CQ_HIDDEN, total = 0;
+    for (int s = 0; s < splits; s++) largest = fmaxf(largest, row[s * stride + dim]);
+    for (int s = 0; s < splits; s++) total += expf(row[s * stride + dim] - largest) * row[s * stride + dim + 1];
+    for (int i = threadIdx.x; i < dim; i += CQ_ROW_THREADS) {
+        float sum = 0;
+        for (int s = 0; s < splits; s++) sum += expf(row[s * stride + dim] - largest) * row[s * stride + i];
+        out[(long long)blockIdx.x * dim + i] = sum / total;
+    }
 }

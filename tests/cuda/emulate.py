@@ -85,15 +85,16 @@ def launch_function(module: ctypes.CDLL, kernel: str) -> Any:
     return function
 
 
-def struct_sizes() -> tuple[int, int, int]:
-    """sizeof of cq_matrix, cq_linear and cq_attention."""
-    lines = ["#define CQ_HEAD_DIM 64", f'#include "{SOURCES}/attention.cu"']
-    lines += ['extern "C" const size_t sizes[] = {sizeof(cq_matrix), sizeof(cq_linear), sizeof(cq_attention)};']
+def struct_sizes() -> tuple[int, ...]:
+    """sizeof of cq_matrix, cq_linear, cq_attention and cq_route."""
+    structs = ("cq_matrix", "cq_linear", "cq_attention", "cq_route")
+    lines = [f'#include "{SOURCES}/{source}"' for source in ("attention.cuh", "route.cu")]
+    lines += [f'extern "C" const size_t sizes[] = {{{", ".join(f"sizeof({name})" for name in structs)}}};']
     command = ("-shared", f"-I{_header().parent}", "-include", "prefix.h", "-Wno-unused-function")
-    found = (ctypes.c_size_t * 3).in_dll(
+    found = (ctypes.c_size_t * len(structs)).in_dll(
         ctypes.CDLL(str(_compiled("sizes", ".so", "\n".join(lines), *command))), "sizes"
     )
-    return found[0], found[1], found[2]
+    return tuple(found)
 
 
 def _header() -> Path:

@@ -54,12 +54,13 @@ inline const unsigned (*meet(const char *what, const void *words, int n))[8] {
     return warp.words[generation % 2];
 }
 
-template <class T> T shuffle_xor(T value, int distance) {
+template <class T> T shuffle(T value, int from) {
     static_assert(sizeof(T) == 4, "words only");
     const unsigned (*all)[8] = meet("shfl", &value, 1);
-    memcpy(&value, all[lane() ^ distance], 4);
+    memcpy(&value, all[from], 4);
     return value;
 }
+template <class T> T shuffle_xor(T value, int distance) { return shuffle(value, lane() ^ distance); }
 
 inline int byte_of(unsigned word, int i) { return word >> 8 * i & 255; }
 inline int signed_byte_of(unsigned word, int i) { return (int8_t)byte_of(word, i); }
@@ -84,6 +85,7 @@ static uint3 blockIdx, gridDim;
 static inline void __syncthreads() { emulator::barrier(); }
 static inline void __syncwarp() { emulator::meet("syncwarp", "", 0); }
 template <class T> T __shfl_xor_sync(unsigned, T value, int distance) { return emulator::shuffle_xor(value, distance); }
+template <class T> T __shfl_sync(unsigned, T value, int from) { return emulator::shuffle(value, from % 32); }
 static inline unsigned __ballot_sync(unsigned, bool vote) {
     const unsigned word = vote;
     const unsigned (*all)[8] = emulator::meet("vote", &word, 1);

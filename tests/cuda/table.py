@@ -28,7 +28,8 @@ COLUMNS = (
     "kernel", "type", "variant", "sm", "registers", "shared_bytes", "spill_bytes", "instructions",
     "load_128", "load_64", "prmt", "dp4a", "mma", "ldmatrix", "cp_async", "loop", "loop_alu", "hash",
 )  # fmt: skip
-HOT = ("gemv", "gemm")
+HOT = ("gemv", "gemm", "latent_attention")
+LATENT = Module("latent.cu", (("CQ_HEAD_DIM", 576), ("CQ_VALUE_DIM", 512)))
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _LABEL_OR_INSTRUCTION = re.compile(
     rf"^(?P<label>\.L_\w+):|{_INSTRUCTION.pattern}(?:[^\n]*?`\((?P<target>\.L_\w+)\))?", re.MULTILINE
@@ -38,7 +39,7 @@ _ALU = r"PRMT|LOP|P?LOP3|V?IADD|SHF|SEL|FSEL|[IF]SETP|LEA|V?IMNMX|FMNMX|IABS|SGX
 
 
 def modules() -> Iterator[Module]:
-    """Everything that cuda.py can load; of attention, two usual widths of a head."""
+    """Everything that cuda.py can load; of attention, two usual widths of a head, and DeepSeek-V2's of a latent."""
     for kind in CQType:
         yield linear_module("gemv.cu", kind)
     for kind in (*CQType, Q8_0):
@@ -47,6 +48,7 @@ def modules() -> Iterator[Module]:
         yield linear_module("plain.cu", kind)
     yield from (ROWS, ROUTE)
     yield from (Module("attention.cu", (("CQ_HEAD_DIM", width),)) for width in (64, 128))
+    yield LATENT
 
 
 def jobs() -> list[tuple[Module, int]]:

@@ -11,18 +11,23 @@ import pytest
 from pyggml_bridge.cli import run as cli_run
 from pyggml_bridge.cuda import require_device
 from pyggml_bridge.cuda_kernels import ATTENTION
-from pyggml_bridge.cuda_linear import LINEAR
+from pyggml_bridge.cuda_linear import CHOICE, LINEAR
+from pyggml_bridge.cuda_program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.models import load_model
+from pyggml_bridge.program import Program, Value
 from pyggml_bridge.split import RESERVED_BYTES
 from tests.cuda.emulate import struct_sizes
 from tests.cuda.stand_in import StandIn, allocated_bytes
 from tests.test_runner import mean_kld
+from tests.tiny_architectures import TinyDeepSeek, TinyPhi, write
 from tests.tiny_gguf import Tiny, write_tiny
 
 N_PREFILL, N_DECODE, MAX_MEAN_KLD = 33, 5, 1e-5
 
+# Seeds are such that no activation lies where the CPU's instruction sets round it to different int8: one that does
+# moves the logits by a mean KLD of up to 3e-4, between those sets as well, else it is about 1e-12.
 VARIANTS = {
     "moe": Tiny(n_experts=6, hadamard=32),
     "qwen2moe": Tiny(arch="qwen2moe", n_experts=4, shared_ffn=64, biases=True),
@@ -30,13 +35,31 @@ VARIANTS = {
     "moe-types": Tiny(
         n_experts=4, expert_cqs=(CQType.CQ4, CQType.CQ3T, CQType.CQ5, CQType.CQ3T), codebook_rows=8, ffn=128
     ),
+    "deepseek2": TinyDeepSeek(),
+    "deepseek2-q-lora-groups": TinyDeepSeek(
+        n_layers=2,
+        n_dense=0,
+        n_heads=18,
+        q_rank=64,
+        nope=64,
+        clustered_heads=True,
+        tied=True,
+        n_experts=8,
+        top_k=3,
+        groups=(4, 2),
+        scale=2.5,
+        normalize=True,
+        seed=2,
+    ),
+    "phimoe": TinyPhi(n_layers=2, jitter=0.01, seed=1),
+    "phimoe-longrope-window": TinyPhi(window=17, original=N_PREFILL + 2, seed=4),  # the third decoded token crosses it
     "cq4t-biases-int4-tied": Tiny(cq=CQType.CQ4T, codebook_rows=4, biases=True, activation_bits=4, tied=True),
 }
 
 
 def compare_with_the_cpu(path: Path, t: Tiny, gpu_layers: int | None = None) -> None:
     """Prefill, then tokens one by one: the same experts and argmax, logits within MAX_MEAN_KLD."""
-    write_tiny(path, t)
+    write(path, t)
     tokens = np.random.default_rng(3).integers(0, t.vocab, N_PREFILL + N_DECODE).astype(np.int32)
     ours, cpu = load_model(path, cuda=True, gpu_layers=gpu_layers, n_batch=N_PREFILL), load_model(path)
     for first, last in [(0, N_PREFILL), *((i, i + 1) for i in range(N_PREFILL, len(tokens)))]:
@@ -53,6 +76,47 @@ def test_forward_equals_the_cpu(name: str, tmp_path: Path, device: StandIn) -> N
     assert device.graph_launches == N_DECODE
     kernels = {launch.kernel for launch in device.executed}
     assert {"gemm", "plain_gemm", "gemv", "plain_gemv"} <= kernels
+
+
+def test_longrope_changes_there_and_back(tmp_path: Path, device: StandIn) -> None:
+    """A sequence that grows beyond the short factors' length is run anew; a new, short one is as it was."""
+    path = tmp_path / "tiny.gguf"
+    write(path, TinyPhi(n_layers=1, original=12))
+    ours, cpu = (load_model(path, cuda=cuda, n_batch=8) for cuda in (True, False))
+    tokens = np.arange(20, dtype=np.int32) * 7
+    results = []
+    for first, last in ((0, 10), (10, 11), (11, 20), (0, 10), (10, 11)):
+        device.uploads.clear()
+        logits, want = (model.forward(tokens[first:last], first, last - first) for model in (ours, cpu))
+        assert mean_kld(want, logits) <= MAX_MEAN_KLD
+        results.append((logits, len([n for n in device.uploads if n > 4 * (1 + 8)])))
+    assert [uploads for _, uploads in results] == [0, 0, 1, 1, 0]  # of the table
+    np.testing.assert_array_equal(results[0][0], results[3][0])
+    np.testing.assert_array_equal(results[1][0], results[4][0])
+
+
+def test_latent_attention_reads_one_cache_for_all_heads() -> None:
+    """DeepSeek-V2's widths: a launch's blocks by heads, keys split so that two blocks a processor have work."""
+    for n_heads, n_ctx, grid in ((16, 4096, (1, 1, 32)), (16, 65536, (1, 1, 200)), (128, 65536, (8, 1, 25))):
+        program = Program(n_ctx, 1, 1, 576, 512 * n_heads)
+        key, query = Value(576), Value(576 * n_heads)
+        program.logits = program.latent_attention(0, query, key, 512, scale=0.1)
+        planned = CUDAProgram(program, 8, DeviceInfo(n_processors=100))
+        append, attend, merge = planned.launches(0, 1, 1)
+        assert (append.kernel, append.grid) == ("append", (1, 1, 1))
+        assert (attend.kernel, attend.grid, attend.threads) == ("latent_attention", grid, 256)
+        assert (merge.kernel, merge.grid) == ("attention_merge", (n_heads, 1, 1))
+        [_, attend] = planned.launches(0, 8, 1)
+        assert attend.grid == (8 * n_heads // 16, 1, 1)
+        of_positions = [buffer.nbytes for buffer in planned.memory.buffers if buffer.nbytes >= 2 * 576 * n_ctx]
+        assert of_positions == [2 * 576 * n_ctx]
+
+
+def test_what_has_no_kernel_is_named() -> None:
+    program = Program(64, 1, 1, 640, 640)
+    program.logits = program.attention(0, Value(640), Value(640), Value(640), scale=1.0)
+    with pytest.raises(CQError, match=r"^--cuda: attention heads wider than 600 columns \(640\) are not supported$"):
+        CUDAProgram(program, 8, DeviceInfo(100))
 
 
 @pytest.mark.gpu
@@ -92,7 +156,7 @@ def test_memory_is_counted_before_anything_is_uploaded(tmp_path: Path, device: S
 
 
 def test_structs_are_the_compilers() -> None:
-    assert struct_sizes() == (LINEAR["w"].itemsize, LINEAR.itemsize, ATTENTION.itemsize)
+    assert struct_sizes() == (LINEAR["w"].itemsize, LINEAR.itemsize, ATTENTION.itemsize, CHOICE.itemsize)
 
 
 @pytest.mark.parametrize(

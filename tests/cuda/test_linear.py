@@ -157,6 +157,42 @@ def test_experts_multiply_their_slots(n_tokens: int, gather: bool) -> None:
         np.testing.assert_array_equal(out, want)
 
 
+@pytest.mark.parametrize("cq", [CQType.CQ4, CQType.CQ3T])
+@pytest.mark.parametrize("n_tokens", [1, 4, 66, 130])
+def test_every_part_of_a_row_has_its_own_matrix(cq: CQType, n_tokens: int) -> None:
+    """As many matrices as attention heads, tiles of tokens that do not come out even, and both kinds of kernel."""
+    rng, n_parts = np.random.default_rng(n_tokens), 3
+    parts = [random_clustered(rng, cq, 131, 64, scale_cols=64, codebook_rows=8) for _ in range(n_parts)]
+    names = ("packed", "centroids", "scales", "group_scales")
+    w = Clustered(cq, *(np.stack([getattr(part, name) for part in parts]) for name in names), 64, 64, 8)
+    x = activations(rng, n_tokens * n_parts, 64)
+    want = np.einsum("tpc,prc->tpr", x.reshape(n_tokens, n_parts, 64).astype(np.int64), w.weights_i8().astype(np.int64))
+    for launch in (cl.gemv, cl.gemm):
+        memory = Memory()
+        out = memory.full(want.shape, CANARY, np.int32)
+        scales = memory.at(np.ones(len(x), np.float32))
+        operands = cl.Operands(n_tokens, out.ctypes.data, q=memory.at(x), scales=scales, parts=n_parts)
+        run(launch(replace(memory.matrix(w), scales=0), operands))
+        np.testing.assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize("n_tokens", [3, 70])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_every_part_of_a_row_has_its_own_float_matrix(dtype: type, n_tokens: int) -> None:
+    rng, kind = np.random.default_rng(n_tokens), GGMLQuantizationType.F16
+    kind = kind if dtype is np.float16 else GGMLQuantizationType.F32
+    w, x = rng.normal(size=(5, 67, 32)).astype(dtype), rng.normal(size=(n_tokens, 5, 32)).astype(np.float32)
+    want, magnitude = (
+        np.einsum("tpc,prc->tpr", f(x.astype(np.float64)), f(w.astype(np.float64))) for f in (np.positive, np.abs)
+    )
+    for launch in (cl.gemv, cl.gemm):
+        memory = Memory()
+        out = memory.full(want.shape, np.nan, np.float32)
+        matrix = cl.DeviceMatrix(int(kind), 5, 67, 32, memory.at(w))
+        run(launch(matrix, cl.Operands(n_tokens, out.ctypes.data, x=memory.at(x), parts=5)))
+        assert (np.abs(out - want) <= EPS * 35 * magnitude).all()
+
+
 def q8_0(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
     blocks = np.zeros((rows, cols // 32), np.dtype([("scale", "<f2"), ("q", "i1", 32)]))
     blocks["scale"], blocks["q"] = rng.uniform(1e-3, 2, blocks.shape), rng.integers(-128, 128, blocks["q"].shape)

@@ -1,4 +1,4 @@
-"""Norm, quantizer, rope, SwiGLU, routing and the rest: equal to the oracle, or within bounds counted in roundings."""
+"""Norm, quantizer, rope, SwiGLU, sums and copies: equal to the oracle, or within bounds counted in roundings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from gguf import GGMLQuantizationType
 from pyggml_bridge import cuda_kernels as ck
 from pyggml_bridge import cuda_linear as cl
 from pyggml_bridge.format import hadamard, quantize_activations
-from pyggml_bridge.program import Scoring
 from tests.cuda.arrays import Memory
 from tests.cuda.emulate import run
 
@@ -36,17 +35,20 @@ def test_embed(kind: GGMLQuantizationType) -> None:
     np.testing.assert_array_equal(out, want[tokens])
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("n", [1, 33, 576, 2048])
-def test_rms_norm(n: int) -> None:
+def test_rms_norm(n: int, biased: bool) -> None:
     rng, memory = np.random.default_rng(n), Memory()
-    x, weight = floats(rng, 3, n), floats(rng, n)
+    x, weight, bias = floats(rng, 3, n), floats(rng, n), floats(rng, n) if biased else None
     wide = x.astype(np.float64)
     want = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + np.float64(np.float32(1e-5))) * weight
     for seed in SEEDS:
         out = memory.full((3, n), np.nan, np.float32)
-        run(ck.rms_norm(memory.at(x), memory.at(weight), out.ctypes.data, n, 1e-5, 3), seed)
-        # half of what n / 256 sums, a tree of 256, and the squares themselves round; root, quotient, two products
-        assert (np.abs(out - want) <= EPS * ((n // 256 + 10) / 2 + 6) * np.abs(want)).all()
+        run(ck.rms_norm(memory.at(x), memory.at(weight), out.ctypes.data, n, 1e-5, 3, bias=memory.at(bias)), seed)
+        added = np.zeros(n) if bias is None else bias
+        # half of what n / 256 sums, a tree of 256, and the squares themselves round; root, quotient, two products; bias
+        bound = EPS * (((n // 256 + 10) / 2 + 6) * np.abs(want) + np.abs(want + added))
+        assert (np.abs(out - (want + added)) <= bound).all()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -81,23 +83,24 @@ def test_quantizing_nan_does_not_look_finite() -> None:
         assert not np.isfinite(q.astype(np.float32) * scales).any()
 
 
+@pytest.mark.parametrize("start", [0, 3])  # of the rotated columns
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_rope(interleaved: bool) -> None:
+def test_rope(interleaved: bool, start: int) -> None:
     rng, memory = np.random.default_rng(2), Memory()
     n_tokens, n_heads, head_dim, n_rot, position = 5, 3, 12, 8, 4
+    rotated = slice(start, start + n_rot)
     x, angles = floats(rng, n_tokens, n_heads, head_dim), rng.uniform(-3, 3, (9, n_rot // 2))
     cos_sin = np.stack([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
     first, second = (slice(0, n_rot, 2), slice(1, n_rot, 2)) if interleaved else (slice(0, 4), slice(4, 8))
     c, s = (cos_sin[position:, :, i].astype(np.float64)[:, None] for i in (0, 1))
-    want = x.astype(np.float64)
-    want[..., first], want[..., second] = (
-        x[..., first] * c - x[..., second] * s, x[..., second] * c + x[..., first] * s,
-    )  # fmt: skip
+    want, part = x.astype(np.float64), x[..., rotated]
+    want[..., rotated][..., first] = part[..., first] * c - part[..., second] * s
+    want[..., rotated][..., second] = part[..., second] * c + part[..., first] * s
     out = memory.put(x)
-    at = (out.ctypes.data, memory.at(cos_sin), memory.at(np.array([position], np.int32)))
+    at = (out.ctypes.data + 4 * start, memory.at(cos_sin), memory.at(np.array([position], np.int32)))
     run(ck.rope(*at, (n_heads, head_dim), n_rot, n_tokens, interleaved=interleaved))
     assert np.abs(out - want).max() <= 3 * EPS * 2 * np.abs(x).max()
-    np.testing.assert_array_equal(out[..., n_rot:], x[..., n_rot:])
+    np.testing.assert_array_equal(np.delete(out, rotated, -1), np.delete(x, rotated, -1))
 
 
 @pytest.mark.parametrize(("n", "block"), [(1, 0), (1500, 0), (192, 32), (1536, 512), (64, 2)])
@@ -118,51 +121,6 @@ def test_swiglu(n: int, block: int) -> None:
         assert (np.abs(out - want) <= bound).all()
 
 
-@pytest.mark.parametrize(
-    ("n_tokens", "n_experts", "top_k"), [(1, 4, 2), (5, 3, 3), (70, 40, 4), (33, 128, 8), (9, 1, 1)]
-)
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("scoring", [Scoring.SOFTMAX, Scoring.SIGMOID])
-def test_routing(n_tokens: int, n_experts: int, top_k: int, normalize: bool, scoring: Scoring) -> None:
-    rng = np.random.default_rng(n_experts)
-    logits = floats(rng, n_tokens, n_experts)
-    logits[0] = 1  # ties go to the lower index
-    want_ids = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
-    p = np.exp(logits.astype(np.float64))
-    scores = p / (1 + p) if scoring is Scoring.SIGMOID else p / p.sum(-1, keepdims=True)
-    want = np.take_along_axis(scores, want_ids, -1)
-    want = want / want.sum(-1, keepdims=True) if normalize else want
-    for seed in SEEDS:
-        memory = Memory()
-        ids, weights = memory.full((n_tokens, top_k), -7, np.int32), memory.full((n_tokens, top_k), np.nan, np.float32)
-        order, offsets = memory.full(ids.size, -7, np.int32), memory.full(n_experts + 1, -7, np.int32)
-        tiles = memory.full((n_tokens * top_k // 64 + min(n_experts, n_tokens * top_k), 2), -7, np.int32)
-        addresses = [array.ctypes.data for array in (ids, weights, order, offsets, tiles)]
-        routing = cl.DeviceRouting(n_experts, top_k, *addresses)
-        assert len(tiles) == routing.max_tiles(n_tokens)
-        run(cl.route(memory.at(logits), routing, n_tokens, scoring.value, normalize=normalize)[0], seed)
-        run(cl.group(routing, n_tokens), seed)
-        np.testing.assert_array_equal(ids, want_ids)
-        assert (np.abs(weights - want) <= EPS * (n_experts + 16) * want).all()
-        np.testing.assert_array_equal(order, np.argsort(want_ids.reshape(-1), kind="stable"))
-        np.testing.assert_array_equal(
-            np.diff(offsets, prepend=0), [0, *np.bincount(ids.reshape(-1), minlength=n_experts)]
-        )
-        found = [(e, f) for e in range(n_experts) for f in range(offsets[e], offsets[e + 1], 64)]
-        assert [tuple(tile) for tile in tiles[: len(found)]] == found and (tiles[len(found) :, 0] == -1).all()
-
-
-def test_nan_logits_choose_experts_that_exist() -> None:
-    memory, logits = Memory(), np.full((3, 6), np.nan, np.float32)
-    logits[1, 2] = 1
-    ids, weights = memory.full((3, 4), -7, np.int32), memory.full((3, 4), 0, np.float32)
-    routing = cl.DeviceRouting(6, 4, ids.ctypes.data, weights.ctypes.data, 0, 0, 0)
-    for scoring in Scoring:
-        run(cl.route(memory.at(logits), routing, 3, scoring.value, normalize=True)[0])
-        assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) < 6 for row in ids.tolist())
-        assert np.isnan(weights).any(), "what is not a number must show in the logits"
-
-
 def test_combine_and_select() -> None:
     rng, memory = np.random.default_rng(4), Memory()
     y, weights, before = floats(rng, 10, 300), rng.uniform(0, 1, (5, 2)).astype(np.float32), floats(rng, 5, 300)
@@ -173,3 +131,15 @@ def test_combine_and_select() -> None:
     assert (np.abs(out - (before + terms.sum(1))) <= bound).all()
     run(ck.select_rows(memory.at(y), selected.ctypes.data, 300, 7, 2))
     np.testing.assert_array_equal(selected, y[7:9])
+
+
+@pytest.mark.parametrize(("parts", "n"), [(1, 300), (7, 5), (3, 1)])
+def test_copy_columns(parts: int, n: int) -> None:
+    """From the middle of every part of a row to the middle of another's; what is not copied stays."""
+    rng, memory = np.random.default_rng(n), Memory()
+    x, before = floats(rng, 4, parts, n + 3), floats(rng, 4, parts, n + 2)
+    out, from_column = memory.put(before), memory.put(x).ctypes.data + 4 * 2
+    run(ck.copy_columns(from_column, out.ctypes.data + 4, (n + 3, n + 2), n, 4 * parts))
+    want = before.copy()
+    want[..., 1 : n + 1] = x[..., 2 : n + 2]
+    np.testing.assert_array_equal(out, want)

@@ -20,8 +20,9 @@ from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.split import RESERVED_BYTES, cut, on_cpu
 from pyggml_bridge.weights import Weights
 from tests.cuda.stand_in import StandIn, allocated_bytes
-from tests.cuda.test_backend import MAX_MEAN_KLD, N_DECODE, compare_with_the_cpu
+from tests.cuda.test_backend import MAX_MEAN_KLD, N_DECODE, N_PREFILL, compare_with_the_cpu
 from tests.test_runner import mean_kld
+from tests.tiny_architectures import TinyDeepSeek, TinyPhi
 from tests.tiny_gguf import Tiny, write_tiny
 
 N_LAYERS = 3
@@ -45,6 +46,27 @@ def test_any_number_of_layers_gives_the_cpus_logits(
     turns = 1 if all_there or name == "dense" else N_LAYERS - gpu_layers + 1
     assert device.graph_launches == N_DECODE * turns
     assert ("embed" in {launch.kernel for launch in device.executed}) == all_there
+
+
+@pytest.mark.parametrize(
+    ("t", "gpu_layers", "turns"),
+    [
+        (TinyDeepSeek(), 0, 3),
+        (TinyDeepSeek(q_rank=64, n_experts=8, groups=(4, 2), scale=2.5, seed=4), 1, 2),
+        (TinyDeepSeek(), 2, 1),  # the first layer is dense and on the GPU: the CPU has the embedding alone
+        (TinyPhi(window=17, original=N_PREFILL + 2, seed=4), 0, 4),  # crosses the short factors' length
+        (TinyPhi(n_layers=2, seed=1), 1, 2),
+    ],
+    ids=["deepseek2-0", "deepseek2-1", "deepseek2-2", "phimoe-0", "phimoe-1"],
+)
+def test_latent_attention_and_sparsemixer_give_the_cpus_logits(
+    t: Tiny, gpu_layers: int, turns: int, tmp_path: Path, device: StandIn
+) -> None:
+    compare_with_the_cpu(tmp_path / "tiny.gguf", t, gpu_layers)
+    assert device.graph_launches == N_DECODE * turns
+    kernels = {launch.kernel for launch in device.executed}
+    assert "embed" not in kernels
+    assert ("latent_attention" in kernels) == isinstance(t, TinyDeepSeek)
 
 
 def test_what_is_handed_over(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def live() -> list[tuple[Module, int]]:
     for sm, cq, plain in zip(table.TARGETS, CQType, 3 * (table.F32, table.F16, table.Q8_0), strict=False):
         heads = Module("attention.cu", (("CQ_HEAD_DIM", 64 if cq.trellis else 128),))
         linears = (linear_module("gemv.cu", cq), linear_module("gemm.cu", cq), linear_module("plain.cu", plain))
-        found += [(module, sm) for module in (*linears, ROUTE, ROWS, heads)]
+        found += [(module, sm) for module in (*linears, ROUTE, ROWS, heads, table.LATENT)]
     return found
 
 
@@ -30,8 +30,10 @@ def test_every_kernel_is_there_for_every_target() -> None:
             assert ("gemv", cq.name, "", sm) in rows and ("gemm", cq.name, "", sm) in rows
         for kernel in ("embed", "rms_norm", "quantize", "quantize_blocks", "rope", "swiglu", "combine", "select_rows"):
             assert (kernel, "", "", sm) in rows
+        for kernel in ("copy_columns", "append", "attention_merge"):
+            assert (kernel, "", "", sm) in rows
         assert {("route", "", "", sm), ("group", "", "", sm), ("gemm", "Q8_0", "", sm)} <= rows
-        assert {(kernel, "head_dim 128", "", sm) for kernel in ("append", "attention", "attention_merge")} <= rows
+        assert {("attention", "head_dim 128", "", sm), ("latent_attention", "head_dim 576", "", sm)} <= rows
         assert {("plain_gemv", kind, "", sm) for kind in ("F32", "F16", "Q8_0")} <= rows
     assert len(rows) == len(table.recorded())
 
@@ -60,6 +62,9 @@ def test_nothing_spills_and_the_hot_kernels_use_their_instructions() -> None:
             )
         if row["kernel"] == "gemm" and row["variant"] == "":
             assert int(row["mma"]) and int(row["ldmatrix"]) and not int(row["dp4a"]), where
+            assert bool(int(row["cp_async"])) == (int(row["sm"]) >= 80), where
+        if row["kernel"] == "latent_attention":  # two blocks of 256 threads on a multiprocessor
+            assert int(row["registers"]) <= 128, where
             assert bool(int(row["cp_async"])) == (int(row["sm"]) >= 80), where
         if row["kernel"] in table.HOT:
             assert int(row["loop"]) > 150, f"{where}: the loop was not found"
