@@ -10,7 +10,6 @@ perplexities differ by less than 0.1%; phimoe, whose routing llama.cpp does not 
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,7 +66,7 @@ class SavedLogits:
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table; their_ppl as llama-perplexity prints it."""
+    """One line of the table; their_ppl of the log-probabilities they saved (they print it at most times only)."""
 
     name: str
     same_tokens: bool
@@ -131,24 +130,21 @@ def compare(name: str, folder: Path, program: Path, text: Path, chunks: int, kin
     """Save, convert, export and measure one model; phimoe a second time with llama.cpp's routing in our runner."""
     exported, saved = folder / "exported.gguf", folder / "logits"
     save(name, folder / "model", text.read_text(encoding="utf-8"))
-    options = ("--tensor-type", ".=f16", "--group-size", "64", "--calibration", str(text), "--calibration-tokens", "4096")
+    options = ("--tensor-type", f".={'f32' if kind == 'f32' else 'f16'}", "--group-size", "64", "--calibration", str(text), "--calibration-tokens", "4096")
     run(str(BIN / "cq-convert"), str(folder / "model"), "--out", str(folder / "m.cq.gguf"), *options)
     run(str(BIN / "cq-export"), str(folder / "m.cq.gguf"), "--out", str(exported), "--type", kind)
     sizes = ("-c", str(N_CTX), "-b", str(N_CTX), "--chunks", str(chunks), "-t", "2")
-    output = run(str(program), "-m", str(exported), "-f", str(text), *sizes, "--kl-divergence-base", str(saved))
-    found = re.search(r"Final estimate: PPL = ([0-9.]+)", output)
-    if found is None:
-        sys.exit(f"error: {program}: prints no perplexity")
+    run(str(program), "-m", str(exported), "-f", str(text), *sizes, "--kl-divergence-base", str(saved))
     models = {name: load_model(exported, n_ctx=N_CTX)}
     if name == OTHERWISE:
         weights = Weights(GGUFFile(exported))
         softmax = build_decoder(weights, N_CTX, interleaved_rope=False)
         models["phimoe, softmax router in cq-run too"] = Model(weights.file, softmax, N_CTX, 2)
     for label, model in models.items():
-        yield measured(label, model, text, SavedLogits(saved), float(found[1]))
+        yield measured(label, model, text, SavedLogits(saved))
 
 
-def measured(name: str, model: Model, text: Path, theirs: SavedLogits, their_ppl: float) -> Result:
+def measured(name: str, model: Model, text: Path, theirs: SavedLogits) -> Result:
     """Our tokens and predictions beside theirs."""
     tokenizer = Tokenizer.from_metadata(model.metadata)
     tokens = tokenizer.encode(text.read_text(encoding="utf-8").removesuffix("\n"), add_special=True)
@@ -158,16 +154,15 @@ def measured(name: str, model: Model, text: Path, theirs: SavedLogits, their_ppl
     for statistics in measure(model, chunks_of(tokens, N_CTX, len(theirs.tokens), bos), theirs):
         pass
     summary = statistics.summary()
-    return Result(name, same, summary["ppl"], their_ppl, summary["mean_kld"], summary["same_top_p"])
+    return Result(name, same, summary["ppl"], summary["base_ppl"], summary["mean_kld"], summary["same_top_p"])
 
 
-def run(*command: str) -> str:
-    """Standard output and error of a program; exits with its last lines if it fails."""
+def run(*command: str) -> None:
+    """Run a program; exits with its last lines if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
         sys.exit(f"error: {command[0]} exited with {done.returncode}:\n{tail}")
-    return done.stdout + done.stderr
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Small seeded checkpoints of every architecture, each with a tokenizer of its family trained on a given text.
 
 Random weights, of which the head is large enough that predictions are sharp: a wrong row order, key or routing then
-moves the perplexity by percents and the divergence to about 1.
+moves the perplexity by percents and the divergence to about 1. Embeddings are as large as what the layers add and
+routers are decided, as in trained models: otherwise a rounding that swaps two experts that are all but equal, rare as
+it is, would be the largest difference.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from pyggml_bridge.tokenizer_ggml import PRE_TOKENIZERS
 
 VOCAB = 2048
+UNUSED = 16  # rows of the embedding without a token, as most checkpoints have; transformers may add some
 HEAD_SPREAD = 2.0  # standard deviation of the logits
+ROUTER_SPREAD = 4.0  # of the routers'
 SPECIAL = ["<unk>", "<s>", "</s>"]
 COMMON = {
     "vocab_size": VOCAB,
@@ -92,7 +96,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3": ("qwen3", {"head_dim": 64}, "qwen2"),
     "qwen3_moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "head_dim": 64}, "qwen2"),
     "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 256}, "qwen2"),
-    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2}, "gpt-2"),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 8}, "gpt-2"),
     "deepseek_v2": ("deepseek_v2", DEEPSEEK, "deepseek-llm"),
     "deepseek_v2, q_lora": ("deepseek_v2", DEEPSEEK | {"q_lora_rank": 64}, "deepseek-llm"),
     "phimoe": ("phimoe", PHIMOE, "spm"),
@@ -111,6 +115,9 @@ def save(name: str, folder: Path, text: str, seed: int = 0) -> None:
                 parameter.uniform_(0.5, 1.5)
             if "bias" in parameter_name:
                 parameter.uniform_(-0.5, 0.5)
+            if parameter_name.endswith(("mlp.gate.weight", "mlp.router.weight")):
+                parameter.normal_(0, ROUTER_SPREAD / config.hidden_size**0.5)
+        model.get_input_embeddings().weight.normal_(0, 1)
         model.get_output_embeddings().weight.normal_(0, HEAD_SPREAD / config.hidden_size**0.5)
     arch.find(model_type).correct_rope(model.get_decoder().rotary_emb)
     model.save_pretrained(folder)
@@ -135,7 +142,7 @@ def _byte_level(family: str, text: str) -> Tokenizer:
         backend.normalizer = normalizers.NFC()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCAB - UNUSED, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator([text], trainer)
     return backend
@@ -157,7 +164,7 @@ def _sentencepiece(text: str) -> Tokenizer:
     """A BPE with byte fallback whose merges are every split of every token, as those taken from SentencePiece are."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    n_free = VOCAB - len(SPECIAL) - 256
+    n_free = VOCAB - UNUSED - len(SPECIAL) - 256
     trained.train_from_iterator([text], trainers.BpeTrainer(vocab_size=n_free, show_progress=False))
     learned = [piece for piece, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1])]
     pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *learned]
