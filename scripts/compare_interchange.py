@@ -119,7 +119,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description="cq-run and llama.cpp on the same exported files")
     p.add_argument("--build", type=Path, required=True, help="llama.cpp's build directory")
-    p.add_argument("--text", type=Path, required=True, help="UTF-8 text: tokenizers are trained on it, models run on it")
+    p.add_argument(
+        "--text", type=Path, required=True, help="UTF-8 text: tokenizers are trained on it, models run on it"
+    )
     p.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help="some of them")
     p.add_argument("--chunks", type=int, default=4, metavar="N", help=f"chunks of {N_CTX} tokens (4)")
     p.add_argument("--type", choices=("f16", "f32", "q8_0"), default="f16", help="of cq-export (f16)")
@@ -130,7 +132,16 @@ def compare(name: str, folder: Path, program: Path, text: Path, chunks: int, kin
     """Save, convert, export and measure one model; phimoe a second time with llama.cpp's routing in our runner."""
     exported, saved = folder / "exported.gguf", folder / "logits"
     save(name, folder / "model", text.read_text(encoding="utf-8"))
-    options = ("--tensor-type", f".={'f32' if kind == 'f32' else 'f16'}", "--group-size", "64", "--calibration", str(text), "--calibration-tokens", "4096")
+    options = (
+        "--tensor-type",
+        f".={'f32' if kind == 'f32' else 'f16'}",
+        "--group-size",
+        "64",
+        "--calibration",
+        str(text),
+        "--calibration-tokens",
+        "4096",
+    )
     run(str(BIN / "cq-convert"), str(folder / "model"), "--out", str(folder / "m.cq.gguf"), *options)
     run(str(BIN / "cq-export"), str(folder / "m.cq.gguf"), "--out", str(exported), "--type", kind)
     sizes = ("-c", str(N_CTX), "-b", str(N_CTX), "--chunks", str(chunks), "-t", "2")
