@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -21,7 +21,8 @@ ALSO = {"deepseek-llm": (*PRE_TOKENIZERS["deepseek-llm"][:-1], r"\p{N}")}
 SITUATIONS = (
     "I'll say we've 12345 items, DON'T you? It's 3.14, 1,000 or 10000000 (ten)... 'Quoted', \"too\"!\n",
     "line\r\n\r\n\tnext  line \n \n\n   x = y[0]->z;//comment\n/path/to/file\n__init__ #tag @user a_b-c",
-    "CamelCase XMLHttpRequest ABC abc aB Ab Größe ÉCOLE naïve'S 日本語とカナ 한국어 русский ЭВМ हिन्दी ไทย e\u0301a\u0308",
+    "CamelCase XMLHttpRequest ABC abc aB Ab Größe ÉCOLE naïve'S 日本語とカナ 한국어 русский ЭВМ",
+    "हिन्दी ไทย e\u0301a\u0308 x",
     "\u00a0\u2003x\u200b\u3000y \u00bd \u0663\u0664 \u2460 \u2167 €5 $6 +7= <8> ^9 ~ | ` ¿¡ « » … — 👩‍👩‍👧 ✅ 🦙🦙  ",
     " \n  ",
 )
@@ -43,7 +44,7 @@ def llama_cpp_name(backend: Tokenizer) -> tuple[str | None, str]:
     return names[0], f"llama.cpp's {names[0]} has ignore_merges {not whole_words}, the tokenizer {whole_words}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _known_cuts(name: str) -> tuple[list[list[str]], ...]:
     definitions = [PRE_TOKENIZERS[name], *([ALSO[name]] if name in ALSO else [])]
     return tuple(_cuts(as_pre_tokenizer(patterns).pre_tokenize_str) for patterns in definitions)
@@ -53,7 +54,7 @@ def _cuts(pre_tokenize: Callable[[str], list[tuple[str, Any]]]) -> list[list[str
     return [[piece for piece, _ in pre_tokenize(text)] for text in _probe()]
 
 
-@lru_cache(maxsize=1)
+@cache
 def _probe() -> tuple[str, ...]:
     """Situations, and characters of every kind between letters, digits, spaces and their like."""
     kinds: dict[tuple[str, int], str] = {}

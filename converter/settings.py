@@ -44,7 +44,8 @@ class Settings:
     default), or four bits where sensitivity is not measured. trellis: mix in the types with T. expert_types: each
     expert may have its own type. method: METHODS; rotation: ROTATIONS, of the residual stream and the value heads.
     finetune: of centroids, where the method has it. router_weight: how much the divergence of a router's choice counts
-    beside that of the output. float_type: the type of all matrices where nothing is clustered. work_dir: what is kept of unfinished work; resume: go on with it.
+    beside that of the output. float_type: the type of all matrices where nothing is clustered, None where something is.
+    work_dir: what is kept of unfinished work; resume: go on with it.
     """
 
     model: str

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import load_model
 from pyggml_bridge.models.decoder import build_decoder
-from pyggml_bridge.perplexity import Statistics, chunks_of, measure
+from pyggml_bridge.perplexity import chunks_of, measure
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.tokenizer import Tokenizer
 from pyggml_bridge.weights import Weights
@@ -161,9 +161,7 @@ def measured(name: str, model: Model, text: Path, theirs: SavedLogits) -> Result
     tokens = tokenizer.encode(text.read_text(encoding="utf-8").removesuffix("\n"), add_special=True)
     same = bool(np.array_equal(tokens[: theirs.tokens.size], theirs.tokens.ravel()))
     bos = tokenizer.bos_id if tokenizer.add_bos else None
-    statistics = Statistics()
-    for statistics in measure(model, chunks_of(tokens, N_CTX, len(theirs.tokens), bos), theirs):
-        pass
+    *_, statistics = measure(model, chunks_of(tokens, N_CTX, len(theirs.tokens), bos), theirs)
     summary = statistics.summary()
     return Result(name, same, summary["ppl"], summary["base_ppl"], summary["mean_kld"], summary["same_top_p"])
 

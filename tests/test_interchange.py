@@ -1,8 +1,7 @@
-"""What cq-export and --rotated-only write for llama.cpp: the tensors and keys that its loader asks for, and the logits."""
+"""What cq-export and --rotated-only write for llama.cpp: the tensors and keys that its loader asks for, the logits."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,15 +11,12 @@ import pytest
 from codequant_converter import cli
 from codequant_converter.reference import load
 from gguf import GGMLQuantizationType
-from tokenizers import Regex, pre_tokenizers
-from transformers import AutoTokenizer
 
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.export import TYPES, export
 from pyggml_bridge.models import load_model
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.stock import differences
-from pyggml_bridge.tokenizer import Tokenizer
 from tests.models import MODELS, TEXT, VOCAB
 from tests.test_converter_files import convert, divergence, relative_difference, where_routed_alike
 
@@ -237,32 +233,3 @@ def test_what_llama_cpp_does_otherwise_is_said(tmp_path, monkeypatch, capsys, na
         command.main()
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: llama.cpp")]
     assert len(lines) == len(said) and all(part in line for part, line in zip(said, lines, strict=True))
-
-
-def test_unknown_pre_tokenizer_converts_with_a_warning(tmp_path, capsys):
-    """The runner reads the tokenizer itself; llama.cpp gets no name rather than a wrong one."""
-    MODELS["qwen3-tied"].save(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    odd = [pre_tokenizers.Split(Regex("[aeiou]"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(odd)
-    path = tmp_path / "model" / "tokenizer.json"
-    tokenizer.backend_tokenizer.save(str(path))
-    convert(tmp_path / "model", tmp_path / "m.cq.gguf", "--no-check")
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "pre-tokenizer" in line]
-    assert len(warnings) == 1 and warnings[0].startswith("warning: ") and "aeiou" in warnings[0]
-    file = GGUFFile(tmp_path / "m.cq.gguf")
-    assert "tokenizer.ggml.pre" not in file.metadata
-    ids = Tokenizer.from_metadata(file.metadata).encode(TEXT, add_special=False).tolist()
-    assert ids == tokenizer.encode(TEXT, add_special_tokens=False)
-    assert differences(file) == ["does not know the pre-tokenizer: its tokens may differ"]
-
-
-def test_tokens_beyond_the_embedding_are_refused(tmp_path):
-    MODELS["llama-tied"].save(tmp_path)
-    document = json.loads((tmp_path / "tokenizer.json").read_text())
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    document["added_tokens"].append({"id": VOCAB, "content": "<far>", **flags})
-    document["model"]["vocab"] |= {f"x{i}": i for i in range(len(document["model"]["vocab"]), VOCAB)}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
-    with pytest.raises(CQError, match=f"token {VOCAB}"):
-        convert(tmp_path, tmp_path / "m.gguf", "--no-check")
