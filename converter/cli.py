@@ -19,7 +19,7 @@ from .memory import free_memory
 from .pipeline import Needs, convert, needs, plan_conversion
 from .plan import Plan
 from .report import console, tensor_table, warn
-from .settings import METHODS, ROTATIONS, Override, Settings
+from .settings import FLOAT_TYPES, METHODS, ROTATIONS, Override, Settings
 from .write import check_output
 
 DEFAULT_CALIBRATION_TOKENS = 16384  # more are better, and slower: docs/decisions.md
@@ -95,6 +95,14 @@ def parser() -> ArgumentParser:
         "--descent-rounds", type=int, default=DESCENT_ROUNDS, metavar="N", help=f"codebook refits ({DESCENT_ROUNDS})"
     )
     p.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help="type of matching matrices")
+    p.add_argument(
+        "--rotated-only",
+        dest="float_type",
+        nargs="?",
+        choices=FLOAT_TYPES,
+        const=FLOAT_TYPES[0],
+        help="cluster nothing: the smoothed model in floats (f16), for llama.cpp and its quantizers",
+    )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes")
     p.add_argument("--threads", type=int, default=None, metavar="N", help="threads (default: physical cores)")
     p.add_argument("--max-memory", type=float, metavar="GB", help="memory it may take (what is free)")
@@ -127,6 +135,9 @@ def _check(a: argparse.Namespace) -> None:
         raise CQError("--target-bpw: needs --calibration, and neither --bits nor --no-sensitivity nor --no-feedback")
     if a.target_bpw is not None and not 0 < a.target_bpw <= 16:
         raise CQError(f"--target-bpw {a.target_bpw:g}: expected more than 0, at most 16")
+    clustering = a.bits or a.target_bpw is not None or a.tensor_type or a.method == "paper"
+    if a.float_type and clustering:
+        raise CQError("--rotated-only: not with --bits, --target-bpw, --tensor-type or --method paper")
     if not 0 <= a.router_weight <= 1e6:
         raise CQError(f"--router-weight {a.router_weight:g}: expected 0 .. 1000000")
     for option, value, published in (
@@ -159,9 +170,9 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         calibration_tokens=a.calibration_tokens,
         method=a.method,
         rotation=a.rotation,
-        hadamard=not (a.no_hadamard or paper),
+        hadamard=not (a.no_hadamard or paper or a.float_type),
         permutation=not a.no_permutation,
-        refinement=Refinement(False, False, 0) if paper else refinement,
+        refinement=Refinement(False, False, 0) if paper or a.float_type else refinement,
         finetune=not a.no_finetune,
         router_weight=a.router_weight,
         overrides=tuple(Override.parse(text) for text in a.tensor_type),
@@ -172,6 +183,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         max_memory=free_memory() if a.max_memory is None else int(a.max_memory * 1e9),
         work_dir=a.work_dir,
         resume=a.resume,
+        float_type=a.float_type,
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pyggml_bridge.format import VERSION
+from gguf import GGMLQuantizationType
+
+from pyggml_bridge.format import FILE_TYPES, VERSION
 
 from .checkpoint import Checkpoint
 from .plan import Plan
@@ -19,6 +21,8 @@ def metadata(checkpoint: Checkpoint, settings: Settings, plan: Plan, calibration
     """All keys but general.architecture; values are int, float, bool, str or a list of one of them."""
     arch = checkpoint.arch
     keys: dict[str, Any] = {"general.type": "model", "general.name": checkpoint.path.stem}
+    if settings.float_type:
+        keys["general.file_type"] = int(FILE_TYPES[GGMLQuantizationType[settings.float_type.upper()]])
     keys |= {f"{arch.gguf_name}.{key}": value for key, value in arch.hparams(checkpoint.config).items()}
     keys |= _cq_keys(settings, plan, calibration_tokens)
     return keys | _sampling_keys(checkpoint) | tokenizer_keys(checkpoint)

@@ -184,7 +184,7 @@ class _Job:
         embedding = self._quantize(planned_embedding, self.model.embedding())
         self._write_tensor(file, embedding)
         written = Written(rel_errors=self.report.rel_errors)
-        if tokens is not None:
+        if tokens is not None and self.settings.float_type is None:
             written.hidden = embedding.weight(self.settings.threads)[tokens]
             if self.settings.tunes_centroids:
                 written.original_hidden = self.model.embedding()[tokens]

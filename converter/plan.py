@@ -170,7 +170,7 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
 
     Sensitive linears become Q8_0 where that leaves the whole below half a bit more than --bits.
     """
-    if settings.method == "paper":
+    if settings.method == "paper" or settings.float_type:
         return _plan_with(checkpoint, settings, settings.cq.name.lower())
     plan = _plan_with(checkpoint, settings, "q8_0")
     return plan if plan.bpw <= settings.cq.bits + 0.5 else _plan_with(checkpoint, settings, settings.cq.name.lower())
@@ -210,13 +210,15 @@ def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: str) -> Pl
 
 class _Planner:
     def __init__(self, settings: Settings) -> None:
-        self.grouping, self.overrides = settings.grouping, settings.overrides
+        self.grouping, self.overrides, self.float_type = settings.grouping, settings.overrides, settings.float_type
         self.unused = list(settings.overrides)
 
     def float32(self, name: str, shape: tuple[int, ...]) -> PlannedTensor:
         return PlannedTensor(name, tuple(shape), "f32", self.grouping)
 
     def matrix(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTensor:
+        if self.float_type and kind != "f32":
+            kind = self.float_type
         matches = [override for override in self.overrides if override.pattern.search(name)]
         if not matches:
             return self._fit(name, shape, kind)

@@ -13,6 +13,7 @@ from .clustering import Grouping, Refinement
 
 METHODS = ("full", "paper")
 ROTATIONS = ("learned", "random", "none")
+FLOAT_TYPES = ("f16", "f32")
 TENSOR_TYPES = ("f32", "f16", "q8_0", *(cq.name.lower() for cq in reversed(CQType)))
 
 
@@ -43,8 +44,8 @@ class Settings:
     default), or four bits where sensitivity is not measured. trellis: mix in the types with T. expert_types: each
     expert may have its own type. method: METHODS; rotation: ROTATIONS, of the residual stream and the value heads.
     finetune: of centroids, where the method has it. router_weight: how much the divergence of a router's choice counts
-    beside that of the output. max_memory: bytes that it may take. work_dir: what is kept of unfinished work; resume: go
-    on with it.
+    beside that of the output. float_type: the type of all matrices where nothing is clustered, None where something is.
+    max_memory: bytes that it may take. work_dir: what is kept of unfinished work; resume: go on with it.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Settings:
     max_memory: int
     work_dir: Path | None
     resume: bool
+    float_type: str | None = None
 
     @property
     def cq(self) -> CQType:

@@ -10,27 +10,10 @@ from gguf import TokenType
 from pyggml_bridge.errors import CQError
 
 from .checkpoint import Checkpoint, GgufCheckpoint
+from .pre_tokenizer import llama_cpp_name
 from .report import warn
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>")
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# llama.cpp's names of pre-tokenizers by their definition: the steps before the byte level.
-PRE_TOKENIZERS = {
-    (): "gpt-2",
-    ("Digits",): "smollm",
-    (LLAMA3,): "llama-bpe",
-    (LLAMA3.replace("{1,3}", ""),): "qwen2",
-}
-# DeepSeek's steps behind the two for line ends and letters; those list every cased letter.
-DEEPSEEK_LLM = (
-    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-    r"\s+$",
-    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
-    "Digits",
-)
 
 
 def tokenizer_keys(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -72,26 +55,52 @@ def _describe(document: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any
     if model["type"] != "BPE":
         raise CQError(f"{checkpoint.path}: tokenizer model {model['type']} is not supported (only BPE)")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    tokens, types = _vocabulary(document, checkpoint.config.vocab_size)
+    tokens, types = _vocabulary(document, checkpoint)
     keys = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types} | _special_ids(checkpoint)
     if model.get("byte_fallback"):
         rank = {merge.replace(" ", ""): i for i, merge in reversed(list(enumerate(merges)))}
-        scores = [-float(rank.get(token, len(rank))) for token in tokens]
-        return keys | {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": scores}
-    pre = _pre_tokenizer_name(document.get("pre_tokenizer") or {})
-    return keys | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.merges": merges}
+        keys["tokenizer.ggml.scores"] = [-float(rank.get(token, len(rank))) for token in tokens]
+        keys["tokenizer.ggml.add_space_prefix"] = _adds_space_prefix(document)
+        return keys | {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
+    return keys | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": merges} | _pre_key(checkpoint)
 
 
-def _vocabulary(document: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+def _pre_key(checkpoint: Checkpoint) -> dict[str, str]:
+    """tokenizer.ggml.pre; without a name llama.cpp says itself that it takes a default, so none is invented here."""
+    name, difference = llama_cpp_name(checkpoint.tokenizer.backend_tokenizer)
+    if difference:
+        warn(f"pre-tokenizer: {difference}: after cq-export llama.cpp's tokens may differ (cq-run is unaffected)")
+    return {"tokenizer.ggml.pre": name} if name else {}
+
+
+def _adds_space_prefix(document: dict[str, Any]) -> bool:
+    """Whether a text starts with a space that is not its own: a normalizer's, or of the newer Metaspace."""
+    normalizer, pre = (document.get(part) or {} for part in ("normalizer", "pre_tokenizer"))
+    steps = [*normalizer.get("normalizers", [normalizer]), *pre.get("pretokenizers", [pre])]
+    return any(
+        step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")
+        for step in steps
+    )
+
+
+def _vocabulary(document: dict[str, Any], checkpoint: Checkpoint) -> tuple[list[str], list[int]]:
+    """A text and a type for each row of the embedding, those of no token included."""
+    model, size = document["model"], checkpoint.config.vocab_size
+    added = document.get("added_tokens") or []
+    top = max([*model["vocab"].values(), *(token["id"] for token in added)])
+    if top >= size:
+        raise CQError(f"{checkpoint.path}: the tokenizer has token {top}, the configuration's vocab_size is {size}")
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [int(TokenType.UNUSED)] * size
-    fallback = document["model"].get("byte_fallback")
-    for text, i in document["model"]["vocab"].items():
+    fallback = model.get("byte_fallback")
+    for text, i in model["vocab"].items():
         is_byte = fallback and len(text) == 6 and text.startswith("<0x")
         tokens[i], types[i] = text, int(TokenType.BYTE if is_byte else TokenType.NORMAL)
-    for added in document.get("added_tokens") or []:
-        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
+    for token in added:
+        kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+        if fallback and token["content"] == model.get("unk_token"):
+            kind = TokenType.UNKNOWN
+        tokens[token["id"]], types[token["id"]] = token["content"], int(kind)
     return tokens, types
 
 
@@ -107,18 +116,3 @@ def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": bool(encoded) and encoded[0] == ids["bos"],
         "tokenizer.ggml.add_eos_token": bool(encoded) and encoded[-1] == ids["eos"],
     }
-
-
-def _pre_tokenizer_name(pre: dict[str, Any]) -> str:
-    """llama.cpp's name of a byte-level pre-tokenizer; "default" for one it has no definition of here."""
-    steps = pre.get("pretokenizers", [pre])
-    kinds = []
-    for step in steps:
-        if step.get("type") == "Split":
-            kinds.append(step["pattern"].get("Regex", ""))
-        elif step.get("type") == "Digits" and step.get("individual_digits"):
-            kinds.append("Digits")
-    name = "deepseek-llm" if tuple(kinds[2:]) == DEEPSEEK_LLM else PRE_TOKENIZERS.get(tuple(kinds))
-    if name is None:
-        warn(f"pre-tokenizer {kinds}: no llama.cpp name is known, the file says 'default' (cq-run is unaffected)")
-    return name or "default"

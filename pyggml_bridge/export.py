@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import CQType, Sidecars, hadamard, is_later_section
+from pyggml_bridge.format import FILE_TYPES, CQType, Sidecars, hadamard, is_later_section
 from pyggml_bridge.output import complete_file
 from pyggml_bridge.reader import GGUFFile, Tensor
 from pyggml_bridge.weights import Matrix, Weights
 
+REPLACED = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
 TYPES = {"f16": GGMLQuantizationType.F16, "f32": GGMLQuantizationType.F32, "q8_0": GGMLQuantizationType.Q8_0}
 
 
@@ -32,8 +33,10 @@ def export(source: Path, out: Path, kind: GGMLQuantizationType) -> None:
         writer = GGUFWriter(part, str(file.get("general.architecture", str)))
         for key, value in file.metadata.items():
             value_type, item_type = file.types[key]
-            if not key.startswith("cq.") and key not in ("general.architecture", "general.alignment"):
+            if not key.startswith("cq.") and key not in REPLACED:
                 writer.add_key_value(key, value, value_type, item_type)
+        writer.add_file_type(FILE_TYPES[kind])
+        writer.add_quantization_version(GGML_QUANT_VERSION)
         for name, tensor in kept.items():
             target = kind if name in converted else tensor.type
             shape = (weights.n_experts, *tensor.shape[1:]) if name in cut else tensor.shape

@@ -21,12 +21,17 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 VERSION = 2
 BLOCK = 64
 CODEBOOK_ROWS = (1, 2, 4, 8)  # how many rows may share codebooks: clustering takes eight side by side
+FILE_TYPES = {  # general.file_type of files of one stock type
+    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
+    GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
 MAX_COLS = 65536  # the int32 accumulator's bound, see native/src/kernels.h
 
 

@@ -96,6 +96,13 @@ def adds_space_prefix(metadata: dict[str, Any]) -> bool:
     return bool(metadata.get("tokenizer.ggml.add_space_prefix", metadata.get("tokenizer.ggml.model") == "llama"))
 
 
+def as_pre_tokenizer(patterns: tuple[str, ...]) -> pre_tokenizers.PreTokenizer:
+    """Cuts by one pattern after the other, then bytes as characters."""
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*splits, to_bytes])
+
+
 def _byte_level_bpe(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if pre not in PRE_TOKENIZERS:
@@ -107,9 +114,7 @@ def _byte_level_bpe(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
             raise CQError(f"tokenizer.ggml.merges: {merge!r} is not a pair")
         merges.append((left, right))
     tokenizer = Tokenizer(_bpe(_ids(tokens), merges, ignore_merges=pre in WHOLE_WORDS_FIRST))
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre]]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+    tokenizer.pre_tokenizer = as_pre_tokenizer(PRE_TOKENIZERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

@@ -116,6 +116,7 @@ def hparams(config: Any) -> HParams:
         "attention.value_length": rank,
         "attention.key_length_mla": config.qk_nope_head_dim + rope,
         "attention.value_length_mla": config.v_head_dim,
+        "attention.q_lora_rank": config.q_lora_rank or 0,  # llama.cpp asks for it but with V2-Lite's number of layers
         "attention.kv_lora_rank": rank,
         "rope.dimension_count": rope,
         **_rope(config),
@@ -127,8 +128,6 @@ def hparams(config: Any) -> HParams:
         "expert_weights_norm": False,
         "expert_gating_func": GATING_SOFTMAX,
     }
-    if config.q_lora_rank is not None:
-        keys["attention.q_lora_rank"] = config.q_lora_rank
     if config.topk_method == "group_limited_greedy":
         keys |= {"expert_group_count": config.n_group, "expert_group_used_count": config.topk_group}
     return keys

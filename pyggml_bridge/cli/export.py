@@ -8,6 +8,8 @@ from pathlib import Path
 from pyggml_bridge.cli.common import ArgumentParser, run_main
 from pyggml_bridge.export import TYPES, export
 from pyggml_bridge.output import check_writable
+from pyggml_bridge.reader import GGUFFile
+from pyggml_bridge.stock import differences
 
 
 def main() -> None:
@@ -25,6 +27,8 @@ def _command() -> None:
     out = Path(args.out)
     check_writable(out, overwrite=args.overwrite)
     export(Path(args.file), out, TYPES[args.type])
+    for what in differences(GGUFFile(out)):
+        print(f"warning: llama.cpp {what}", file=sys.stderr)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
 
 
