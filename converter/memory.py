@@ -19,10 +19,10 @@ from .stream import BATCH_TOKENS
 FLOAT = 4
 PROGRAM = 500 << 20  # Python, torch and transformers
 COPIES = 4  # of a float weight between reading it and its codebooks: read, transformed, in the file's order, fitted
-SQUARES = 5  # float32 [cols, cols] of a linear: sums, moments, these in the file's basis, damped, factor
+SQUARES = 4  # float32 [cols, cols] of a linear: sums, moments, damped, factor
 FACTORING = 4  # the same in the precision in which the factor is computed
 STATES = 7  # hidden states of all tokens: a layer's input and output, what its experts get, gradients of these
-BATCH_ROWS = 8  # a batch's activations inside a layer, in units of its widest
+BATCH_ROWS = 6  # a batch's activations inside a layer, in units of its widest
 
 
 def task_bytes(shapes: list[tuple[int, ...]], calibrated: bool) -> int:

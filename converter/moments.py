@@ -12,7 +12,7 @@ from .basis import FileBasis
 DAMPING = 0.1  # added to the second moments' diagonal, relative to its mean: lowest held-out error (docs/decisions.md)
 SAMPLE_ROWS = 64  # kept of every batch of rows
 PANEL = 256  # columns summed at a time
-WIDE = 4096  # columns, beyond which factors are computed in float32: half the memory
+WIDE = 1024  # columns, beyond which factors are computed in float32: half the time and memory
 
 
 class Moments:
