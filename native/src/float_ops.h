@@ -74,20 +74,35 @@ static float max_magnitude(const float *x, int32_t n) {
     return magnitude;
 }
 
+typedef int8_t byte_vec __attribute__((vector_size(CQ_LANES), aligned(1), may_alias));
+
+/* round(x * inverse), to [-top, top]; NaN, which is 0 * inf where the scale is subnormal, to 0. Adding 1.5 * 2^23
+ * rounds to an integer and leaves it in the low bits. */
+CQ_INLINE int_vec quantize_vec(vec x, float inverse, float top) {
+    vec v = min_vec(all_lanes(top), max_vec(all_lanes(-top), x * inverse));
+    v = (vec)((int_vec)v & (v == v));
+    return (int_vec)(v + 12582912.0f) - 0x4b400000;
+}
+
 static int32_t quantize_group(const float *x, int32_t n, float top, int8_t *q, float *scale) {
     *scale = max_magnitude(x, n) / top;
     const float inverse = *scale > 0 ? 1.0f / *scale : 0.0f;
-    int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int32_t i = 0; i < n; i++) {
-        float v = rintf(x[i] * inverse);
-        v = v < -top ? -top : v;
-        v = v > top ? top : v;
-        v = v == v ? v : 0.0f; /* 0 * inf where the scale is subnormal */
-        const int32_t integer = (int32_t)v;
-        q[i] = (int8_t)integer;
-        sum += integer;
+    int_vec sums = {0};
+    int32_t i = 0, sum = 0;
+    for (; i + CQ_LANES <= n; i += CQ_LANES) {
+        const int_vec integers = quantize_vec(load_vec(x + i), inverse, top);
+        *(byte_vec *)(q + i) = __builtin_convertvector(integers, byte_vec);
+        sums += integers;
     }
+    if (i < n) {
+        float rest[CQ_LANES] = {0};
+        memcpy(rest, x + i, sizeof(float) * (size_t)(n - i));
+        const int_vec integers = quantize_vec(load_vec(rest), inverse, top);
+        const byte_vec bytes = __builtin_convertvector(integers, byte_vec);
+        memcpy(q + i, &bytes, (size_t)(n - i));
+        sums += integers;
+    }
+    for (int32_t lane = 0; lane < CQ_LANES; lane++) sum += sums[lane];
     return sum;
 }
 

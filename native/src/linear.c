@@ -30,8 +30,9 @@ static void clustered_gemv(const cq_worker *worker, const cq_items *it, int64_t 
 }
 
 /* The outputs of a panel are far apart, a few lines per token: they are fetched while the panel is multiplied. */
-static void prefetch_output(const float *out, int32_t n) {
-    for (int32_t r = 0; r < n; r += 16) __builtin_prefetch(out + r, 1);
+static void prefetch_outputs(float *const *out, int32_t n_tokens, int32_t n) {
+    for (int32_t t = 0; t < n_tokens; t++)
+        for (int32_t r = 0; r < n; r += 16) __builtin_prefetch(out[t] + r, 1);
 }
 
 static void multiply_panel(const cq_kernels *kernels, const uint8_t *panel, int32_t n_cols, const int8_t *const *x,
@@ -41,6 +42,7 @@ static void multiply_panel(const cq_kernels *kernels, const uint8_t *panel, int3
         kernels->gemm_panel_scaled(panel, n_cols, x, sums, n_tokens, acc, to);
         return;
     }
+    prefetch_outputs(to->out, n_tokens, to->n_rows);
     kernels->gemm_panel(panel, n_cols, x, sums, n_tokens, acc);
     for (int32_t t = 0; t < n_tokens; t++)
         kernels->scale_acc(acc + (int64_t)t * kernels->panel_rows, to->row_scales, to->token_scales[t], to->out[t],
@@ -65,7 +67,6 @@ static void clustered_gemm(const cq_worker *worker, const cq_items *it, int64_t 
                 sums[i] = op->act->sums[in];
                 scales[i] = op->act->scales[in];
                 out[i] = cq_output(it, first + i, out_col + done);
-                prefetch_output(out[i], n);
             }
             const cq_scaling to = {out, w->scales + row + done, scales, n, op->accumulate};
             multiply_panel(kernels, worker->scratch, w->n_cols, x, sums, n_tokens, &to);
