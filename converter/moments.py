@@ -57,8 +57,14 @@ class Moments:
     @cached_property
     def matrix(self) -> Tensor:
         """The second moments [cols, cols]; only once all rows have been added."""
-        lower = self._sum.tril() / max(self._total, torch.finfo(torch.float32).tiny)
-        return lower + lower.tril(-1).T
+        matrix = self._sum / max(self._total, torch.finfo(torch.float32).tiny)
+        for begin in range(0, len(matrix), PANEL):  # block by block, as a transposition strides through memory
+            end = min(begin + PANEL, len(matrix))
+            own = matrix[begin:end, begin:end]
+            own.copy_(own.tril() + own.tril(-1).T)
+            for other in range(0, begin, PANEL):
+                matrix[other : other + PANEL, begin:end] = matrix[begin:end, other : other + PANEL].T
+        return matrix
 
     @cached_property
     def damped(self) -> Tensor:

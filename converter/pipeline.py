@@ -200,16 +200,17 @@ class _Job:
         if written.original_hidden is not None:
             tuner = CentroidTuner(written.original_hidden, self.settings.router_weight, self.settings.seed)
         quantizer = LayerQuantizer(self.settings, self.plan, self.model, self.stream, sensitivity, tuner)
-        for index, layer in enumerate(quantizer.layers(written.hidden, written.n_layers), written.n_layers):
+        for layer in quantizer.layers(written.hidden, written.n_layers):
             for quantized in layer.tensors.values():
                 self._write_tensor(file, quantized)
             if layer.tuned:
                 report.tuned.append(layer.tuned)
             if layer.tokens:
-                report.experts.append({"layer": index, "tokens": layer.tokens})
+                report.experts.append({"layer": written.n_layers, "tokens": layer.tokens})
             file.flush()
-            written.n_layers = index + 1
+            written.n_layers += 1
             written.save(work)
+            del layer  # else it would stay while the next one is made
 
     def _write_last(self, file: OutputFile, hidden: Tensor | None) -> None:
         """hidden: the calibration's, behind the last layer."""

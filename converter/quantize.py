@@ -16,6 +16,7 @@ from pyggml_bridge.errors import CQError
 
 from .clustering import (
     ITERATIONS_BEFORE_FEEDBACK,
+    ITERATIONS_ON_TRELLIS,
     Fit,
     Refinement,
     descend,
@@ -198,7 +199,7 @@ def _cluster(fit: Fit, moments: Moments | None, output: Moments | None, refine: 
         return
 
     def from_scratch(rows: Fit) -> None:
-        fit_codebooks(rows, n_threads, ITERATIONS_BEFORE_FEEDBACK)
+        fit_codebooks(rows, n_threads, ITERATIONS_ON_TRELLIS if rows.cq.trellis else ITERATIONS_BEFORE_FEEDBACK)
         error_feedback(rows, moments.feedback_factor.numpy(), n_threads)
 
     def descent(rows: Fit, rounds: int = 1) -> None:
