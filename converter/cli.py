@@ -107,7 +107,7 @@ def parser() -> ArgumentParser:
     p.add_argument("--threads", type=int, default=None, metavar="N", help="threads (default: physical cores)")
     p.add_argument("--max-memory", type=float, metavar="GB", help="memory it may take (what is free)")
     p.add_argument("--no-check", action="store_true", help="do not reload and run the result")
-    p.add_argument("--dry-run", action="store_true", help="print types, sizes, memory and disk; write nothing")
+    p.add_argument("--dry-run", action="store_true", help="print types, sizes, memory, disk and time; write nothing")
     p.add_argument("--work-dir", type=Path, metavar="DIR", help="keep unfinished work there (--resume: FILE.work)")
     p.add_argument("--resume", action="store_true", help="go on with the unfinished work of the same conversion")
     p.add_argument("--overwrite", action="store_true", help="replace an existing output file")
@@ -196,12 +196,13 @@ def show_plan(settings: Settings, plan: Plan, needs: Needs, as_json: bool) -> No
         {"name": t.name, "type": t.type, "shape": list(t.shape), "bpw": t.bpw, "bytes": t.nbytes} for t in plan.tensors
     ]
     if as_json:
-        needed = {"peak_memory_bytes": needs.memory, "disk_bytes": needs.disk}
+        needed = {"peak_memory_bytes": needs.memory, "disk_bytes": needs.disk, "seconds": needs.seconds}
         print_json({"out": str(settings.out), "bytes": plan.nbytes, "bpw": plan.bpw, **needed, "tensors": tensors})
     console.print(tensor_table(plan, {}))
     console.print(
         f"{settings.out}: {plan.nbytes / 1e6:.1f} MB of tensors, {plan.bpw:.3f} bits per weight; "
-        f"about {needs.memory / 1e9:.1f} GB of memory, {needs.disk / 1e9:.1f} GB of disk at most while it converts; "
+        f"about {needs.memory / 1e9:.1f} GB of memory, {needs.disk / 1e9:.1f} GB of disk at most while it converts, "
+        f"{needs.seconds / 60:.0f} minutes or so; "
         "nothing written"
     )
 

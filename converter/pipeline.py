@@ -17,6 +17,7 @@ from .budget import allocate, default_bpw
 from .calibration import read_tokens, tokenize
 from .check import check_file
 from .checkpoint import GGUF_BIASES, HEAD_BIAS, Checkpoint, open_checkpoint
+from .duration import estimated_seconds
 from .layers import LayerQuantizer
 from .memory import peak_bytes, require_memory
 from .metadata import metadata
@@ -54,10 +55,11 @@ def plan_conversion(settings: Settings) -> tuple[Checkpoint, Plan]:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a conversion takes at its peak: of memory, and of disk in the work folder."""
+    """Bytes that a conversion takes at its peak, of memory and of disk in the work folder; about how many seconds."""
 
     memory: int
     disk: int
+    seconds: float
 
 
 def needs(settings: Settings, checkpoint: Checkpoint, plan: Plan) -> Needs:
@@ -66,7 +68,8 @@ def needs(settings: Settings, checkpoint: Checkpoint, plan: Plan) -> Needs:
     disk = plan.nbytes
     if n_tokens:
         disk += folder_bytes(checkpoint, n_tokens, settings.measures_sensitivity)
-    return Needs(peak_bytes(checkpoint, settings, n_tokens), disk)
+    seconds = estimated_seconds(checkpoint, settings, n_tokens)
+    return Needs(peak_bytes(checkpoint, settings, n_tokens), disk, seconds)
 
 
 def convert(settings: Settings) -> Report:

@@ -186,6 +186,7 @@ def test_dry_run_writes_nothing(pristine, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
     assert document["bytes"] == sum(tensor["bytes"] for tensor in document["tensors"])
     assert document["disk_bytes"] >= document["bytes"] and document["peak_memory_bytes"] > 1 << 28
+    assert document["seconds"] > 0
 
 
 def command(*arguments: object) -> list[str]:
