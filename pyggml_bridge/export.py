@@ -61,8 +61,8 @@ def _is_transformed(weights: Weights, name: str) -> bool:
     return "ffn_down" in name and name.endswith(".weight") and weights.file.get("cq.hadamard.ffn_down", int, 0) > 0
 
 
-def _dequantized(matrix: Matrix) -> NDArray[np.float32]:
-    """Float32 [n_experts, n_rows, n_cols]."""
+def dequantized(matrix: Matrix) -> NDArray[np.float32]:
+    """The weights of a matrix as float32 [n_experts, n_rows, n_cols]."""
     values = matrix.clustered.dequantize() if matrix.clustered else dequantize(matrix.data, matrix.type)
     return values.reshape(matrix.n_experts, matrix.n_rows, matrix.n_cols)
 
@@ -74,9 +74,9 @@ def _converted(weights: Weights, tensor: Tensor, kind: GGMLQuantizationType) -> 
         parts = weights.experts(tensor.name, n_rows, n_cols, n)
         values = np.empty((n, n_rows, n_cols), np.float32)
         for part in parts:
-            values[... if part.experts is None else part.experts] = _dequantized(part)
+            values[... if part.experts is None else part.experts] = dequantized(part)
     else:
-        values = _dequantized(weights.matrix(tensor.name, n_rows, n_cols))[0]
+        values = dequantized(weights.matrix(tensor.name, n_rows, n_cols))[0]
     if _is_transformed(weights, tensor.name):
         values = hadamard(values, weights.hadamard("ffn_down", n_cols))
     if kind == GGMLQuantizationType.F16 and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
