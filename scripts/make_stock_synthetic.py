@@ -1,0 +1,67 @@
+"""A large model's shapes in random weights, as Q4_0 for llama-bench and as ours, for scripts/compare_llamacpp.py.
+
+    python scripts/make_stock_synthetic.py qwen3-30b-a3b --layers 4 --out qwen3-q4_0.gguf --ours qwen3-cq4.gguf
+
+All matrices are Q4_0, embedding and output too, which llama.cpp multiplies fastest; there is no tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from pyggml_bridge.format import Sidecars
+from pyggml_bridge.reader import GGUFFile
+from pyggml_bridge.synthetic import SHAPES, write_synthetic
+
+Q4_0_BLOCK = np.dtype([("scale", np.float16), ("nibbles", np.uint8, 16)])
+COLS = 32  # of a block
+SCALE = 3e-3  # small enough for finite activations
+
+
+def main() -> None:
+    """Write it, from the names, shapes and keys of ours."""
+    p = argparse.ArgumentParser(description="random Q4_0 weights in a large model's shapes")
+    p.add_argument("shape", choices=SHAPES)
+    p.add_argument("--layers", type=int, required=True)
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--ours", type=Path, required=True, help="the same shapes in CQ4, as cq-bench --synthetic has them")
+    a = p.parse_args()
+    shape = SHAPES[a.shape]
+    write_synthetic(a.ours, shape, a.layers)
+    write(GGUFFile(a.ours), a.out, shape.arch, shape.vocab)
+
+
+def write(ours: GGUFFile, out: Path, arch: str, vocab: int) -> None:
+    """The same model in stock types."""
+    writer = GGUFWriter(out, arch)
+    for key, value in ours.metadata.items():
+        if not key.startswith("cq.") and key != "general.architecture":
+            writer.add_key_value(key, value, *ours.types[key])
+    writer.add_vocab_size(vocab)
+    writer.add_tokenizer_model("none")
+    rng = np.random.default_rng(0)
+    sidecars = {name for weight in ours.tensors for name in vars(Sidecars.of(weight)).values()}
+    for name, tensor in ours.tensors.items():
+        if name in sidecars:
+            continue
+        if tensor.type == GGMLQuantizationType.F32:
+            writer.add_tensor(name, np.array(tensor.data).view(np.float32).reshape(tensor.shape))
+            continue
+        *rows, cols = tensor.shape
+        blocks = np.empty((*rows, cols // COLS), Q4_0_BLOCK)
+        blocks["scale"] = SCALE
+        blocks["nibbles"] = rng.integers(0, 256, (*blocks.shape, 16), dtype=np.uint8)
+        raw = blocks.view(np.uint8).reshape(*rows, -1)
+        writer.add_tensor(name, raw, raw_dtype=GGMLQuantizationType.Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+if __name__ == "__main__":
+    main()
