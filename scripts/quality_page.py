@@ -82,7 +82,7 @@ def _plot_sizes(done: list[tuple[Any, dict[str, Any]]], file: Path) -> None:
     for case, r in peers:
         axes.annotate(f" {case.name}", (r["bpw"], r["mean_kld"]), fontsize="x-small")
     axes.set(yscale="log", xlabel="bits per weight of the linear layers", ylabel="mean KLD", title="SmolLM2-135M")
-    axes.legend()
+    axes.legend(loc="upper right")
     axes.grid(alpha=0.3, which="both")
     figure.tight_layout()
     figure.savefig(file, dpi=120, metadata={"Software": None})
