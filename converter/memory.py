@@ -13,15 +13,17 @@ from pyggml_bridge.errors import CQError
 from .checkpoint import Checkpoint
 from .gradients import output_moments_bytes
 from .moments import WIDE
+from .sensitivity import HEAD_ROWS
 from .settings import Settings
 from .stream import BATCH_TOKENS
 
 FLOAT = 4
-PROGRAM = 500 << 20  # Python, torch and transformers
+PROGRAM = 700 << 20  # Python, torch and transformers
 COPIES = 4  # of a float weight between reading it and its codebooks: read, transformed, in the file's order, fitted
 SQUARES = 4  # float32 [cols, cols] of a linear: sums, moments, damped, factor
 FACTORING = 4  # the same in the precision in which the factor is computed
 STATES = 7  # hidden states of all tokens: a layer's input and output, what its experts get, gradients of these
+LOGITS = 5  # of a batch at the head: logits, probabilities, their running sums, the gradient
 BATCH_ROWS = 6  # a batch's activations inside a layer, in units of its widest
 
 
@@ -37,7 +39,8 @@ def peak_bytes(checkpoint: Checkpoint, settings: Settings, n_tokens: int) -> int
     """The whole conversion's, with as many tasks side by side as there are threads and memory for."""
     config = checkpoint.config
     states = STATES * FLOAT * n_tokens * config.hidden_size
-    outside = COPIES * FLOAT * config.vocab_size * config.hidden_size
+    head = FLOAT * config.vocab_size * config.hidden_size
+    outside = max(COPIES * head, 2 * head + (LOGITS * FLOAT * HEAD_ROWS * config.vocab_size if n_tokens else 0))
     layers = {checkpoint.arch_of(i): i for i in range(config.num_hidden_layers)}
     largest = max(_layer_bytes(checkpoint, settings, i, n_tokens) for i in layers.values())
     return PROGRAM + states + max(outside, largest)
