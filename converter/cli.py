@@ -103,6 +103,12 @@ def parser() -> ArgumentParser:
         const=FLOAT_TYPES[0],
         help="cluster nothing: the smoothed model in floats (f16), for llama.cpp and its quantizers",
     )
+    _add_run_options(p)
+    return p
+
+
+def _add_run_options(p: ArgumentParser) -> None:
+    """Those that say how it runs, not what comes out; the seed too."""
     p.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes")
     p.add_argument("--threads", type=int, default=None, metavar="N", help="threads (default: physical cores)")
     p.add_argument("--max-memory", type=float, metavar="GB", help="memory it may take (what is free)")
@@ -113,7 +119,6 @@ def parser() -> ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     p.add_argument("--report", type=Path, metavar="FILE.json", help="also write the report here")
     p.add_argument("--json", action="store_true", help="the report as JSON on standard output")
-    return p
 
 
 def _check(a: argparse.Namespace) -> None:

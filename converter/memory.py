@@ -22,6 +22,7 @@ PROGRAM = 700 << 20  # Python, torch and transformers
 COPIES = 4  # of a float weight between reading it and its codebooks: read, transformed, in the file's order, fitted
 SQUARES = 4  # float32 [cols, cols] of a linear: sums, moments, damped, factor
 FACTORING = 4  # the same in the precision in which the factor is computed
+TUNED = 40  # bytes per weight that fine-tuning of all experts together holds: originals, module, indices, gradients
 STATES = 7  # hidden states of all tokens: a layer's input and output, what its experts get, gradients of these
 LOGITS = 5  # of a batch at the head: logits, probabilities, their running sums, the gradient
 BATCH_ROWS = 6  # a batch's activations inside a layer, in units of its widest
@@ -57,6 +58,8 @@ def _layer_bytes(checkpoint: Checkpoint, settings: Settings, index: int, n_token
     if n_tokens:
         widest = max(shape[-1] for shape in shapes.values() if len(shape) == 2)
         kept += FLOAT * BATCH_ROWS * min(n_tokens, BATCH_TOKENS) * widest
+        if settings.tunes_centroids:
+            kept += TUNED * sum(map(prod, shapes.values()))
         if settings.measures_sensitivity:
             kept += sum(output_moments_bytes(*each) for each in shapes.items() if each[0].measured)
     own = [task_bytes([shape[-2:]], n_tokens > 0) for shape in dense]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from codequant_converter import cli, memory, moments, pipeline
 from codequant_converter.checkpoint import open_checkpoint
 from codequant_converter.moments import Moments
 from codequant_converter.transform import TransformedModel
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
 from pyggml_bridge.errors import CQError
@@ -82,6 +84,32 @@ def test_the_largest_models_fit_a_laptop(model, monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint, "config", config)
     del checkpoint.__dict__["skeleton"]
     assert memory.peak_bytes(checkpoint, chosen, 16384) < 8 * GB
+
+
+def test_fine_tuning_all_experts_together_is_counted(model):
+    checkpoint = open_checkpoint(str(model))
+    paper = settings(model, "--calibration", str(model / "text.txt"), "--method", "paper")
+    untuned = settings(model, "--calibration", str(model / "text.txt"), "--method", "paper", "--no-finetune")
+    n_weights = 3 * N_EXPERTS * 64 * 96
+    assert memory.peak_bytes(checkpoint, paper, 512) > memory.peak_bytes(checkpoint, untuned, 512) + 30 * n_weights
+
+
+def test_experts_that_one_tensor_holds_are_read_one_by_one(model, tmp_path):
+    """A checkpoint with transformers' own fused names has the experts of one with a tensor for each."""
+    for file in model.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    tensors = load_file(model / "model.safetensors")
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        names = [[f"{prefix}.{e}.{x}_proj.weight" for x in ("gate", "up", "down")] for e in range(N_EXPERTS)]
+        matrices = [[tensors.pop(name) for name in own] for own in names]
+        tensors[f"{prefix}.gate_up_proj"] = torch.stack([torch.cat(own[:2]) for own in matrices])
+        tensors[f"{prefix}.down_proj"] = torch.stack([own[2] for own in matrices])
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    apart, fused = open_checkpoint(str(model)), open_checkpoint(str(tmp_path))
+    for number in (0, 7, N_EXPERTS - 1):
+        want, found = apart.expert(1, number), fused.expert(1, number)
+        assert want.keys() == found.keys() and all(torch.equal(want[name], found[name]) for name in want)
 
 
 def test_too_little_memory_is_one_line_before_the_work(model):
