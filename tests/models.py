@@ -145,6 +145,7 @@ MODELS = {
         "mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3, "tie_word_embeddings": True}, head_dim=64
     ),
     "mixtral-top-1": TinyModel("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "hidden_size": 192}),
+    "mixtral-mha": TinyModel("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 6}),
     "mistral": TinyModel("mistral", {"sliding_window": None}, head_dim=32),
     "mistral-tied": TinyModel("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
     "mistral-mha": TinyModel("mistral", {"sliding_window": None, "num_key_value_heads": 6}),

@@ -37,23 +37,15 @@ from pyggml_bridge.weights import Weights
 
 from .models import MODELS, VOCAB
 
-# Of each architecture one, with hidden sizes that are multiples of 64 among them, so that every kind of linear is
-# clustered somewhere. Not the models with tokens beside SparseMixer's thresholds, where a routing weight jumps.
-NAMES = (
-    "mixtral",
-    "mixtral-tied-wide-heads",
-    "qwen2-wide-linear",
-    "qwen3-wide-heads",
-    "qwen3_moe-top-1",
-    "qwen2_moe-top-1",
-    "olmoe",
-    "mistral",
-    "llama-wide-heads-llama3",
-    "deepseek_v2",
-    "deepseek_v2-q-lora-groups",
-    "phimoe-window-wide-heads",
+# Three or more of each architecture. An activation that lies where int8 rounds, two experts that all but tie, or a token
+# beside SparseMixer's thresholds, where a routing weight jumps, can fall on the other side in other orders of summation.
+# So tokens are such that nothing does: every STEP-th of the vocabulary. mixtral-top-1 has none among 20 such sequences.
+NAMES = [name for name in MODELS if name != "mixtral-top-1"]
+STEP = 37
+STEPS = {"phimoe-tied-no-biases": 11} | dict.fromkeys(
+    ("deepseek_v2-tied", "olmoe-mha", "phimoe", "phimoe-longrope-long", "phimoe-longrope-short"), 29
 )
-TOKENS = np.arange(64, dtype=np.int32) * 37 % VOCAB
+N_TOKENS = 64
 FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
 Q8_0_COLS = 32
 BOUND = 1e-4  # mean KLD, nats
@@ -181,18 +173,19 @@ class FileModel:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_runner_computes_what_transformers_computes_with_the_files_weights(name, tmp_path):
+    tokens = np.arange(N_TOKENS, dtype=np.int32) * STEPS.get(name, STEP) % VOCAB
     MODELS[name].save(tmp_path / "model")
     out = tmp_path / "m.gguf"
     options = ("--bits", "4", "--no-check", "--tensor-type", r"attn_[kv]_b=f32")
     arguments = [str(tmp_path / "model"), "--out", str(out), *options[: 3 if "deepseek" not in name else 5]]
     cli.convert(cli.settings_of(cli.parser().parse_args(arguments)))
     model = FileModel(open_checkpoint(str(tmp_path / "model")), out)
-    runner = load_model(str(out), n_ctx=64, n_threads=1)
-    ours = torch.from_numpy(runner.forward(TOKENS, 0, 64).copy())
-    theirs = model.logits(TOKENS)
+    runner = load_model(str(out), n_ctx=N_TOKENS, n_threads=1)
+    ours = torch.from_numpy(runner.forward(tokens, 0, N_TOKENS).copy())
+    theirs = model.logits(tokens)
     log_p, log_q = (logits.double().log_softmax(-1) for logits in (theirs, ours))
     kld = (log_p.exp() * (log_p - log_q)).sum(-1)
-    chosen = routing_of(runner, len(TOKENS))
+    chosen = routing_of(runner, N_TOKENS)
     if chosen is not None:
         wanted = torch.stack(model.chosen).numpy()
         assert (np.sort(chosen, -1) == np.sort(wanted, -1)).mean() >= ROUTED_ALIKE
