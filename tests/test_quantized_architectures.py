@@ -37,9 +37,10 @@ from pyggml_bridge.weights import Weights
 
 from .models import MODELS, VOCAB
 
-# Three or more of each architecture. An activation that lies where int8 rounds, two experts that all but tie, or a token
-# beside SparseMixer's thresholds, where a routing weight jumps, can fall on the other side in other orders of summation.
-# So tokens are such that nothing does: every STEP-th of the vocabulary. mixtral-top-1 has none among 20 such sequences.
+# Three or more of each architecture. An activation that lies where int8 rounds, two experts that all but tie, or a
+# token beside SparseMixer's thresholds, where a routing weight jumps, can fall on the other side in other orders of
+# summation. So tokens are such that nothing does: every STEP-th of the vocabulary. mixtral-top-1 has none among 20 such
+# sequences.
 NAMES = [name for name in MODELS if name != "mixtral-top-1"]
 STEP = 37
 STEPS = {"phimoe-tied-no-biases": 11} | dict.fromkeys(
