@@ -22,6 +22,7 @@ from .report import console, tensor_table, warn
 from .settings import FLOAT_TYPES, METHODS, ROTATIONS, Override, Settings
 from .write import check_output
 
+LONG_SECONDS = 7200  # from here on a dry run says what is faster
 DEFAULT_CALIBRATION_TOKENS = 16384  # more are better, and slower: docs/decisions.md
 
 
@@ -94,6 +95,11 @@ def parser() -> ArgumentParser:
     p.add_argument(
         "--descent-rounds", type=int, default=DESCENT_ROUNDS, metavar="N", help=f"codebook refits ({DESCENT_ROUNDS})"
     )
+    p.add_argument(
+        "--fast",
+        action="store_true",
+        help="for models too large to wait for: --bits 4 --no-sensitivity --descent-rounds 0 --rotation random",
+    )
     p.add_argument("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help="type of matching matrices")
     p.add_argument(
         "--rotated-only",
@@ -140,6 +146,8 @@ def _check(a: argparse.Namespace) -> None:
         raise CQError("--target-bpw: needs --calibration, and neither --bits nor --no-sensitivity nor --no-feedback")
     if a.target_bpw is not None and not 0 < a.target_bpw <= 16:
         raise CQError(f"--target-bpw {a.target_bpw:g}: expected more than 0, at most 16")
+    if a.fast and (a.target_bpw is not None or a.method == "paper" or a.float_type):
+        raise CQError("--fast: not with --target-bpw, --method paper or --rotated-only")
     clustering = a.bits or a.target_bpw is not None or a.tensor_type or a.method == "paper"
     if a.float_type and clustering:
         raise CQError("--rotated-only: not with --bits, --target-bpw, --tensor-type or --method paper")
@@ -158,6 +166,9 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     """Checked settings; CQError naming the option that makes no sense."""
     a = arguments
     _check(a)
+    if a.fast:
+        a.bits, a.no_sensitivity, a.descent_rounds = a.bits or 4, True, 0
+        a.rotation = "none" if a.rotation == "none" else "random"
     paper = a.method == "paper"
     refinement = Refinement(not a.no_feedback, not a.no_sensitivity, 0 if a.no_finetune else a.descent_rounds)
     return Settings(
@@ -210,6 +221,8 @@ def show_plan(settings: Settings, plan: Plan, needs: Needs, as_json: bool) -> No
         f"{needs.seconds / 60:.0f} minutes or so; "
         "nothing written"
     )
+    if settings.measures_sensitivity and needs.seconds > LONG_SECONDS:
+        console.print("--fast takes a fraction of that, for a larger divergence (docs/quality.md)")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ CASES = (
     Case("stages", "no rotation", ("--rotation", "none")),
     Case("stages", "random rotation", ("--rotation", "random")),
     Case("stages", "no transform before ffn_down", ("--no-hadamard",)),
+    Case("stages", "all that --fast leaves out", ("--fast",)),
     Case("tokens", "2048", tokens=2048),
     Case("tokens", "8192", tokens=8192),
     Case("tokens", "16384", tokens=16384),
@@ -100,6 +101,7 @@ CASES = (
     paper("moe rotation", "none", *UNTUNED, "--rotation", "none", model="moe"),
     Case("moe stages", "no sensitivity, types not mixed", ("--no-sensitivity",), model="moe"),
     Case("moe stages", "no sensitivity, no error feedback", ("--no-feedback",), model="moe"),
+    Case("moe stages", "all that --fast leaves out", ("--fast",), model="moe"),
     Case("router", "no fine-tuning", ("--no-finetune",), model="moe"),
     Case("router", "lambda 0", ("--router-weight", "0"), model="moe"),
     *(Case("peer", name, model="llama.cpp") for name in peer_quality.TYPES),
@@ -154,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(case: Case, model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Convert and measure; what docs/quality.json keeps of both."""
+    arguments.work.mkdir(exist_ok=True)
     out, report = arguments.work / "ablation.cq.gguf", arguments.work / "ablation.json"
     convert = [BIN / "cq-convert", model, "--out", out, "--overwrite", "--no-check", "--report", report]
     if case.group != "acceptance":  # the linears alone, and what llama.cpp's files of these models have

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from codequant_converter import cli
+from codequant_converter.settings import Settings
 from safetensors.torch import load_file, save_file
 
 from tests.models import MODELS, TEXT
@@ -141,6 +142,9 @@ def test_bad_options_and_outputs(pristine, tmp_path, monkeypatch, capsys):
         (["--method", "paper", "--target-bpw", "4"], "--target-bpw"),
         (["--group-size", "100"], "--group-size"),
         (["--target-bpw", "4"], "--calibration"),
+        (["--fast", "--target-bpw", "4", "--calibration", __file__], "--fast"),
+        (["--fast", "--method", "paper"], "--fast"),
+        (["--fast", "--rotated-only"], "--fast"),
         (["--target-bpw", "4", "--calibration", __file__, "--bits", "3"], "--bits"),
         (["--target-bpw", "nan", "--calibration", __file__], "--target-bpw"),
         (["--target-bpw", "0.5", "--calibration", __file__], "the smallest types take"),
@@ -187,6 +191,15 @@ def test_dry_run_writes_nothing(pristine, tmp_path, monkeypatch, capsys):
     assert document["bytes"] == sum(tensor["bytes"] for tensor in document["tensors"])
     assert document["disk_bytes"] >= document["bytes"] and document["peak_memory_bytes"] > 1 << 28
     assert document["seconds"] > 0
+
+
+def test_fast_stands_for_other_options(pristine):
+    def settings(*options: str) -> Settings:
+        return cli.settings_of(cli.parser().parse_args([str(pristine), "--out", "x.gguf", *options]))
+
+    explicit = ("--no-sensitivity", "--descent-rounds", "0")
+    assert settings("--fast") == settings("--bits", "4", *explicit, "--rotation", "random")
+    assert settings("--fast", "--bits", "3", "--no-rotation") == settings("--bits", "3", *explicit, "--no-rotation")
 
 
 def command(*arguments: object) -> list[str]:
