@@ -46,7 +46,7 @@ static void join_chunks(const cq_worker *worker, const cq_attention *op, int32_t
     for (int32_t c = 0; c < n_chunks; c++) largest = fmaxf(largest, parts[c * part_floats(op) + dim]);
     memset(out, 0, sizeof(float) * (size_t)dim);
     for (int32_t c = 0; c < n_chunks; c++, parts += part_floats(op)) {
-        const float shrink = expf(parts[dim] - largest);
+        const float shrink = exp2f(parts[dim] - largest); /* scores are in base 2 */
         worker->kernels->axpy(shrink, parts, out, dim);
         total += shrink * parts[dim + 1];
     }

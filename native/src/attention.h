@@ -17,17 +17,38 @@ typedef struct {
     int32_t position, n_queries;
     float *tile;               /* [CQ_KEY_TILE][head_dim]: keys; then values, [CQ_KEY_TILE][value_dim] or their first
                                 * columns */
-    float *queries;            /* [head_dim][CQ_QUERY_TILE], times op->scale */
+    float *queries;            /* [head_dim][CQ_QUERY_TILE], times score_scale */
     float *scores;             /* [CQ_KEY_TILE][CQ_QUERY_TILE], or [query][CQ_KEY_TILE]; then probabilities */
     float *max, *sum, *shrink; /* [CQ_QUERY_TILE] */
 } attention_tile;
 
+/* Scores are in base 2, where an exponential has fewer steps. */
+static float score_scale(const cq_attention *op) { return op->scale * 1.44269504f; }
+
+/* Of n_keys, those that any of the queries up to `last` sees; `ahead`: how many the first one sees. The others are in
+ * the future of all of them. */
+CQ_INLINE int32_t seen_keys(int32_t n_keys, int32_t ahead, int32_t last) {
+    const int32_t seen = ahead + last;
+    return seen < 0 ? 0 : cq_min(n_keys, seen);
+}
+
 static void transpose_queries(const attention_tile *a, const float *q) {
     const int32_t dim = a->op->head_dim;
     const int64_t stride = (int64_t)a->op->n_heads * dim;
-    memset(a->queries, 0, sizeof(float) * (size_t)dim * CQ_QUERY_TILE);
-    for (int32_t i = 0; i < a->n_queries; i++)
-        for (int32_t d = 0; d < dim; d++) a->queries[d * CQ_QUERY_TILE + i] = q[i * stride + d] * a->op->scale;
+    const float scale = score_scale(a->op);
+    for (int32_t i = 0; i < a->n_queries; i += CQ_LANES) {
+        const int32_t n = cq_min(a->n_queries - i, CQ_LANES);
+        int32_t d = 0;
+        for (; d + CQ_LANES <= dim; d += CQ_LANES) {
+            vec rows[CQ_LANES] = {0};
+            for (int32_t k = 0; k < n; k++) rows[k] = load_vec(q + (i + k) * stride + d) * scale;
+            transpose_vecs(rows);
+            for (int32_t k = 0; k < CQ_LANES; k++) store_vec(a->queries + (d + k) * CQ_QUERY_TILE + i, rows[k]);
+        }
+        for (; d < dim; d++)
+            for (int32_t k = 0; k < CQ_LANES; k++)
+                a->queries[d * CQ_QUERY_TILE + i + k] = k < n ? q[(i + k) * stride + d] * scale : 0.0f;
+    }
 }
 
 static int32_t value_stride(const cq_attention *op) { return op->v_cache ? op->value_dim : op->head_dim; }
@@ -62,15 +83,17 @@ CQ_INLINE void score_tile(const int32_t dim, const float *keys, const float *que
 }
 
 /* Rows past n_keys, up to a multiple of CQ_SCORE_KEYS, come out of stale floats and are never read; so do lanes past
- * n_queries. */
-CQ_INLINE void score_tiles(const int32_t dim, const attention_tile *a, int32_t n_keys) {
-    for (int32_t first = 0; first < n_keys; first += CQ_SCORE_KEYS)
-        for (int32_t lane = 0; lane < a->n_queries; lane += CQ_SCORE_VECS * CQ_LANES)
-            score_tile(dim, a->tile + first * dim, a->queries + lane, a->scores + first * CQ_QUERY_TILE + lane);
+ * n_queries, and scores of keys that no query of a tile sees. */
+CQ_INLINE void score_tiles(const int32_t dim, const attention_tile *a, int32_t first_key, int32_t n_keys) {
+    for (int32_t lane = 0; lane < a->n_queries; lane += CQ_SCORE_VECS * CQ_LANES) {
+        const int32_t seen = seen_keys(n_keys, a->position - first_key + 1, lane + CQ_SCORE_VECS * CQ_LANES - 1);
+        for (int32_t key = 0; key < seen; key += CQ_SCORE_KEYS)
+            score_tile(dim, a->tile + key * dim, a->queries + lane, a->scores + key * CQ_QUERY_TILE + lane);
+    }
 }
 
-static void batch_scores(const attention_tile *a,
-                         int32_t n_keys){CQ_WITH_HEAD_DIM(a -> op->head_dim, score_tiles, a, n_keys)}
+static void batch_scores(const attention_tile *a, int32_t first_key,
+                         int32_t n_keys){CQ_WITH_HEAD_DIM(a -> op->head_dim, score_tiles, a, first_key, n_keys)}
 
 /* -1 in the lanes whose query sees the key: it is not in the query's future, nor before its window. */
 CQ_INLINE int_vec visible(const attention_tile *a, int32_t key, int32_t first_lane) {
@@ -80,7 +103,7 @@ CQ_INLINE int_vec visible(const attention_tile *a, int32_t key, int32_t first_la
     return (distance >= 0) & (distance < (a->op->window > 0 ? a->op->window : INT32_MAX));
 }
 
-/* Scores -> exp(score - max), or zero where the key is not visible; for the queries in lanes first .. masked 0: all
+/* Scores -> 2^(score - max), or zero where the key is not visible; for the queries in lanes first .. masked 0: all
  * keys are visible to all queries. */
 CQ_INLINE void softmax_lanes(const int32_t masked, const attention_tile *a, int32_t first_key, int32_t n_keys,
                              int32_t first) {
@@ -96,10 +119,10 @@ CQ_INLINE void softmax_lanes(const int32_t masked, const attention_tile *a, int3
         }
         max = max_vec(max, score);
     }
-    const vec shrink = exp_vec(previous - max);
+    const vec shrink = exp2_vec(previous - max);
     vec sum = load_vec(a->sum + first) * shrink;
     for (int32_t k = 0; k < n_keys; k++) {
-        vec p = exp_vec(load_vec(scores + k * CQ_QUERY_TILE) - max);
+        vec p = exp2_vec(load_vec(scores + k * CQ_QUERY_TILE) - max);
         if (masked) p = (vec)((int_vec)p & visible(a, first_key + k, first));
         store_vec(scores + k * CQ_QUERY_TILE, p);
         sum += p;
@@ -115,7 +138,7 @@ static void batch_softmax(const attention_tile *a, int32_t first_key, int32_t n_
         if (all_visible)
             softmax_lanes(0, a, first_key, n_keys, first);
         else
-            softmax_lanes(1, a, first_key, n_keys, first);
+            softmax_lanes(1, a, first_key, seen_keys(n_keys, a->position - first_key + 1, first + CQ_LANES - 1), first);
 }
 
 static void group_scores(const attention_tile *a, const float *q, int32_t n_keys) {
@@ -126,21 +149,22 @@ static void group_scores(const attention_tile *a, const float *q, int32_t n_keys
 }
 
 static void group_softmax(const attention_tile *a, int32_t n_keys) {
+    const float scale = score_scale(a->op);
     for (int32_t i = 0; i < a->n_queries; i++) {
         float *scores = a->scores + i * CQ_KEY_TILE, largest = a->max[i];
 #pragma omp simd reduction(max : largest)
         for (int32_t k = 0; k < n_keys; k++) {
-            scores[k] *= a->op->scale;
+            scores[k] *= scale;
             largest = scores[k] > largest ? scores[k] : largest;
         }
-        for (int32_t k = n_keys; k % CQ_LANES; k++) scores[k] = CQ_HIDDEN; /* adds e^-87 to a sum of at least one */
+        for (int32_t k = n_keys; k % CQ_LANES; k++) scores[k] = CQ_HIDDEN; /* adds 2^-125 to a sum of at least one */
         vec sum = {0};
         for (int32_t k = 0; k < n_keys; k += CQ_LANES) {
-            const vec p = exp_vec(load_vec(scores + k) - largest);
+            const vec p = exp2_vec(load_vec(scores + k) - largest);
             store_vec(scores + k, p);
             sum += p;
         }
-        a->shrink[i] = exp_vec(all_lanes(a->max[i] - largest))[0];
+        a->shrink[i] = exp2_vec(all_lanes(a->max[i] - largest))[0];
         a->sum[i] = a->sum[i] * a->shrink[i] + sum_lanes(sum);
         a->max[i] = largest;
     }
@@ -189,35 +213,37 @@ CQ_INLINE void value_rows(const int32_t dim, const int32_t row, const attention_
         }
 }
 
+/* `ahead` as in seen_keys. */
 CQ_INLINE void value_tiles(const int32_t dim, const int32_t row, const attention_strides at, const attention_tile *a,
-                           int32_t n_keys, float *out) {
+                           int32_t ahead, int32_t n_keys, float *out) {
     int32_t i = 0;
-    for (; i + 4 <= a->n_queries; i += 4) value_rows(dim, row, at, 4, a, n_keys, i, out);
-    for (; i < a->n_queries; i++) value_rows(dim, row, at, 1, a, n_keys, i, out);
+    for (; i + 4 <= a->n_queries; i += 4) value_rows(dim, row, at, 4, a, seen_keys(n_keys, ahead, i + 3), i, out);
+    for (; i < a->n_queries; i++) value_rows(dim, row, at, 1, a, seen_keys(n_keys, ahead, i), i, out);
 }
 
-CQ_INLINE void packed_values(const int32_t dim, const attention_strides at, const attention_tile *a, int32_t n_keys,
-                             float *out) {
-    value_tiles(dim, dim, at, a, n_keys, out);
+CQ_INLINE void packed_values(const int32_t dim, const attention_strides at, const attention_tile *a, int32_t ahead,
+                             int32_t n_keys, float *out) {
+    value_tiles(dim, dim, at, a, ahead, n_keys, out);
 }
 
-CQ_INLINE void add_values(const attention_tile *a, const attention_strides at, int32_t n_keys, float *out) {
+CQ_INLINE void add_values(const attention_tile *a, const attention_strides at, int32_t ahead, int32_t n_keys,
+                          float *out) {
     const int32_t dim = a->op->value_dim, row = value_stride(a->op);
     if (row != dim) {
-        value_tiles(dim, row, at, a, n_keys, out);
+        value_tiles(dim, row, at, a, ahead, n_keys, out);
         return;
     }
-    CQ_WITH_HEAD_DIM(dim, packed_values, at, a, n_keys, out)
+    CQ_WITH_HEAD_DIM(dim, packed_values, at, a, ahead, n_keys, out)
 }
 
-static void add_batch_values(const attention_tile *a, int32_t n_keys, float *out) {
+static void add_batch_values(const attention_tile *a, int32_t first_key, int32_t n_keys, float *out) {
     const attention_strides at = {CQ_QUERY_TILE, 1, (int64_t)a->op->n_heads * a->op->value_dim};
-    add_values(a, at, n_keys, out);
+    add_values(a, at, a->position - first_key + 1, n_keys, out);
 }
 
 static void add_group_values(const attention_tile *a, int32_t n_keys, float *out, int64_t stride) {
     const attention_strides at = {1, CQ_KEY_TILE, stride};
-    add_values(a, at, n_keys, out);
+    add_values(a, at, n_keys, n_keys, out);
 }
 
 static void load_keys(const attention_tile *a, int64_t kv_head, int32_t first, int32_t n_keys) {
@@ -252,10 +278,10 @@ static void attention_head(const cq_attention *op, int32_t head, int32_t positio
     for (int32_t first = cq_first_key(op, position); first < end; first += CQ_KEY_TILE) {
         const int32_t n_keys = cq_min(end - first, CQ_KEY_TILE);
         load_keys(&a, kv_head, first, n_keys);
-        batch_scores(&a, n_keys);
+        batch_scores(&a, first, n_keys);
         batch_softmax(&a, first, n_keys);
         load_values(&a, kv_head, first, n_keys);
-        add_batch_values(&a, n_keys, out);
+        add_batch_values(&a, first, n_keys, out);
     }
     for (int32_t i = 0; i < n_queries; i++)
         for (int32_t d = 0; d < dim; d++) out[i * stride + d] /= a.sum[i];
