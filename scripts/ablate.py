@@ -61,6 +61,7 @@ CASES = (
     Case("acceptance", "SmolLM2, default", tokens=16384, chunks=40),
     Case("acceptance", "SmolLM2, 3.5 bpw", ("--target-bpw", "3.5"), tokens=16384, chunks=40),
     Case("acceptance", "SmolMoE, default", model="moe", tokens=16384, chunks=20),
+    Case("acceptance", "SmolMoE, no fine-tuning", ("--no-finetune",), model="moe", tokens=16384, chunks=20),
     Case("stages", "all stages"),
     Case("size", "4.0 bpw, mixed", ("--target-bpw", "4.0")),
     Case("size", "CQ3", ("--bits", "3")),
