@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -36,8 +37,9 @@ def main() -> int:
     ours = [str(BIN / "cq-bench"), str(arguments.file), *sizes, "--json"]
     ours += ["--isa", arguments.isa] if arguments.isa else []
     commands = {arguments.file.name: ours}
-    for model in arguments.models:
-        commands[model.name] = [str(bench), "-m", str(model), *sizes, "-o", "json"]
+    for model, options in product(arguments.models, arguments.options or [""]):
+        theirs = [str(bench), "-m", str(model), *sizes, *options.split(), "-o", "json"]
+        commands[f"{model.name} {options}".strip()] = theirs
     console = Console(stderr=True)
     rates: dict[str, Rates] = {name: {} for name in commands}
     for _ in track(range(arguments.rounds), "rounds", console=console):
@@ -54,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("file", type=Path, help="a file of cq-convert")
     p.add_argument("--build", type=Path, required=True, help="llama.cpp's build directory")
     p.add_argument("--models", type=Path, nargs="+", required=True, help="files for llama.cpp, of the same model")
+    p.add_argument("--options", action="append", metavar="TEXT", help="of theirs, for a row of its own: '-rtr 1', ''")
     p.add_argument("-p", "--n-prompt", type=int, default=512, help="tokens of the prefill test (512)")
     p.add_argument("-n", "--n-gen", type=int, default=128, help="tokens of the decode test (128)")
     p.add_argument("-t", "--threads", type=int, default=2, help="threads of both (2)")
