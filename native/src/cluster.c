@@ -65,13 +65,23 @@ static void set_scales(const cq_clustering *job, lane *r) {
     }
 }
 
+/* Columns [begin, end) of a group. */
+typedef struct {
+    int32_t begin, end;
+} columns;
+
+static columns group_columns(const cq_clustering *job, int32_t g) {
+    const int32_t cols = job->scale_cols ? job->scale_cols : job->n_cols;
+    return (columns){g * cols, cq_min((g + 1) * cols, job->n_cols)};
+}
+
 /* Start: each group's weighted root mean square. */
 static void start_scales(const cq_clustering *job, lane *r) {
-    int32_t cols = job->scale_cols ? job->scale_cols : job->n_cols;
     for (int32_t g = 0; g < cq_n_groups(job); g++) {
-        int32_t end = (g + 1) * cols < job->n_cols ? (g + 1) * cols : job->n_cols;
+        const columns group = group_columns(job, g);
         double sum = 0, total = 0;
-        for (int32_t i = g * cols; i < end; i++) {
+#pragma omp simd reduction(+ : sum, total)
+        for (int32_t i = group.begin; i < group.end; i++) {
             sum += (double)job->weight[i] * r->w[i] * r->w[i];
             total += (double)job->weight[i];
         }
@@ -82,14 +92,17 @@ static void start_scales(const cq_clustering *job, lane *r) {
 
 /* Least squares of each group's amplitude with centroids and assignments fixed. */
 static void refit_scales(const cq_clustering *job, lane *r) {
-    int32_t cols = job->scale_cols ? job->scale_cols : job->n_cols;
     for (int32_t g = 0; g < cq_n_groups(job); g++) {
-        int32_t end = (g + 1) * cols < job->n_cols ? (g + 1) * cols : job->n_cols;
+        const columns group = group_columns(job, g);
         double wc = 0, cc = 0;
-        for (int32_t i = g * cols; i < end; i++) {
-            double c = r->fit.centroids[i / job->codebook_cols * job->n_centroids + r->fit.indices[i]];
-            wc += job->weight[i] * c * r->w[i];
-            cc += job->weight[i] * c * c;
+        for (int32_t begin = group.begin; begin < group.end; begin += CQ_BLOCK) {
+            const int32_t end = cq_min(begin + CQ_BLOCK, group.end);
+            const int8_t *centroids = r->fit.centroids + begin / job->codebook_cols * job->n_centroids;
+#pragma omp simd reduction(+ : wc, cc)
+            for (int32_t i = begin; i < end; i++) {
+                const double c = centroids[r->fit.indices[i]], hc = job->weight[i] * c;
+                wc += hc * r->w[i], cc += hc * c;
+            }
         }
         r->amplitude[g] = wc > 0 ? (float)(wc / cc) : 0;
     }
@@ -117,9 +130,11 @@ static void fit_scale(const cq_clustering *job, const float *w, cq_fit *f) {
     for (int32_t begin = 0; begin < job->n_cols; begin += CQ_BLOCK) {
         float w8[CQ_MAX_CENTROIDS];
         cq_effective_weights(job, f, begin, w8);
-        for (int32_t i = begin; i < job->n_cols && i < begin + CQ_BLOCK; i++) {
-            double h = job->weight[i], e = w8[f->indices[i]];
-            ww += h * w[i] * w[i], we += h * w[i] * e, ee += h * e * e;
+        const int32_t end = cq_min(begin + CQ_BLOCK, job->n_cols);
+#pragma omp simd reduction(+ : ww, we, ee)
+        for (int32_t i = begin; i < end; i++) {
+            const double e = w8[f->indices[i]], hw = (double)job->weight[i] * w[i], he = job->weight[i] * e;
+            ww += hw * w[i], we += hw * e, ee += he * e;
         }
     }
     f->scale = we > 0 ? (float)(we / ee) : 0;
@@ -137,10 +152,12 @@ static void solve_codebooks(const cq_clustering *job, workspace *s) {
         int32_t begin = b * job->codebook_cols, end = begin + job->codebook_cols, n = 0;
         if (end > job->n_cols) end = job->n_cols;
         for (lane *r = s->lanes; r < s->lanes + s->n; r++)
-            for (int32_t i = begin; i < end; i++, n++) {
-                float a = r->amplitude[group_of(job, i)];
-                s->kmeans.key[n] = cq_sortable(a > 0 ? r->w[i] / a : 0);
-                s->kmeans.q[n] = a > 0 ? r->weight * job->weight[i] * (a / top) * (a / top) : 0;
+            for (int32_t first = begin; first < end; first += CQ_BLOCK) {
+                const float a = r->amplitude[group_of(job, first)], share = a > 0 ? (a / top) * (a / top) : 0;
+                for (int32_t i = first; i < cq_min(first + CQ_BLOCK, end); i++, n++) {
+                    s->kmeans.key[n] = cq_sortable(a > 0 ? r->w[i] / a : 0);
+                    s->kmeans.q[n] = r->weight * job->weight[i] * share;
+                }
             }
         double *codebook = s->codebook + b * job->n_centroids;
         cq_kmeans_solve(s->kernels, &s->kmeans, n, job->n_centroids, codebook);
@@ -151,18 +168,24 @@ static void solve_codebooks(const cq_clustering *job, workspace *s) {
 /* Least squares of each centroid with amplitudes and assignments fixed: one Lloyd step. */
 static void refit_codebooks(const cq_clustering *job, workspace *s) {
     for (int32_t b = 0; b < cq_n_codebooks(job); b++) {
-        double wa[CQ_MAX_CENTROIDS] = {0}, aa[CQ_MAX_CENTROIDS] = {0};
+        /* of four columns side by side, as a sum waits for the one before it */
+        double sums[4][2][CQ_MAX_CENTROIDS] = {{{0}}};
         int32_t begin = b * job->codebook_cols, end = begin + job->codebook_cols;
         if (end > job->n_cols) end = job->n_cols;
         for (lane *r = s->lanes; r < s->lanes + s->n; r++)
-            for (int32_t i = begin; i < end; i++) {
-                double a = r->amplitude[group_of(job, i)], qa = r->weight * job->weight[i] * a;
-                wa[r->fit.indices[i]] += qa * r->w[i];
-                aa[r->fit.indices[i]] += qa * a;
+            for (int32_t first = begin; first < end; first += CQ_BLOCK) {
+                const double a = r->amplitude[group_of(job, first)], ra = r->weight * a;
+                for (int32_t i = first; i < cq_min(first + CQ_BLOCK, end); i++) {
+                    const double qa = ra * job->weight[i];
+                    sums[i % 4][0][r->fit.indices[i]] += qa * r->w[i];
+                    sums[i % 4][1][r->fit.indices[i]] += qa * a;
+                }
             }
         for (int32_t c = 0; c < job->n_centroids; c++) {
-            int32_t at = b * job->n_centroids + c;
-            s->codebook[at] = aa[c] > 0 ? wa[c] / aa[c] : s->lanes->fit.centroids[at];
+            const int32_t at = b * job->n_centroids + c;
+            const double wa = (sums[0][0][c] + sums[1][0][c]) + (sums[2][0][c] + sums[3][0][c]);
+            const double aa = (sums[0][1][c] + sums[1][1][c]) + (sums[2][1][c] + sums[3][1][c]);
+            s->codebook[at] = aa > 0 ? wa / aa : s->lanes->fit.centroids[at];
         }
     }
 }
