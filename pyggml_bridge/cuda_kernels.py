@@ -16,6 +16,7 @@ WIDE_LATENT = 576  # of wider keys latent.cu takes half as many rows: CQ_WIDE
 MAX_HEAD_DIM = 600  # of attention.cu, whose queries and keys fill 48 KB of shared memory at 607
 Q8_0_BLOCK = 32
 ROW_THREADS = 256
+PART = 4 * ROW_THREADS  # columns that a block takes at once where threads take four: CQ_PART
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,32 @@ def rows_launch(kernel: str, grid: tuple[int, int], *args: Any) -> Launch:
     return Launch(ROWS, kernel, (*grid, 1), ROW_THREADS, args)
 
 
-def rms_norm(x: int, weight: int, out: int, n: int, eps: float, n_rows: int, bias: int = 0) -> Launch:
-    """Norm of rows [n_rows, n]; bias 0: none."""
-    args = (np.uint64(x), np.uint64(weight), np.uint64(bias), np.uint64(out), np.int32(n), np.float32(eps))
-    return rows_launch("rms_norm", (n_rows, 1), *args)
+@dataclass(frozen=True)
+class Quantized:
+    """Addresses of activations as int8 with a scale per row; bits: 8, or 4 in whole bytes."""
+
+    q: int
+    scales: int
+    bits: int
+
+    @property
+    def top(self) -> np.float32:
+        """The largest value."""
+        return np.float32((1 << self.bits - 1) - 1)
 
 
-def quantize(x: int, q: int, scales: int, n: int, bits: int, n_rows: int) -> Launch:
+def rms_norm(
+    x: int, weight: int, out: int, n: int, eps: float, n_rows: int, bias: int = 0, quantized: Quantized | None = None
+) -> Launch:
+    """Norm of rows [n_rows, n]; bias 0: none; quantized: where its int8 form goes as well."""
+    to = quantized or Quantized(0, 0, 8)
+    addresses = map(np.uint64, (x, weight, bias, out, to.q, to.scales))
+    return rows_launch("rms_norm", (n_rows, 1), *addresses, np.int32(n), np.float32(eps), to.top)
+
+
+def quantize(x: int, to: Quantized, n: int, n_rows: int) -> Launch:
     """Activations [n_rows, n] per row."""
-    args = (np.uint64(x), np.uint64(q), np.uint64(scales), np.int32(n), np.float32((1 << bits - 1) - 1))
+    args = (np.uint64(x), np.uint64(to.q), np.uint64(to.scales), np.int32(n), to.top)
     return rows_launch("quantize", (n_rows, 1), *args)
 
 
@@ -82,8 +100,19 @@ def rope(
 
 def swiglu(gate: int, up: int, n: int, hadamard: int, n_rows: int) -> Launch:
     """gate [n_rows, n] in place."""
-    grid = (ceil_div(n, hadamard or 1024), n_rows)
+    grid = (ceil_div(n, max(PART, hadamard)), n_rows)
     return rows_launch("swiglu", grid, np.uint64(gate), np.uint64(up), np.int32(n), np.int32(hadamard))
+
+
+def swiglu_quantize(gate: int, up: int, to: Quantized, n: int, hadamard: int, n_rows: int) -> Launch:
+    """The same, then its int8 form; for rows that fits_swiglu_quantize."""
+    addresses = map(np.uint64, (gate, up, to.q, to.scales))
+    return rows_launch("swiglu_quantize", (n_rows, 1), *addresses, np.int32(n), np.int32(hadamard), to.top)
+
+
+def fits_swiglu_quantize(n: int, hadamard: int) -> bool:
+    """Whether a block of threads holds a row in registers."""
+    return n % 4 == 0 and n <= 4 * PART and hadamard <= PART
 
 
 def select_rows(x: int, out: int, n: int, first: int, n_rows: int) -> Launch:

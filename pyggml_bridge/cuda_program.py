@@ -192,7 +192,9 @@ class CUDAProgram:
         width, each = op.x.width // op.parts, op.x.top_k * op.parts
         if op.group:
             return lambda n, _: [ck.quantize_blocks(x.address, q.address, scales.address, width, n * each)]
-        return lambda n, _: [ck.quantize(x.address, q.address, scales.address, width, self._bits, n * each)]
+        return lambda n, _: [
+            ck.quantize(x.address, ck.Quantized(q.address, scales.address, self._bits), width, n * each)
+        ]
 
     def _linear(self, op: p.Linear, activation: Quantize | None) -> Build:
         w, x, out, bias = self._matrix(op.w), self.buffer_of(op.x), self.buffer_of(op.out), self.memory.host(op.bias)

@@ -2,7 +2,11 @@
  * the KV cache, and joining attention's parts. */
 #include "attention.cuh"
 
-enum { CQ_ROW_THREADS = 256 };
+enum {
+    CQ_ROW_THREADS = 256,
+    CQ_PART = 4 * CQ_ROW_THREADS, /* columns of a row that a block takes at once, four a thread */
+    CQ_KEPT = 4,                  /* parts of a row that stay in registers from one pass to the next */
+};
 
 /* max or sum over the block's 256 threads, for all of them; `partial` [8] is shared. */
 CQ_DEVICE float block_max(float value, float *partial) {
@@ -16,6 +20,80 @@ CQ_DEVICE float block_sum(float value, float *partial) {
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
     __syncthreads();
     return sum_lanes(partial[threadIdx.x % 8], 8);
+}
+
+/* Columns i .. i + 3 of a row [n] at a multiple of 4 floats if n is one; zero past the end. */
+CQ_DEVICE void load_four(const float *row, int i, int n, float *four) {
+    if (n % 4 == 0) {
+        const float4 all = *(const float4 *)(row + i);
+        four[0] = all.x, four[1] = all.y, four[2] = all.z, four[3] = all.w;
+    } else {
+        for (int j = 0; j < 4; j++) four[j] = i + j < n ? row[i + j] : 0.0f;
+    }
+}
+CQ_DEVICE void store_four(float *row, int i, int n, const float *four) {
+    if (n % 4 == 0) {
+        *(float4 *)(row + i) = make_float4(four[0], four[1], four[2], four[3]);
+    } else {
+        for (int j = 0; j < 4 && i + j < n; j++) row[i + j] = four[j];
+    }
+}
+
+/* A row [n] that the block goes through several times. A thread has columns 4 t .. 4 t + 3 of every part; those of the
+ * first parts are in `kept`, the others are read from memory each time. */
+struct cq_row {
+    const float *x;
+    int n;
+    float kept[CQ_KEPT][4];
+};
+
+CQ_DEVICE cq_row load_row(const float *x, int n) {
+    cq_row row = {x, n, {}};
+#pragma unroll
+    for (int part = 0; part < CQ_KEPT; part++) {
+        const int i = part * CQ_PART + 4 * threadIdx.x;
+        if (i < n) load_four(x, i, n, row.kept[part]);
+    }
+    return row;
+}
+
+/* use(four, i) for this thread's columns i .. i + 3. What it changes in `four` must go to row.x as well. */
+template <class Use> CQ_DEVICE void each_four(cq_row &row, Use use) {
+#pragma unroll
+    for (int part = 0; part < CQ_KEPT; part++) {
+        const int i = part * CQ_PART + 4 * threadIdx.x;
+        if (i < row.n) use(row.kept[part], i);
+    }
+    for (int i = CQ_KEPT * CQ_PART + 4 * threadIdx.x; i < row.n; i += CQ_PART) {
+        float four[4];
+        load_four(row.x, i, row.n, four);
+        use(four, i);
+    }
+}
+
+/* The largest of four magnitudes. A NaN must win, and fmaxf would drop it: infinity stands in for it. */
+CQ_DEVICE float magnitude_of(const float *four) {
+    float largest = 0;
+    for (int j = 0; j < 4; j++)
+        largest = fmaxf(largest, four[j] == four[j] ? fabsf(four[j]) : __int_as_float(0x7f800000));
+    return largest;
+}
+
+/* As docs/format.md defines it: float32, ties to even; 0 * inf, where the scale is subnormal, counts as 0. */
+CQ_DEVICE i8 quantize_value(float x, float inverse, float top) {
+    const float v = rintf(x * inverse);
+    return v == v ? (i8)fminf(fmaxf(v, -top), top) : 0;
+}
+
+/* q [n] and the scale of a row; largest: of this thread's columns. n is a multiple of 4. */
+CQ_DEVICE void quantize_row(cq_row &row, float largest, i8 *q, float *scale_out, float top, float *partial) {
+    const float scale = block_max(largest, partial) / top, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    each_four(row, [&](const float *four, int i) {
+        u32 bytes = 0;
+        for (int j = 0; j < 4; j++) bytes |= (u32)(u8)quantize_value(four[j], inverse, top) << 8 * j;
+        *(u32 *)(q + i) = bytes;
+    });
+    if (threadIdx.x == 0) *scale_out = scale;
 }
 
 /* out[t][column] = table[tokens[t]][column]. Grid: tokens. */
@@ -34,41 +112,44 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
     }
 }
 
-/* out = x / sqrt(mean(x^2) + eps) * weight (+ bias), rows [n]; bias [n] or NULL. A thread sums n / 256 squares, then
- * the block in a tree. Grid: rows. */
+/* out = x / sqrt(mean(x^2) + eps) * weight (+ bias), rows [n]; bias [n] or NULL. q not NULL: then also out quantized,
+ * as `quantize` does it. A thread sums n / 256 squares, then the block in a tree. Grid: rows. */
 extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
-    rms_norm(const float *x, const float *weight, const float *bias, float *out, int n, float eps) {
-    CQ_SHARED(float, partial, 8);
+    rms_norm(const float *x, const float *weight, const float *bias, float *out, i8 *q, float *scales, int n, float eps,
+             float top) {
+    CQ_SHARED(float, partial, 16);
     x += (long long)blockIdx.x * n, out += (long long)blockIdx.x * n;
-    float squares = 0;
-    for (int i = threadIdx.x; i < n; i += CQ_ROW_THREADS) squares += x[i] * x[i];
+    cq_row row = load_row(x, n);
+    float squares = 0, largest = 0;
+    each_four(row, [&](const float *four, int) {
+        for (int j = 0; j < 4; j++) squares += four[j] * four[j];
+    });
     const float scale = 1.0f / sqrtf(block_sum(squares, partial) / (float)n + eps);
-    for (int i = threadIdx.x; i < n; i += CQ_ROW_THREADS) {
-        const float normed = x[i] * scale * weight[i];
-        out[i] = bias ? normed + bias[i] : normed;
-    }
-}
-
-/* As docs/format.md defines it: float32, ties to even; 0 * inf, where the scale is subnormal, counts as 0. */
-CQ_DEVICE i8 quantize_value(float x, float inverse, float top) {
-    const float v = rintf(x * inverse);
-    return v == v ? (i8)fminf(fmaxf(v, -top), top) : 0;
+    each_four(row, [&](float *four, int i) {
+        float weights[4], biases[4];
+        load_four(weight, i, n, weights);
+        if (bias) load_four(bias, i, n, biases);
+        for (int j = 0; j < 4; j++) {
+            const float normed = four[j] * scale * weights[j];
+            four[j] = bias ? normed + biases[j] : normed;
+        }
+        store_four(out, i, n, four);
+        largest = fmaxf(largest, magnitude_of(four));
+    });
+    if (!q) return;
+    row.x = out;
+    quantize_row(row, largest, q + (long long)blockIdx.x * n, scales + blockIdx.x, top, partial + 8);
 }
 
 /* q [rows][n] and scales [rows] of x [rows][n]; top: 127 or 7. A NaN makes the scale infinite and q zero, so that
- * what is computed from it is not finite. Grid: rows. */
+ * what is computed from it is not finite. n is a multiple of 4. Grid: rows. */
 extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
     quantize(const float *x, i8 *q, float *scales, int n, float top) {
     CQ_SHARED(float, partial, 8);
-    x += (long long)blockIdx.x * n, q += (long long)blockIdx.x * n;
+    cq_row row = load_row(x + (long long)blockIdx.x * n, n);
     float largest = 0;
-    for (int i = threadIdx.x; i < n; i += CQ_ROW_THREADS) {
-        const float magnitude = fabsf(x[i]); /* a NaN must win, and fmaxf would drop it: infinity stands in for it */
-        largest = fmaxf(largest, magnitude == magnitude ? magnitude : __int_as_float(0x7f800000));
-    }
-    const float scale = block_max(largest, partial) / top, inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    for (int i = threadIdx.x; i < n; i += CQ_ROW_THREADS) q[i] = quantize_value(x[i], inverse, top);
-    if (threadIdx.x == 0) scales[blockIdx.x] = scale;
+    each_four(row, [&](const float *four, int) { largest = fmaxf(largest, magnitude_of(four)); });
+    quantize_row(row, largest, q + (long long)blockIdx.x * n, scales + blockIdx.x, top, partial);
 }
 
 /* The same per 32 columns, always 8 bits, for Q8_0: a warp a block. n_blocks: of all rows. Grid: n_blocks / 8. */
@@ -99,25 +180,86 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
     }
 }
 
-/* gate = silu(gate) * up, [rows][n], then each block of `hadamard` columns (a power of two, 0: none) times the
- * orthonormal Hadamard matrix in Sylvester's order, by the fast transform in place; a block's lines are in the
- * first-level cache. Grid: (n / (hadamard or 1024), rows). */
-extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS) swiglu(float *gate, const float *up, int n, int hadamard) {
-    const int width = hadamard ? hadamard : 1024, first = blockIdx.x * width, count = min_int(width, n - first);
-    gate += (long long)blockIdx.y * n + first, up += (long long)blockIdx.y * n + first;
-    for (int i = threadIdx.x; i < count; i += CQ_ROW_THREADS) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
-    if (!hadamard) return;
-    for (int half = 1; half < hadamard; half *= 2) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < hadamard / 2; i += CQ_ROW_THREADS) {
-            float *a = gate + i / half * 2 * half + i % half, *b = a + half;
+/* The fast Hadamard transform, unscaled, of every `size` columns (a power of two up to 1024) of a part: in a thread's
+ * registers, between lanes, then through `shared` [CQ_PART]. Of two columns `half` apart the first becomes their sum,
+ * the second their difference, from the nearest pairs on. All threads call it. */
+CQ_DEVICE void transform_part(float *four, int size, float *shared) {
+    for (int half = 1; half < 4 && half < size; half *= 2)
+        for (int i = 0; i < 2; i++) {
+            float *a = four + (half == 1 ? 2 * i : i), *b = a + half;
             const float sum = *a + *b, difference = *a - *b;
             *a = sum, *b = difference;
         }
+    for (int half = 4; half < size; half *= 2) {
+        const bool is_second = 4 * threadIdx.x & half;
+        float other[4];
+        if (half < 128) {
+            for (int j = 0; j < 4; j++) other[j] = __shfl_xor_sync(~0u, four[j], half / 4);
+        } else {
+            __syncthreads(); /* nobody reads the previous values any more */
+            store_four(shared, 4 * threadIdx.x, CQ_PART, four);
+            __syncthreads();
+            load_four(shared, 4 * threadIdx.x ^ half, CQ_PART, other);
+        }
+        for (int j = 0; j < 4; j++) four[j] = is_second ? other[j] - four[j] : four[j] + other[j];
     }
-    __syncthreads();
+}
+
+/* silu(gate) * up of this thread's columns i .. i + 3 of rows [n], zero past the end; then the Hadamard transform. */
+CQ_DEVICE void gated_part(const float *gate, const float *up, int i, int n, int hadamard, float *shared, float *four) {
+    float ups[4] = {};
+    for (int j = 0; j < 4; j++) four[j] = 0;
+    if (i < n) load_four(gate, i, n, four), load_four(up, i, n, ups);
+    for (int j = 0; j < 4; j++) four[j] = four[j] / (1.0f + expf(-four[j])) * ups[j];
+    if (!hadamard) return;
+    transform_part(four, min_int(hadamard, CQ_PART), shared);
     const float scale = 1.0f / sqrtf((float)hadamard);
-    for (int i = threadIdx.x; i < hadamard; i += CQ_ROW_THREADS) gate[i] *= scale;
+    for (int j = 0; j < 4 && hadamard <= CQ_PART; j++) four[j] *= scale;
+}
+
+/* gate = silu(gate) * up, [rows][n], then each block of `hadamard` columns (a power of two, 0: none) times the
+ * orthonormal Hadamard matrix in Sylvester's order, by the fast transform; where blocks are wider than a part its last
+ * steps are in memory. Grid: (n / max(1024, hadamard), rows). */
+extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS) swiglu(float *gate, const float *up, int n, int hadamard) {
+    CQ_SHARED(float, shared, CQ_PART);
+    const int width = hadamard > CQ_PART ? hadamard : CQ_PART, first = blockIdx.x * width;
+    gate += (long long)blockIdx.y * n, up += (long long)blockIdx.y * n;
+    for (int part = first; part < first + width; part += CQ_PART) {
+        const int i = part + 4 * threadIdx.x;
+        float four[4];
+        gated_part(gate, up, i, n, hadamard, shared, four);
+        if (i < n) store_four(gate, i, n, four);
+    }
+    if (hadamard <= CQ_PART) return;
+    for (int half = CQ_PART; half < hadamard; half *= 2) {
+        const float scale = 2 * half == hadamard ? 1.0f / sqrtf((float)hadamard) : 1.0f;
+        __syncthreads();
+        for (int i = threadIdx.x; i < hadamard / 2; i += CQ_ROW_THREADS) {
+            float *a = gate + first + i / half * 2 * half + i % half, *b = a + half;
+            const float sum = *a + *b, difference = *a - *b;
+            *a = sum * scale, *b = difference * scale;
+        }
+    }
+}
+
+/* The same for rows of up to 4096 columns, a multiple of 4, and blocks of up to 1024; then quantized as by `quantize`.
+ * Grid: rows. */
+extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
+    swiglu_quantize(float *gate, const float *up, i8 *q, float *scales, int n, int hadamard, float top) {
+    CQ_SHARED(float, shared, CQ_PART);
+    CQ_SHARED(float, partial, 8);
+    gate += (long long)blockIdx.x * n, up += (long long)blockIdx.x * n;
+    cq_row row = {gate, n, {}};
+    float largest = 0;
+#pragma unroll
+    for (int part = 0; part < CQ_KEPT; part++) {
+        const int i = part * CQ_PART + 4 * threadIdx.x;
+        if (part * CQ_PART >= n) break; /* the whole block */
+        gated_part(gate, up, i, n, hadamard, shared, row.kept[part]);
+        if (i < n) store_four(gate, i, n, row.kept[part]);
+        largest = fmaxf(largest, magnitude_of(row.kept[part]));
+    }
+    quantize_row(row, largest, q + (long long)blockIdx.x * n, scales + blockIdx.x, top, partial);
 }
 
 /* out[t] [n] += sum over rank of weights[t][rank] * y[slot] [n]. Grid: (n / 256, tokens). */

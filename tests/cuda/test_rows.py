@@ -36,7 +36,7 @@ def test_embed(kind: GGMLQuantizationType) -> None:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("n", [1, 33, 576, 2048])
+@pytest.mark.parametrize("n", [1, 33, 576, 2048, 4097, 9220])
 def test_rms_norm(n: int, biased: bool) -> None:
     rng, memory = np.random.default_rng(n), Memory()
     x, weight, bias = floats(rng, 3, n), floats(rng, n), floats(rng, n) if biased else None
@@ -52,7 +52,7 @@ def test_rms_norm(n: int, biased: bool) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("n", [32, 64, 576])
+@pytest.mark.parametrize("n", [32, 64, 576, 8224])
 def test_quantize_is_the_formats_quantizer(bits: int, n: int) -> None:
     rng, memory = np.random.default_rng(n), Memory()
     x = floats(rng, 6, n)
@@ -67,8 +67,8 @@ def test_quantize_is_the_formats_quantizer(bits: int, n: int) -> None:
         with np.errstate(all="ignore"):
             want_q, want_scales = quantize_activations(grouped, bits)
         q, scales = memory.full((6, n), 77, np.int8), memory.full(len(grouped), np.nan, np.float32)
-        arguments = (memory.at(x), q.ctypes.data, scales.ctypes.data, n)
-        run(ck.quantize_blocks(*arguments, 6) if group else ck.quantize(*arguments, bits, 6), seed=n)
+        at, to = memory.at(x), ck.Quantized(q.ctypes.data, scales.ctypes.data, bits)
+        run(ck.quantize_blocks(at, to.q, to.scales, n, 6) if group else ck.quantize(at, to, n, 6), seed=n)
         np.testing.assert_array_equal(scales, want_scales)
         np.testing.assert_array_equal(q[finite], want_q.reshape(6, n)[finite])
         assert np.abs(q).max() == (1 << bits - 1) - 1
@@ -78,7 +78,7 @@ def test_quantizing_nan_does_not_look_finite() -> None:
     memory, x = Memory(), np.ones((1, 64), np.float32)
     x[0, 5] = np.nan
     q, scales = memory.full((1, 64), 77, np.int8), memory.full(1, 0, np.float32)
-    run(ck.quantize(memory.at(x), q.ctypes.data, scales.ctypes.data, 64, 8, 1))
+    run(ck.quantize(memory.at(x), ck.Quantized(q.ctypes.data, scales.ctypes.data, 8), 64, 1))
     with np.errstate(invalid="ignore"):
         assert not np.isfinite(q.astype(np.float32) * scales).any()
 
@@ -103,7 +103,10 @@ def test_rope(interleaved: bool, start: int) -> None:
     np.testing.assert_array_equal(np.delete(out, rotated, -1), np.delete(x, rotated, -1))
 
 
-@pytest.mark.parametrize(("n", "block"), [(1, 0), (1500, 0), (192, 32), (1536, 512), (64, 2)])
+@pytest.mark.parametrize(
+    ("n", "block"),
+    [(1, 0), (1500, 0), (192, 32), (1536, 512), (64, 2), (22, 2), (2048, 1024), (4096, 2048), (8192, 8192)],
+)
 def test_swiglu(n: int, block: int) -> None:
     rng, memory = np.random.default_rng(n), Memory()
     gate, up = floats(rng, 2, n) * 5, floats(rng, 2, n)
@@ -119,6 +122,47 @@ def test_swiglu(n: int, block: int) -> None:
         out = memory.put(gate)
         run(ck.swiglu(out.ctypes.data, memory.at(up), n, block, 2), seed)
         assert (np.abs(out - want) <= bound).all()
+
+
+def quantized_after(memory: Memory, out: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """q and scales of rows, by the kernel that does nothing else."""
+    q, scales = memory.full(out.shape, 77, np.int8), memory.full(len(out), np.nan, np.float32)
+    run(ck.quantize(memory.at(out), ck.Quantized(q.ctypes.data, scales.ctypes.data, bits), out.shape[1], len(out)))
+    return q, scales
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("n", [64, 2048, 5184])
+def test_norm_with_its_quantized_form(n: int, bits: int) -> None:
+    """The same bits as norm, then quantizer."""
+    rng, memory = np.random.default_rng(n), Memory()
+    x, weight, bias = floats(rng, 3, n), floats(rng, n), floats(rng, n) if bits == 4 else None
+    x[1, 5] = np.nan
+    alone, out = (memory.full((3, n), np.nan, np.float32) for _ in range(2))
+    q, scales = memory.full((3, n), 77, np.int8), memory.full(3, np.nan, np.float32)
+    arguments, sizes = (memory.at(x), memory.at(weight)), (n, 1e-5, 3, memory.at(bias))
+    run(ck.rms_norm(*arguments, alone.ctypes.data, *sizes))
+    run(ck.rms_norm(*arguments, out.ctypes.data, *sizes, ck.Quantized(q.ctypes.data, scales.ctypes.data, bits)), 1)
+    np.testing.assert_array_equal(out, alone)
+    for got, want in zip((q, scales), quantized_after(memory, alone, bits), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("n", "block"), [(64, 0), (768, 64), (2048, 512), (4096, 1024), (3072, 256), (4, 2)])
+def test_swiglu_with_its_quantized_form(n: int, block: int, bits: int) -> None:
+    """The same bits as SwiGLU, then quantizer."""
+    rng, memory = np.random.default_rng(n), Memory()
+    gate, up = floats(rng, 3, n) * 5, floats(rng, 3, n)
+    assert ck.fits_swiglu_quantize(n, block)
+    alone, out = memory.put(gate), memory.put(gate)
+    q, scales = memory.full((3, n), 77, np.int8), memory.full(3, np.nan, np.float32)
+    run(ck.swiglu(alone.ctypes.data, memory.at(up), n, block, 3))
+    to = ck.Quantized(q.ctypes.data, scales.ctypes.data, bits)
+    run(ck.swiglu_quantize(out.ctypes.data, memory.at(up), to, n, block, 3), 1)
+    np.testing.assert_array_equal(out, alone)
+    for got, want in zip((q, scales), quantized_after(memory, alone, bits), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_combine_and_select() -> None:
