@@ -172,6 +172,7 @@ def linear_module(source: str, kind: int, *, tensor_cores: bool = True) -> Modul
 # ---- experts ----
 
 ROUTE = Module("route.cu")
+MAX_EXPERTS = 2048  # a lane of route marks its 64 in a word
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def group(routing: DeviceRouting, n_tokens: int) -> Launch:
     sizes = (n_tokens * routing.top_k, routing.n_experts, routing.max_tiles(n_tokens))
     addresses = (routing.ids, routing.order, routing.offsets, routing.tiles)
     args = (*map(np.uint64, addresses), *map(np.int32, sizes))
-    return Launch(ROUTE, "group", (1, 1, 1), 256, args, shared_bytes=8 * (routing.n_experts + 1))
+    return Launch(ROUTE, "group", (routing.n_experts, 1, 1), 256, args, shared_bytes=4 * routing.n_experts)
 
 
 def combine(y: int, routing: DeviceRouting, out: int, n: int, n_tokens: int) -> Launch:

@@ -261,6 +261,8 @@ def _places(experts: NDArray[np.int32] | None, n_experts: int) -> NDArray[np.int
 
 def _require_kernel(op: p.Op) -> None:
     """CQError for what no kernel has room for."""
+    if isinstance(op, p.Route) and op.routing.n_experts > cl.MAX_EXPERTS:
+        raise CQError(f"--cuda: more than {cl.MAX_EXPERTS} experts ({op.routing.n_experts}) are not supported")
     if not isinstance(op, p.Attention) or op.v is None:
         return
     if op.head_dim > ck.MAX_HEAD_DIM:

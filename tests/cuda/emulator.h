@@ -94,6 +94,11 @@ static inline unsigned __ballot_sync(unsigned, bool vote) {
     for (int i = 0; i < emulator::WARP; i++) votes |= all[i][0] << i;
     return votes;
 }
+static inline int atomicAdd(int *address, int value) { // a thread runs until it waits: nothing comes between
+    const int before = *address;
+    *address += value;
+    return before;
+}
 static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 static inline float __int_as_float(int bits) {
     float value;
