@@ -157,7 +157,7 @@ def gemm(w: DeviceMatrix, operands: Operands, *, tensor_cores: bool = True) -> L
     """Tiles of items; a routing's order, offsets and tiles must be there (group)."""
     args = (operands.struct(w),)
     if w.type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-        grid = (operands.n_tiles, ceil_div(w.n_rows, 64), 1)
+        grid = (operands.n_tiles, ceil_div(w.n_rows, 32), 2)
         return Launch(linear_module("plain.cu", w.type), "plain_gemm", grid, 256, args)
     module = linear_module("gemm.cu", w.type, tensor_cores=tensor_cores)
     return Launch(module, "gemm", (operands.n_tiles, ceil_div(w.n_rows, 128), 1), 256, args)
