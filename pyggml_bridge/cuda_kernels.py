@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 QUERY_ROWS = 16  # of a block of attention.cu and latent.cu
+DECODE_HEADS, DECODE_KEYS = 8, 32  # of a block and of a tile of decode.cu
 WIDE_LATENT = 576  # of wider keys latent.cu takes half as many rows: CQ_WIDE
 MAX_HEAD_DIM = 600  # of attention.cu, whose queries and keys fill 48 KB of shared memory at 607
 Q8_0_BLOCK = 32
@@ -166,15 +167,30 @@ class AttentionShape:
         wide = self.latent and self.head_dim > WIDE_LATENT
         return ceil_div(n_tokens * (self.n_heads // self.n_kv_heads), QUERY_ROWS // 2 if wide else QUERY_ROWS)
 
-    def splits(self, n_tokens: int, n_blocks: int) -> int:
-        """Parts of the keys that bring a single token's blocks to n_blocks, of at least 128 keys; more tokens: one."""
+    @property
+    def decode_heads(self) -> int:
+        """Heads of a block of decode.cu: those that share a key-value head, in equal parts of up to eight."""
+        heads = self.n_heads // self.n_kv_heads
+        return ceil_div(heads, ceil_div(heads, DECODE_HEADS))
+
+    def splits(self, n_tokens: int, n_processors: int) -> int:
+        """Parts of the keys that give each processor two blocks of a single token, of at least 128 keys; without
+        latents four blocks and 32 keys. More tokens: one."""
         if n_tokens > 1:
             return 1
-        return max(1, min(n_blocks // (self.n_kv_heads * self.tiles(n_tokens)), self.n_ctx // 128))
+        if self.latent:
+            return max(1, min(2 * n_processors // (self.n_kv_heads * self.tiles(n_tokens)), self.n_ctx // 128))
+        blocks = self.n_kv_heads * ceil_div(self.n_heads // self.n_kv_heads, self.decode_heads)
+        return max(1, min(4 * n_processors // blocks, ceil_div(self.n_ctx, DECODE_KEYS)))
 
     def partial_floats(self, n_tokens: int, splits: int) -> int:
         """float32 elements of what the splits leave for the merge."""
         return splits * n_tokens * self.n_heads * (self.value_dim + 2) if splits > 1 else 1
+
+
+def decode_module(head_dim: int, heads: int) -> Module:
+    """decode.cu for so many heads a block."""
+    return Module("decode.cu", (("CQ_HEAD_DIM", head_dim), ("CQ_HEADS", heads)))
 
 
 def append(new: int, cache: int, position: int, heads: tuple[int, int], n_ctx: int, n_tokens: int) -> Launch:
@@ -194,9 +210,13 @@ def attention(
         struct[name] = getattr(shape, name)
     struct["n_tokens"] = n_tokens
     kernel, threads = ("latent_attention", 256) if shape.latent else ("attention", 128)
-    grid = (shape.tiles(n_tokens), shape.n_kv_heads, splits)
-    launches = [Launch(shape.module, kernel, grid, threads, (struct,))]
+    launches = [Launch(shape.module, kernel, (shape.tiles(n_tokens), shape.n_kv_heads, splits), threads, (struct,))]
+    if n_tokens == 1 and not shape.latent:
+        heads = shape.decode_heads
+        grid = (ceil_div(shape.n_heads // shape.n_kv_heads, heads), shape.n_kv_heads, splits)
+        launches = [Launch(decode_module(shape.head_dim, heads), "attention_decode", grid, 128, (struct,))]
     if splits > 1:
         args = (np.uint64(addresses[4]), np.uint64(addresses[3]), np.int32(splits), np.int32(shape.value_dim))
-        launches.append(rows_launch("attention_merge", (n_tokens * shape.n_heads, 1), *args))
+        rows = n_tokens * shape.n_heads
+        launches.append(Launch(ROWS, "attention_merge", (rows, 1, 1), ROW_THREADS, args, shared_bytes=4 * splits))
     return launches

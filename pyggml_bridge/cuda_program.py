@@ -233,7 +233,7 @@ class CUDAProgram:
         caches = [self.memory.new(2 * n_kv_heads * n_ctx * dim) for _, dim in new]
         sizes = (op.q.width // op.head_dim, n_kv_heads, op.head_dim, n_ctx, op.window, op.scale, op.value_dim)
         shape = ck.AttentionShape(*sizes, latent=op.v is None)
-        splits = shape.splits(1, 2 * self._device.n_processors)
+        splits = shape.splits(1, self._device.n_processors)
         partial_bytes = 4 * shape.partial_floats(1, splits)
         if partial_bytes not in self._partial:  # layers run one after the other
             self._partial[partial_bytes] = self.memory.new(partial_bytes)

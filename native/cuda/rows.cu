@@ -299,17 +299,39 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
 }
 
 /* Joins the splits of partial [splits][rows][dim + 2] (attention.cuh): with M the largest m, out = sum exp(m - M) sums
- * / sum exp(m - M) l. Grid: rows, tokens * n_heads. */
+ * / sum exp(m - M) l. Splits without keys (l is 0) are the last ones; their sums are not read. Where rows are narrow,
+ * 256 / dim threads share a column. Shared memory: 4 * splits bytes. Grid: rows, tokens * n_heads. */
 extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
     attention_merge(const float *partial, float *out, int splits, int dim) {
+    CQ_DYNAMIC_SHARED(float, weights);
+    CQ_SHARED(float, sums, CQ_ROW_THREADS);
+    CQ_SHARED(float, of_warps, 3 * 8);
     const float *row = partial + (long long)blockIdx.x * (dim + 2);
     const long long stride = (long long)gridDim.x * (dim + 2);
-    float largest = CQ_HIDDEN, total = 0;
-    for (int s = 0; s < splits; s++) largest = fmaxf(largest, row[s * stride + dim]);
-    for (int s = 0; s < splits; s++) total += expf(row[s * stride + dim] - largest) * row[s * stride + dim + 1];
-    for (int i = threadIdx.x; i < dim; i += CQ_ROW_THREADS) {
-        float sum = 0;
-        for (int s = 0; s < splits; s++) sum += expf(row[s * stride + dim] - largest) * row[s * stride + i];
-        out[(long long)blockIdx.x * dim + i] = sum / total;
+    float largest = CQ_HIDDEN, total = 0, used = 0;
+    for (int s = threadIdx.x; s < splits; s += CQ_ROW_THREADS) {
+        largest = fmaxf(largest, row[s * stride + dim]);
+        if (row[s * stride + dim + 1] != 0) used = (float)(s + 1);
     }
+    largest = block_max(largest, of_warps);
+    for (int s = threadIdx.x; s < splits; s += CQ_ROW_THREADS) {
+        weights[s] = expf(row[s * stride + dim] - largest);
+        total += weights[s] * row[s * stride + dim + 1];
+    }
+    const int n = (int)block_max(used, of_warps + 8);
+    total = block_sum(total, of_warps + 16); /* and all weights are there */
+    const int parts = 2 * dim <= CQ_ROW_THREADS ? CQ_ROW_THREADS / dim : 1, part = parts > 1 ? threadIdx.x / dim : 0;
+    for (int i = parts > 1 ? threadIdx.x % dim : threadIdx.x; i < dim; i += CQ_ROW_THREADS) {
+        float sum = 0;
+#pragma unroll 8
+        for (int s = part; s < n; s += parts) sum += weights[s] * row[s * stride + i];
+        if (parts > 1) sums[threadIdx.x] = sum;
+        if (parts == 1) out[(long long)blockIdx.x * dim + i] = sum / total;
+    }
+    if (parts == 1) return; /* the whole block */
+    __syncthreads();
+    if ((int)threadIdx.x >= dim) return;
+    float sum = 0;
+    for (int i = 0; i < parts; i++) sum += sums[i * dim + threadIdx.x];
+    out[(long long)blockIdx.x * dim + threadIdx.x] = sum / total;
 }
