@@ -99,6 +99,26 @@ def rope(
     return rows_launch("rope", (n_tokens, 1), np.uint64(x), np.uint64(cos_sin), np.uint64(position), *sizes)
 
 
+HEADS = np.dtype(
+    [
+        (name, "u8")
+        for name in ("q", "k", "v", "q_weight", "k_weight", "cos_sin", "position", "q_out", "k_cache", "v_cache")
+    ]
+    + [(name, "i4") for name in ("n_heads", "n_kv_heads", "head_dim", "n_rot", "interleaved", "n_ctx")]
+    + [("q_eps", "f4"), ("k_eps", "f4")],
+    align=True,
+)
+
+
+def prepare_heads(n_tokens: int, **fields: float) -> Launch:
+    """Norms and rope of queries and keys, and both caches' new rows; fields: those of cq_heads in rows.cu."""
+    struct = np.zeros(1, HEADS)
+    for name, value in fields.items():
+        struct[name] = value
+    n_heads = fields["n_heads"] + 2 * fields["n_kv_heads"]
+    return rows_launch("prepare_heads", (n_tokens, ceil_div(int(n_heads), 8)), struct)
+
+
 def swiglu(gate: int, up: int, n: int, hadamard: int, n_rows: int) -> Launch:
     """gate [n_rows, n] in place."""
     grid = (ceil_div(n, max(PART, hadamard)), n_rows)

@@ -28,6 +28,9 @@ LINEAR = np.dtype(
     align=True,
 )
 
+MOST_LAYERS = 3  # of one launch
+LINEARS = np.dtype([("of", LINEAR, MOST_LAYERS)], align=True)
+
 CHOICE = np.dtype(
     [(name, "u8") for name in ("logits", "ids", "weights")]
     + [(n, "i4") for n in ("n_tokens", "n_experts", "top_k", "scoring", "normalize", "n_groups", "top_groups")]
@@ -130,21 +133,35 @@ def is_clustered(kind: int) -> bool:
 # ---- linear layers ----
 
 
-def linear(w: DeviceMatrix, operands: Operands, *, tensor_cores: bool = True) -> Launch:
-    """The launch that suits the number of tokens."""
+Layer = tuple[DeviceMatrix, Operands]
+
+
+def linear(w: DeviceMatrix, operands: Operands, *others: Layer, tensor_cores: bool = True) -> Launch:
+    """The launch that suits the number of tokens. others: as those of gemv and gemm."""
     few = operands.n_tokens <= GEMV_MAX_TOKENS
-    return gemv(w, operands) if few else gemm(w, operands, tensor_cores=tensor_cores)
+    return gemv(w, operands, *others) if few else gemm(w, operands, *others, tensor_cores=tensor_cores)
 
 
-def gemv(w: DeviceMatrix, operands: Operands) -> Launch:
-    """Each item on its own. No sorting of slots by expert is needed."""
-    args: tuple[Any, ...] = (operands.struct(w),)
+def gemv(w: DeviceMatrix, operands: Operands, *others: Layer) -> Launch:
+    """Each item on its own. No sorting of slots by expert is needed.
+
+    others: layers of the same launch, of quantized x, type, n_cols and routing like the first.
+    """
     if not is_clustered(w.type):
         grid = (ceil_div(w.n_rows, 4), operands.n_items, 1)
-        return Launch(linear_module("plain.cu", w.type), "plain_gemv", grid, 128, args)
+        return Launch(linear_module("plain.cu", w.type), "plain_gemv", grid, 128, (operands.struct(w),))
     lanes = gemv_lanes(w.n_cols)
-    grid = (ceil_div(w.n_rows, 8 * (128 // lanes)), operands.n_items, 1)
-    return Launch(linear_module("gemv.cu", w.type), "gemv", grid, 128, (*args, np.int32(lanes)))
+    layers, most_rows = _layers(w, operands, *others)
+    grid = (ceil_div(most_rows, 8 * (128 // lanes)), operands.n_items, 1 + len(others))
+    return Launch(linear_module("gemv.cu", w.type), "gemv", grid, 128, (layers, np.int32(lanes)))
+
+
+def _layers(w: DeviceMatrix, operands: Operands, *others: Layer) -> tuple[NDArray[Any], int]:
+    """cq_linears of common.cuh, an array of one, and the most rows of a matrix."""
+    out, layers = np.zeros(1, LINEARS), [(w, operands), *others]
+    for i, (matrix, of) in enumerate(layers):
+        out["of"][0, i] = of.struct(matrix)[0]
+    return out, max(matrix.n_rows for matrix, _ in layers)
 
 
 def gemv_lanes(n_cols: int) -> int:
@@ -153,14 +170,14 @@ def gemv_lanes(n_cols: int) -> int:
     return min((32, 16, 8), key=lambda lanes: ceil_div(halves, lanes) * lanes)
 
 
-def gemm(w: DeviceMatrix, operands: Operands, *, tensor_cores: bool = True) -> Launch:
-    """Tiles of items; a routing's order, offsets and tiles must be there (group)."""
-    args = (operands.struct(w),)
+def gemm(w: DeviceMatrix, operands: Operands, *others: Layer, tensor_cores: bool = True) -> Launch:
+    """Tiles of items; a routing's order, offsets and tiles must be there (group). others: as gemv's."""
     if w.type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
         grid = (operands.n_tiles, ceil_div(w.n_rows, 32), 2)
-        return Launch(linear_module("plain.cu", w.type), "plain_gemm", grid, 256, args)
+        return Launch(linear_module("plain.cu", w.type), "plain_gemm", grid, 256, (operands.struct(w),))
     module = linear_module("gemm.cu", w.type, tensor_cores=tensor_cores)
-    return Launch(module, "gemm", (operands.n_tiles, ceil_div(w.n_rows, 128), 1), 256, args)
+    layers, most_rows = _layers(w, operands, *others)
+    return Launch(module, "gemm", (operands.n_tiles, ceil_div(most_rows, 128), 1 + len(others)), 256, (layers,))
 
 
 def linear_module(source: str, kind: int, *, tensor_cores: bool = True) -> Module:

@@ -11,7 +11,7 @@
  *
  * The sum uses offset weights u8 <= 255 and subtracts g * sum(q): |sum| <= 255 * 127 * 65536 < 2^31.
  *
- * Grid: (n_rows / (CQ_GEMV_ROWS * 128 / lanes), items), 128 threads. */
+ * Grid: (n_rows / (CQ_GEMV_ROWS * 128 / lanes), items, matrices), 128 threads. */
 #include "codebook.cuh"
 
 enum { CQ_GEMV_THREADS = 128, CQ_GEMV_ROWS = 8, CQ_GEMV_AHEAD = CQ_TYPE == CQ_CQ5 ? 4 : 8 };
@@ -67,7 +67,8 @@ CQ_DEVICE void add_half(const cq_reader &r, int first_row, int block, int half, 
 
 /* lanes: 8, 16 or 32, so that lane i of a group stores row i. Three blocks at once on a multiprocessor: 168 registers.
  */
-extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS, 3) gemv(const cq_linear op, int lanes) {
+extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS, 3) gemv(const cq_linears ops, int lanes) {
+    const cq_linear &op = ops.of[blockIdx.z];
     const int group = (blockIdx.x * CQ_GEMV_THREADS + threadIdx.x) / lanes, lane = threadIdx.x % lanes;
     const int first_row = group * CQ_GEMV_ROWS, item = blockIdx.y, expert = matrix_of(op, item);
     if (expert < 0) return;

@@ -180,6 +180,50 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
     }
 }
 
+/* 1 / sqrt(mean(x^2) + eps) of a row [n], by a warp, in the order of `rms_norm` up to 128 columns. */
+CQ_DEVICE float norm_scale(const float *x, int n, float eps) {
+    float squares = 0;
+    for (int i = 4 * (threadIdx.x % 32); i < n; i += 128) {
+        float four[4];
+        load_four(x, i, n, four);
+        for (int j = 0; j < 4; j++) squares += four[j] * four[j];
+    }
+    return 1.0f / sqrtf(sum_lanes(squares, 32) / (float)n + eps);
+}
+
+/* Norm and rope (as `rope`) of queries, to q_out, which may be q, and of keys, to the cache; values to the cache. A
+ * warp a head. Grid: (tokens, (n_heads + 2 n_kv_heads) / 8). */
+extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS) prepare_heads(const cq_heads op) {
+    const int lane = threadIdx.x % 32, head = blockIdx.y * 8 + threadIdx.x / 32, n = op.head_dim, half = op.n_rot / 2;
+    const int key = head - op.n_heads, value = key - op.n_kv_heads, kv_head = value < 0 ? key : value;
+    if (value >= op.n_kv_heads) return; /* a whole warp */
+    const long long token = blockIdx.x, position = *op.position + token;
+    const long long of_kv = (token * op.n_kv_heads + kv_head) * n,
+                    cached = (kv_head * (long long)op.n_ctx + position) * n;
+    if (value >= 0) {
+        for (int i = lane; i < n; i += 32) op.v_cache[cached + i] = to_half(op.v[of_kv + i]);
+        return;
+    }
+    const long long of_q = (token * op.n_heads + head) * n;
+    const float *x = key < 0 ? op.q + of_q : op.k + of_kv, *weight = key < 0 ? op.q_weight : op.k_weight;
+    const float scale = weight ? norm_scale(x, n, key < 0 ? op.q_eps : op.k_eps) : 1.0f;
+    const float *cos_sin = op.cos_sin + position * op.n_rot;
+    const auto normed = [&](int i) { return weight ? x[i] * scale * weight[i] : x[i]; };
+    const auto store = [&](int i, float result) {
+        if (key < 0)
+            op.q_out[of_q + i] = result;
+        else
+            op.k_cache[cached + i] = to_half(result);
+    };
+    for (int pair = lane; pair < half; pair += 32) {
+        const int first = op.interleaved ? 2 * pair : pair, second = first + (op.interleaved ? 1 : half);
+        const float c = cos_sin[2 * pair], s = cos_sin[2 * pair + 1], a = normed(first), b = normed(second);
+        store(first, a * c - b * s);
+        store(second, b * c + a * s);
+    }
+    for (int i = op.n_rot + lane; i < n; i += 32) store(i, normed(i));
+}
+
 /* The fast Hadamard transform, unscaled, of every `size` columns (a power of two up to 1024) of a part: in a thread's
  * registers, between lanes, then through `shared` [CQ_PART]. Of two columns `half` apart the first becomes their sum,
  * the second their difference, from the nearest pairs on. All threads call it. */

@@ -10,8 +10,8 @@ import pytest
 
 from pyggml_bridge.cli import run as cli_run
 from pyggml_bridge.cuda import require_device
-from pyggml_bridge.cuda_kernels import ATTENTION
-from pyggml_bridge.cuda_linear import CHOICE, LINEAR
+from pyggml_bridge.cuda_kernels import ATTENTION, HEADS
+from pyggml_bridge.cuda_linear import CHOICE, LINEAR, LINEARS
 from pyggml_bridge.cuda_program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
@@ -156,7 +156,8 @@ def test_memory_is_counted_before_anything_is_uploaded(tmp_path: Path, device: S
 
 
 def test_structs_are_the_compilers() -> None:
-    assert struct_sizes() == (LINEAR["w"].itemsize, LINEAR.itemsize, ATTENTION.itemsize, CHOICE.itemsize)
+    types = (LINEAR["w"], LINEAR, LINEARS, ATTENTION, CHOICE, HEADS)
+    assert struct_sizes() == tuple(t.itemsize for t in types)
 
 
 @pytest.mark.parametrize(

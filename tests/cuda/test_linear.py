@@ -126,6 +126,33 @@ def test_scales_bias_and_accumulation(tokens: int, accumulate: bool) -> None:
     assert (np.abs(out - (exact + old + bias)) <= bound).all()
 
 
+@pytest.mark.parametrize("cq", [CQType.CQ4, CQType.CQ3T])
+@pytest.mark.parametrize("tokens", [1, 4, 67])
+@pytest.mark.parametrize("heights", [(300, 33, 7), (5, 140)])
+def test_layers_of_one_launch(heights: tuple[int, ...], tokens: int, cq: CQType) -> None:
+    """Matrices of different heights, groupings and biases that read the same rows."""
+    rng, memory = np.random.default_rng(tokens), Memory()
+    x, scales = activations(rng, tokens, 192), rng.uniform(1e-3, 2, tokens).astype(np.float32)
+    ws = [random_clustered(rng, cq, rows, 192, 64 * (i % 2) or None, 64 * (i % 2)) for i, rows in enumerate(heights)]
+    at, at_scales = memory.at(x), memory.at(scales)
+    alone, together = ([memory.full((tokens, rows), np.nan, np.float32) for rows in heights] for _ in range(2))
+    biases = [memory.at(rng.normal(size=rows).astype(np.float32)) for rows in heights[:-1]] + [0]
+
+    def layers(outs: list[np.ndarray]) -> list[cl.Layer]:
+        return [
+            (memory.matrix(w), cl.Operands(tokens, out.ctypes.data, q=at, scales=at_scales, bias=bias))
+            for w, out, bias in zip(ws, outs, biases, strict=True)
+        ]
+
+    for w, operands in layers(alone):
+        run(cl.linear(w, operands))
+    (w, operands), *others = layers(together)
+    run(cl.linear(w, operands, *others), seed=1)
+    for got, want in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(got, want)
+        assert np.isfinite(want).all()
+
+
 def experts_case(rng: np.random.Generator, n_tokens: int, gather: bool) -> tuple[Clustered, np.ndarray, np.ndarray]:
     """Five experts, of which one gets no token, and one most of them."""
     ids = np.where(rng.random((n_tokens, 2)) < 0.8, [[3, 0]], [[1, 4]])

@@ -165,6 +165,42 @@ def test_swiglu_with_its_quantized_form(n: int, block: int, bits: int) -> None:
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "dim", "n_rot"), [(7, 2, 64, 64), (2, 2, 33, 20), (4, 1, 128, 64)])
+def test_heads_on_their_way_to_attention(
+    n_heads: int, n_kv_heads: int, dim: int, n_rot: int, interleaved: bool, normed: bool
+) -> None:
+    """The same bits as norm, rope and append, one after the other; what lies beside the new rows stays."""
+    rng, memory, position, n_tokens, n_ctx, eps = np.random.default_rng(dim), Memory(), 3, 5, 9, 1e-5
+    angles = rng.uniform(-3, 3, (n_ctx, n_rot // 2))
+    cos_sin = memory.at(np.stack([np.cos(angles), np.sin(angles)], -1).astype(np.float32))
+    at = memory.at(np.array([position], np.int32))
+    q, k, v = (floats(rng, n_tokens, n, dim) for n in (n_heads, n_kv_heads, n_kv_heads))
+    weights = [memory.at(floats(rng, dim)) if normed else 0 for _ in "qk"]
+    want, before = [], floats(rng, n_kv_heads, n_ctx, dim).astype(np.float16)
+    for x, weight in zip((q, k), weights, strict=True):
+        out = memory.put(x)
+        if normed:
+            run(ck.rms_norm(memory.at(x), weight, out.ctypes.data, dim, eps, n_tokens * x.shape[1]))
+        run(ck.rope(out.ctypes.data, cos_sin, at, (x.shape[1], dim), n_rot, n_tokens, interleaved=interleaved))
+        want.append(out)
+    caches, wanted = ([memory.put(before) for _ in "kv"] for _ in range(2))
+    for x, cache in zip((want[1], v), wanted, strict=True):
+        run(ck.append(memory.at(x), cache.ctypes.data, at, (n_kv_heads, dim), n_ctx, n_tokens))
+    for in_place in (True, False):
+        x = memory.put(q)
+        out = x if in_place else memory.full(q.shape, np.nan, np.float32)
+        fields = {"q": x.ctypes.data, "k": memory.at(k), "v": memory.at(v), "q_out": out.ctypes.data}
+        fields |= {"q_weight": weights[0], "k_weight": weights[1], "cos_sin": cos_sin, "position": at}
+        fields |= {f"{name}_cache": cache.ctypes.data for name, cache in zip("kv", caches, strict=True)}
+        fields |= {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": dim, "n_rot": n_rot, "n_ctx": n_ctx}
+        run(ck.prepare_heads(n_tokens, **fields, interleaved=interleaved, q_eps=eps, k_eps=eps), seed=in_place)
+        np.testing.assert_array_equal(out, want[0])
+        for got, cache in zip(caches, wanted, strict=True):
+            np.testing.assert_array_equal(got, cache)
+
+
 def test_combine_and_select() -> None:
     rng, memory = np.random.default_rng(4), Memory()
     y, weights, before = floats(rng, 10, 300), rng.uniform(0, 1, (5, 2)).astype(np.float32), floats(rng, 5, 300)
