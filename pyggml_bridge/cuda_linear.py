@@ -136,22 +136,26 @@ def is_clustered(kind: int) -> bool:
 Layer = tuple[DeviceMatrix, Operands]
 
 
-def linear(w: DeviceMatrix, operands: Operands, *others: Layer, tensor_cores: bool = True) -> Launch:
+def linear(
+    w: DeviceMatrix, operands: Operands, *others: Layer, tensor_cores: bool = True, n_processors: int = 1
+) -> Launch:
     """The launch that suits the number of tokens. others: as those of gemv and gemm."""
-    few = operands.n_tokens <= GEMV_MAX_TOKENS
-    return gemv(w, operands, *others) if few else gemm(w, operands, *others, tensor_cores=tensor_cores)
+    if operands.n_tokens <= GEMV_MAX_TOKENS:
+        return gemv(w, operands, *others, n_processors=n_processors)
+    return gemm(w, operands, *others, tensor_cores=tensor_cores)
 
 
-def gemv(w: DeviceMatrix, operands: Operands, *others: Layer) -> Launch:
-    """Each item on its own. No sorting of slots by expert is needed.
+def gemv(w: DeviceMatrix, operands: Operands, *others: Layer, n_processors: int = 1) -> Launch:
+    """Each item on its own. No sorting of slots by expert is needed. n_processors: that share the work.
 
     others: layers of the same launch, of quantized x, type, n_cols and routing like the first.
     """
     if not is_clustered(w.type):
         grid = (ceil_div(w.n_rows, 4), operands.n_items, 1)
         return Launch(linear_module("plain.cu", w.type), "plain_gemv", grid, 128, (operands.struct(w),))
-    lanes = gemv_lanes(w.n_cols)
     layers, most_rows = _layers(w, operands, *others)
+    n_rows = w.n_rows + sum(matrix.n_rows for matrix, _ in others)
+    lanes = gemv_lanes(w.n_cols, ceil_div(n_rows, 8) * operands.n_items, n_processors)
     grid = (ceil_div(most_rows, 8 * (128 // lanes)), operands.n_items, 1 + len(others))
     return Launch(linear_module("gemv.cu", w.type), "gemv", grid, 128, (layers, np.int32(lanes)))
 
@@ -164,10 +168,19 @@ def _layers(w: DeviceMatrix, operands: Operands, *others: Layer) -> tuple[NDArra
     return out, max(matrix.n_rows for matrix, _ in layers)
 
 
-def gemv_lanes(n_cols: int) -> int:
-    """Lanes that share a ring of rows: as many as possible with the fewest idle in the last round of half blocks."""
+def gemv_lanes(n_cols: int, n_groups: int, n_processors: int) -> int:
+    """Lanes that share eight rows, of which there are n_groups in all: those with which the GEMV should end first.
+
+    A warp waits for most of a turn of the loop (half a block of columns a lane) on its own instructions: turns of up to
+    2.5 warps on one of a processor's four schedulers take as long as one.
+    """
     halves = n_cols // 32
-    return min((32, 16, 8), key=lambda lanes: ceil_div(halves, lanes) * lanes)
+
+    def turns(lanes: int) -> float:
+        warps = n_groups * lanes / 32 / (4 * n_processors)
+        return ceil_div(halves, lanes) * max(2.5, warps)
+
+    return min((32, 16, 8, 64, 128), key=turns)
 
 
 def gemm(w: DeviceMatrix, operands: Operands, *others: Layer, tensor_cores: bool = True) -> Launch:

@@ -216,7 +216,8 @@ class CUDAProgram:
 
         def build(n: int, _: int) -> list[ck.Launch]:
             (w, operands), *others = (layer(n) for layer in layers)
-            return [cl.linear(w, operands, *others, tensor_cores=self._device.tensor_cores)]
+            device = self._device
+            return [cl.linear(w, operands, *others, tensor_cores=device.tensor_cores, n_processors=device.n_processors)]
 
         return build
 
