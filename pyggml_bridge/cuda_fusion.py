@@ -16,7 +16,7 @@ def fused(steps: Iterable[Step]) -> list[Steps]:
     """The steps in groups, in an order that computes the same."""
     todo, groups = quantized_early(list(steps)), []
     while todo:
-        n = max(1, _heads(todo), _linears(todo), _quantized(todo))
+        n = max(1, _heads(todo), _linears(todo), _combined(todo), _quantized(todo))
         groups.append(todo[:n])
         todo = todo[n:]
     return groups
@@ -55,6 +55,16 @@ def _quantized(steps: Steps) -> int:
     if isinstance(op, p.SwiGLU):
         return 2 * (then.x is op.gate and fits_swiglu_quantize(op.gate.width, op.hadamard))
     return 0
+
+
+def _combined(steps: Steps) -> int:
+    """How many of the first steps are a sum of experts and its norm, quantized or not."""
+    if len(steps) < 2:
+        return 0
+    op, norm = steps[0].op, steps[1].op
+    if not isinstance(op, p.Combine) or not isinstance(norm, p.RmsNorm):
+        return 0
+    return (1 + max(1, _quantized(steps[1:]))) * (norm.x is op.out and len(norm.weight) == op.out.width)
 
 
 def _linears(steps: Steps) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 QUERY_ROWS = 16  # of a block of attention.cu and latent.cu
 DECODE_HEADS, DECODE_KEYS = 8, 32  # of a block and of a tile of decode.cu
@@ -69,13 +70,27 @@ class Quantized:
         return np.float32((1 << self.bits - 1) - 1)
 
 
-def rms_norm(
-    x: int, weight: int, out: int, n: int, eps: float, n_rows: int, bias: int = 0, quantized: Quantized | None = None
-) -> Launch:
-    """Norm of rows [n_rows, n]; bias 0: none; quantized: where its int8 form goes as well."""
-    to = quantized or Quantized(0, 0, 8)
-    addresses = map(np.uint64, (x, weight, bias, out, to.q, to.scales))
-    return rows_launch("rms_norm", (n_rows, 1), *addresses, np.int32(n), np.float32(eps), to.top)
+NORM = np.dtype(
+    [(name, "u8") for name in ("weight", "bias", "out", "q", "scales")] + [("n", "i4"), ("eps", "f4"), ("top", "f4")],
+    align=True,
+)
+
+
+def norm(
+    weight: int, out: int, n: int, eps: float, bias: int = 0, quantized: Quantized | None = None
+) -> NDArray[np.void]:
+    """cq_norm of rows.cu, an array of one: of rows [n]; bias 0: none; quantized: where the int8 form goes as well."""
+    struct = np.zeros(1, NORM)
+    for name, value in (("weight", weight), ("bias", bias), ("out", out), ("n", n), ("eps", eps)):
+        struct[name] = value
+    if quantized:
+        struct["q"], struct["scales"], struct["top"] = quantized.q, quantized.scales, quantized.top
+    return struct
+
+
+def rms_norm(x: int, to: NDArray[np.void], n_rows: int) -> Launch:
+    """Norm of n_rows rows."""
+    return rows_launch("rms_norm", (n_rows, 1), np.uint64(x), to)
 
 
 def quantize(x: int, to: Quantized, n: int, n_rows: int) -> Launch:

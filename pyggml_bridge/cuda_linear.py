@@ -245,6 +245,12 @@ def combine(y: int, routing: DeviceRouting, out: int, n: int, n_tokens: int) -> 
     return rows_launch("combine", (ceil_div(n, ROW_THREADS), n_tokens), *args)
 
 
+def combine_norm(y: int, routing: DeviceRouting, x: int, to: NDArray[np.void], n_tokens: int) -> Launch:
+    """The same, and the norm of the sum."""
+    args = (np.uint64(y), np.uint64(routing.weights), np.uint64(x), np.int32(routing.top_k), to)
+    return rows_launch("combine_norm", (n_tokens, 1), *args)
+
+
 def embed(table: DeviceMatrix, tokens: int, out: int, n_tokens: int) -> Launch:
     """out [n_tokens, n_cols] = rows of an F32, F16 or Q8_0 table."""
     return rows_launch("embed", (n_tokens, 1), table.struct, np.uint64(tokens), np.uint64(out))

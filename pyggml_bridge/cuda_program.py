@@ -139,10 +139,8 @@ class CUDAProgram:
                 return self._linears(group)
             case _, p.Attention():
                 return self._attention(ops)
-            case p.RmsNorm(), Quantize():
-                return self._norm(ops[0], ops[-1])
-            case p.RmsNorm(), _:
-                return self._norm(ops[0])
+            case (p.RmsNorm(), _) | (_, p.RmsNorm()) | (p.Combine(), Quantize()):
+                return self._norm(ops)
             case p.SwiGLU(), Quantize():
                 return self._swiglu_quantize(ops[0], ops[-1])
             case Quantize(), _:
@@ -183,15 +181,22 @@ class CUDAProgram:
                 return lambda n, _: [ck.copy_columns(x.address + start, out.address + to, part_widths, op.n, n * each)]
         raise AssertionError(f"no kernel for {type(op).__name__}")
 
-    def _norm(self, op: p.RmsNorm, then: Quantize | None = None) -> Build:
+    def _norm(self, ops: Sequence[p.Op | Quantize]) -> Build:
+        """A norm; before it the sum of experts and after it the quantizer, if they go with it."""
+        [op] = [op for op in ops if isinstance(op, p.RmsNorm)]
         x, out, width = self.buffer_of(op.x), self.buffer_of(op.out), len(op.weight)
         weight, bias = self.memory.host(op.weight), self.memory.host(op.bias)
-        parts = op.x.width // width * op.x.top_k
-        to = self._quantized(then) if then else lambda: None
+        parts, then, before = op.x.width // width * op.x.top_k, ops[-1], ops[0]
+        q, scales = self._activation(then) if isinstance(then, Quantize) else (None, None)
+        y = self.buffer_of(before.y) if isinstance(before, p.Combine) else None
 
         def build(n: int, _: int) -> list[ck.Launch]:
-            addresses, of_bias = (x.address, address(weight), out.address), address(bias)
-            return [ck.rms_norm(*addresses, width, op.eps, n * parts, bias=of_bias, quantized=to())]
+            quantized = ck.Quantized(q.address, scales.address, self._bits) if q and scales else None
+            to = ck.norm(address(weight), out.address, width, op.eps, address(bias), quantized)
+            if not isinstance(before, p.Combine):
+                return [ck.rms_norm(x.address, to, n * parts)]
+            routing = device_routing(before.routing, self._routing(before.routing))
+            return [cl.combine_norm(address(y), routing, x.address, to, n)]
 
         return build
 

@@ -57,18 +57,24 @@ CQ_DEVICE cq_row load_row(const float *x, int n) {
     return row;
 }
 
-/* use(four, i) for this thread's columns i .. i + 3. What it changes in `four` must go to row.x as well. */
-template <class Use> CQ_DEVICE void each_four(cq_row &row, Use use) {
+/* use(four, others, i) for this thread's columns i .. i + 3 of two rows. What it changes in `four` must go to row.x as
+ * well. */
+template <class Use> CQ_DEVICE void each_four(cq_row &row, const cq_row &other, Use use) {
 #pragma unroll
     for (int part = 0; part < CQ_KEPT; part++) {
         const int i = part * CQ_PART + 4 * threadIdx.x;
-        if (i < row.n) use(row.kept[part], i);
+        if (i < row.n) use(row.kept[part], other.kept[part], i);
     }
     for (int i = CQ_KEPT * CQ_PART + 4 * threadIdx.x; i < row.n; i += CQ_PART) {
-        float four[4];
-        load_four(row.x, i, row.n, four);
-        use(four, i);
+        float four[4], others[4];
+        load_four(row.x, i, row.n, four), load_four(other.x, i, row.n, others);
+        use(four, others, i);
     }
+}
+
+/* The same with one row. */
+template <class Use> CQ_DEVICE void each_four(cq_row &row, Use use) {
+    each_four(row, row, [&](float *four, const float *, int i) { use(four, i); });
 }
 
 /* The largest of four magnitudes. A NaN must win, and fmaxf would drop it: infinity stands in for it. */
@@ -112,22 +118,29 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
     }
 }
 
-/* out = x / sqrt(mean(x^2) + eps) * weight (+ bias), rows [n]; bias [n] or NULL. q not NULL: then also out quantized,
- * as `quantize` does it. A thread sums n / 256 squares, then the block in a tree. Grid: rows. */
-extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
-    rms_norm(const float *x, const float *weight, const float *bias, float *out, i8 *q, float *scales, int n, float eps,
-             float top) {
-    CQ_SHARED(float, partial, 16);
-    x += (long long)blockIdx.x * n, out += (long long)blockIdx.x * n;
-    cq_row row = load_row(x, n);
-    float squares = 0, largest = 0;
+/* What `rms_norm` writes, arrays of rows [n]: out = x / sqrt(mean(x^2) + eps) * weight (+ bias), bias [n] or NULL; q
+ * not NULL: then also out quantized, as `quantize` does it. */
+struct cq_norm {
+    const float *weight, *bias;
+    float *out;
+    i8 *q;
+    float *scales;
+    int n;
+    float eps, top;
+};
+
+/* The norm of row `number`. A thread sums n / 256 squares, then the block in a tree. partial: [16]. */
+CQ_DEVICE void norm_row(cq_row &row, const cq_norm &op, long long number, float *partial) {
+    const cq_row weight = load_row(op.weight, op.n); /* on its way while squares are summed */
+    const float *bias = op.bias;
+    const int n = op.n; /* copies: captured by reference, `op` itself would go to local memory */
+    float *out = op.out + number * n, squares = 0, largest = 0;
     each_four(row, [&](const float *four, int) {
         for (int j = 0; j < 4; j++) squares += four[j] * four[j];
     });
-    const float scale = 1.0f / sqrtf(block_sum(squares, partial) / (float)n + eps);
-    each_four(row, [&](float *four, int i) {
-        float weights[4], biases[4];
-        load_four(weight, i, n, weights);
+    const float scale = 1.0f / sqrtf(block_sum(squares, partial) / (float)n + op.eps);
+    each_four(row, weight, [&](float *four, const float *weights, int i) {
+        float biases[4];
         if (bias) load_four(bias, i, n, biases);
         for (int j = 0; j < 4; j++) {
             const float normed = four[j] * scale * weights[j];
@@ -136,9 +149,35 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
         store_four(out, i, n, four);
         largest = fmaxf(largest, magnitude_of(four));
     });
-    if (!q) return;
+    if (!op.q) return;
     row.x = out;
-    quantize_row(row, largest, q + (long long)blockIdx.x * n, scales + blockIdx.x, top, partial + 8);
+    quantize_row(row, largest, op.q + number * n, op.scales + number, op.top, partial + 8);
+}
+
+/* Grid: rows. */
+extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS) rms_norm(const float *x, const cq_norm op) {
+    CQ_SHARED(float, partial, 16);
+    cq_row row = load_row(x + (long long)blockIdx.x * op.n, op.n);
+    norm_row(row, op, blockIdx.x, partial);
+}
+
+/* x[t] += sum over rank of weights[t][rank] * y[slot], as `combine`; then x's norm. Grid: tokens. */
+extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
+    combine_norm(const float *y, const float *weights, float *x, int top_k, const cq_norm op) {
+    CQ_SHARED(float, partial, 16);
+    const int n = op.n;
+    x += (long long)blockIdx.x * n, y += (long long)blockIdx.x * top_k * n, weights += blockIdx.x * top_k;
+    cq_row row = load_row(x, n);
+    each_four(row, [&](float *four, int i) {
+#pragma unroll 4
+        for (int rank = 0; rank < top_k; rank++) {
+            float part[4];
+            load_four(y + (long long)rank * n, i, n, part);
+            for (int j = 0; j < 4; j++) four[j] += weights[rank] * part[j];
+        }
+        store_four(x, i, n, four);
+    });
+    norm_row(row, op, blockIdx.x, partial);
 }
 
 /* q [rows][n] and scales [rows] of x [rows][n]; top: 127 or 7. A NaN makes the scale infinite and q zero, so that
@@ -208,12 +247,14 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS) prepare_heads(const
     const float *x = key < 0 ? op.q + of_q : op.k + of_kv, *weight = key < 0 ? op.q_weight : op.k_weight;
     const float scale = weight ? norm_scale(x, n, key < 0 ? op.q_eps : op.k_eps) : 1.0f;
     const float *cos_sin = op.cos_sin + position * op.n_rot;
-    const auto normed = [&](int i) { return weight ? x[i] * scale * weight[i] : x[i]; };
-    const auto store = [&](int i, float result) {
-        if (key < 0)
-            op.q_out[of_q + i] = result;
+    float *query = key < 0 ? op.q_out + of_q : nullptr;
+    u16 *to_cache = op.k_cache + cached;
+    const auto normed = [=](int i) { return weight ? x[i] * scale * weight[i] : x[i]; };
+    const auto store = [=](int i, float result) {
+        if (query)
+            query[i] = result;
         else
-            op.k_cache[cached + i] = to_half(result);
+            to_cache[i] = to_half(result);
     };
     for (int pair = lane; pair < half; pair += 32) {
         const int first = op.interleaved ? 2 * pair : pair, second = first + (op.interleaved ? 1 : half);

@@ -44,7 +44,8 @@ def test_rms_norm(n: int, biased: bool) -> None:
     want = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + np.float64(np.float32(1e-5))) * weight
     for seed in SEEDS:
         out = memory.full((3, n), np.nan, np.float32)
-        run(ck.rms_norm(memory.at(x), memory.at(weight), out.ctypes.data, n, 1e-5, 3, bias=memory.at(bias)), seed)
+        to = ck.norm(memory.at(weight), out.ctypes.data, n, 1e-5, memory.at(bias))
+        run(ck.rms_norm(memory.at(x), to, 3), seed)
         added = np.zeros(n) if bias is None else bias
         # half of what n / 256 sums, a tree of 256, and the squares themselves round; root, quotient, two products; bias
         bound = EPS * (((n // 256 + 10) / 2 + 6) * np.abs(want) + np.abs(want + added))
@@ -140,12 +141,33 @@ def test_norm_with_its_quantized_form(n: int, bits: int) -> None:
     x[1, 5] = np.nan
     alone, out = (memory.full((3, n), np.nan, np.float32) for _ in range(2))
     q, scales = memory.full((3, n), 77, np.int8), memory.full(3, np.nan, np.float32)
-    arguments, sizes = (memory.at(x), memory.at(weight)), (n, 1e-5, 3, memory.at(bias))
-    run(ck.rms_norm(*arguments, alone.ctypes.data, *sizes))
-    run(ck.rms_norm(*arguments, out.ctypes.data, *sizes, ck.Quantized(q.ctypes.data, scales.ctypes.data, bits)), 1)
+    sizes, to = (n, 1e-5, memory.at(bias)), ck.Quantized(q.ctypes.data, scales.ctypes.data, bits)
+    run(ck.rms_norm(memory.at(x), ck.norm(memory.at(weight), alone.ctypes.data, *sizes), 3))
+    run(ck.rms_norm(memory.at(x), ck.norm(memory.at(weight), out.ctypes.data, *sizes, to), 3), 1)
     np.testing.assert_array_equal(out, alone)
     for got, want in zip((q, scales), quantized_after(memory, alone, bits), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize(("n", "top_k"), [(64, 1), (2048, 8), (5184, 3)])
+def test_norm_of_the_sum_of_experts(n: int, top_k: int, quantized: bool) -> None:
+    """The same bits as sum, norm, quantizer."""
+    rng, memory = np.random.default_rng(n), Memory()
+    y, weights, before = floats(rng, 3 * top_k, n), rng.uniform(0, 1, (3, top_k)).astype(np.float32), floats(rng, 3, n)
+    routing, weight = cl.DeviceRouting(4, top_k, 0, memory.at(weights), 0, 0, 0), memory.at(floats(rng, n))
+    summed, want = memory.put(before), memory.full((3, n), np.nan, np.float32)
+    run(cl.combine(memory.at(y), routing, summed.ctypes.data, n, 3))
+    run(ck.rms_norm(summed.ctypes.data, ck.norm(weight, want.ctypes.data, n, 1e-5), 3))
+    x, out = memory.put(before), memory.full((3, n), np.nan, np.float32)
+    q, scales = memory.full((3, n), 77, np.int8), memory.full(3, np.nan, np.float32)
+    to = ck.Quantized(q.ctypes.data, scales.ctypes.data, 8) if quantized else None
+    run(cl.combine_norm(memory.at(y), routing, x.ctypes.data, ck.norm(weight, out.ctypes.data, n, 1e-5, 0, to), 3), 1)
+    np.testing.assert_array_equal(x, summed)
+    np.testing.assert_array_equal(out, want)
+    if quantized:
+        for got, wanted in zip((q, scales), quantized_after(memory, want, 8), strict=True):
+            np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -182,7 +204,7 @@ def test_heads_on_their_way_to_attention(
     for x, weight in zip((q, k), weights, strict=True):
         out = memory.put(x)
         if normed:
-            run(ck.rms_norm(memory.at(x), weight, out.ctypes.data, dim, eps, n_tokens * x.shape[1]))
+            run(ck.rms_norm(memory.at(x), ck.norm(weight, out.ctypes.data, dim, eps), n_tokens * x.shape[1]))
         run(ck.rope(out.ctypes.data, cos_sin, at, (x.shape[1], dim), n_rot, n_tokens, interleaved=interleaved))
         want.append(out)
     caches, wanted = ([memory.put(before) for _ in "kv"] for _ in range(2))
