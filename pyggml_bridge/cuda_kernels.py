@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-QUERY_ROWS = 16  # of a block of attention.cu and latent.cu
+WIDE_HEAD = 256  # with wider heads a block of attention.cu takes half as many rows: CQ_ROWS_EACH
 DECODE_HEADS, DECODE_KEYS = 8, 32  # of a block and of a tile of decode.cu
 WIDE_LATENT = 576  # of wider keys latent.cu takes half as many rows: CQ_WIDE
-MAX_HEAD_DIM = 600  # of attention.cu, whose queries and keys fill 48 KB of shared memory at 607
+MAX_HEAD_DIM = 600  # of attention.cu, whose queries and keys fill 48 KB of shared memory at 602
 Q8_0_BLOCK = 32
 ROW_THREADS = 256
 PART = 4 * ROW_THREADS  # columns that a block takes at once where threads take four: CQ_PART
@@ -199,8 +199,9 @@ class AttentionShape:
 
     def tiles(self, n_tokens: int) -> int:
         """Blocks that the queries of one key-value head fill."""
-        wide = self.latent and self.head_dim > WIDE_LATENT
-        return ceil_div(n_tokens * (self.n_heads // self.n_kv_heads), QUERY_ROWS // 2 if wide else QUERY_ROWS)
+        most, widest = (16, WIDE_LATENT) if self.latent else (32, WIDE_HEAD)
+        rows = most if self.head_dim <= widest else most // 2
+        return ceil_div(n_tokens * (self.n_heads // self.n_kv_heads), rows)
 
     @property
     def decode_heads(self) -> int:

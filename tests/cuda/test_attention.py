@@ -50,7 +50,7 @@ def check(shape: ck.AttentionShape, position: int, n_tokens: int, splits: int) -
     np.testing.assert_array_equal(*results)
 
 
-@pytest.mark.parametrize("head_dim", [48, 81, 512])
+@pytest.mark.parametrize("head_dim", [48, 81, 160, 512])
 @pytest.mark.parametrize(("position", "n_tokens", "window", "splits"), WHERE)
 def test_attention(head_dim: int, position: int, n_tokens: int, window: int, splits: int) -> None:
     scale = float(np.float32(head_dim**-0.5))
