@@ -63,7 +63,7 @@ CQ_DEVICE float dot_row(const cq_linear &op, const u8 *row, int in, int lane) {
         for (int i = lane; i < op.w.n_cols; i += 32) sum += element(row, i) * x[i];
         return sum;
     }
-#pragma unroll 2
+#pragma unroll 4
     for (int i = 8 * lane; i < op.w.n_cols; i += 256) {
         float w[8];
         eight_elements(row, i, w);

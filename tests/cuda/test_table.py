@@ -31,7 +31,7 @@ def test_every_kernel_is_there_for_every_target() -> None:
             assert ("gemv", cq.name, "", sm) in rows and ("gemm", cq.name, "", sm) in rows
         for kernel in ("embed", "rms_norm", "quantize", "quantize_blocks", "rope", "swiglu", "combine", "select_rows"):
             assert (kernel, "", "", sm) in rows
-        for kernel in ("copy_columns", "append", "attention_merge"):
+        for kernel in ("copy_columns", "append", "attention_merge", "combine_norm", "swiglu_quantize", "prepare_heads"):
             assert (kernel, "", "", sm) in rows
         assert {("route", "", "", sm), ("group", "", "", sm), ("gemm", "Q8_0", "", sm)} <= rows
         assert ("attention_decode", "head_dim 128", "", sm) in rows
