@@ -2,7 +2,7 @@
 #include "common.cuh"
 
 /* cq_scoring of cq.h; else softmax. */
-enum { CQ_ROUTE_THREADS = 128, CQ_GROUP_THREADS = 256, CQ_SIGMOID = 1, CQ_SPARSEMIXER = 2, CQ_KEPT = 8 };
+enum { CQ_ROUTE_THREADS = 128, CQ_GROUP_THREADS = 256, CQ_SIGMOID = 1, CQ_SPARSEMIXER = 2, CQ_KEPT = 4 };
 
 typedef unsigned long long u64;
 
@@ -21,7 +21,7 @@ CQ_DEVICE bool better(float a, int a_index, float b, int b_index) {
     return a > b || (a_index < b_index && !(b > a));
 }
 
-/* A lane's experts lane, lane + 32, ..: their logits, of the first eight in registers, and a bit for each that is
+/* A lane's experts lane, lane + 32, ..: their logits, of the first four in registers, and a bit for each that is
  * chosen already. At most 64 x 32 experts. */
 struct cq_candidates {
     const float *logits;
@@ -78,17 +78,18 @@ struct cq_best {
 /* This lane's best expert that is of `groups` and not chosen, then the warp's. */
 CQ_DEVICE cq_best best_expert(const cq_route &op, const cq_candidates &candidates, u64 groups) {
     const int group_size = op.n_experts / (op.top_groups > 0 ? op.n_groups : 1);
-    cq_best best = {-1, 0};
+    int expert = -1;
+    float best = 0;
     each_candidate(candidates, [&](float logit, int e, bool chosen) {
         const bool allowed = op.top_groups <= 0 || (groups >> (e / group_size) & 1);
-        if (allowed && !chosen && better(logit, e, best.logit, best.expert)) best = {e, logit};
+        if (allowed && !chosen && better(logit, e, best, expert)) best = logit, expert = e;
     });
     for (int distance = 16; distance > 0; distance /= 2) {
-        const float other = __shfl_xor_sync(~0u, best.logit, distance);
-        const int other_index = __shfl_xor_sync(~0u, best.expert, distance);
-        if (better(other, other_index, best.logit, best.expert)) best = {other_index, other};
+        const float other = __shfl_xor_sync(~0u, best, distance);
+        const int other_expert = __shfl_xor_sync(~0u, expert, distance);
+        if (better(other, other_expert, best, expert)) best = other, expert = other_expert;
     }
-    return best;
+    return {expert, best};
 }
 
 /* SparseMixer's weight (arXiv 2409.12136, at inference) of the expert with logit `best`, of those not chosen. Up to the
