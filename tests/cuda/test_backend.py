@@ -117,6 +117,10 @@ def test_what_has_no_kernel_is_named() -> None:
     program.logits = program.attention(0, Value(640), Value(640), Value(640), scale=1.0)
     with pytest.raises(CQError, match=r"^--cuda: attention heads wider than 600 columns \(640\) are not supported$"):
         CUDAProgram(program, 8, DeviceInfo(100))
+    program = Program(64, 1, 1, 64, 64)
+    program.route(Value(2049), 0, 2, normalize=True)
+    with pytest.raises(CQError, match=r"^--cuda: more than 2048 experts \(2049\) are not supported$"):
+        CUDAProgram(program, 8, DeviceInfo(100))
 
 
 @pytest.mark.gpu
