@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-QUERY_ROWS = 16  # of a block of attention.cu and latent.cu
+WIDE_HEAD = 256  # with wider heads a block of attention.cu takes half as many rows: CQ_ROWS_EACH
+DECODE_HEADS, DECODE_KEYS = 8, 32  # of a block and of a tile of decode.cu
 WIDE_LATENT = 576  # of wider keys latent.cu takes half as many rows: CQ_WIDE
-MAX_HEAD_DIM = 600  # of attention.cu, whose queries and keys fill 48 KB of shared memory at 607
+MAX_HEAD_DIM = 600  # of attention.cu, whose queries and keys fill 48 KB of shared memory at 602
 Q8_0_BLOCK = 32
 ROW_THREADS = 256
+PART = 4 * ROW_THREADS  # columns that a block takes at once where threads take four: CQ_PART
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,46 @@ def rows_launch(kernel: str, grid: tuple[int, int], *args: Any) -> Launch:
     return Launch(ROWS, kernel, (*grid, 1), ROW_THREADS, args)
 
 
-def rms_norm(x: int, weight: int, out: int, n: int, eps: float, n_rows: int, bias: int = 0) -> Launch:
-    """Norm of rows [n_rows, n]; bias 0: none."""
-    args = (np.uint64(x), np.uint64(weight), np.uint64(bias), np.uint64(out), np.int32(n), np.float32(eps))
-    return rows_launch("rms_norm", (n_rows, 1), *args)
+@dataclass(frozen=True)
+class Quantized:
+    """Addresses of activations as int8 with a scale per row; bits: 8, or 4 in whole bytes."""
+
+    q: int
+    scales: int
+    bits: int
+
+    @property
+    def top(self) -> np.float32:
+        """The largest value."""
+        return np.float32((1 << self.bits - 1) - 1)
 
 
-def quantize(x: int, q: int, scales: int, n: int, bits: int, n_rows: int) -> Launch:
+NORM = np.dtype(
+    [(name, "u8") for name in ("weight", "bias", "out", "q", "scales")] + [("n", "i4"), ("eps", "f4"), ("top", "f4")],
+    align=True,
+)
+
+
+def norm(
+    weight: int, out: int, n: int, eps: float, bias: int = 0, quantized: Quantized | None = None
+) -> NDArray[np.void]:
+    """cq_norm of rows.cu, an array of one: of rows [n]; bias 0: none; quantized: where the int8 form goes as well."""
+    struct = np.zeros(1, NORM)
+    for name, value in (("weight", weight), ("bias", bias), ("out", out), ("n", n), ("eps", eps)):
+        struct[name] = value
+    if quantized:
+        struct["q"], struct["scales"], struct["top"] = quantized.q, quantized.scales, quantized.top
+    return struct
+
+
+def rms_norm(x: int, to: NDArray[np.void], n_rows: int) -> Launch:
+    """Norm of n_rows rows."""
+    return rows_launch("rms_norm", (n_rows, 1), np.uint64(x), to)
+
+
+def quantize(x: int, to: Quantized, n: int, n_rows: int) -> Launch:
     """Activations [n_rows, n] per row."""
-    args = (np.uint64(x), np.uint64(q), np.uint64(scales), np.int32(n), np.float32((1 << bits - 1) - 1))
+    args = (np.uint64(x), np.uint64(to.q), np.uint64(to.scales), np.int32(n), to.top)
     return rows_launch("quantize", (n_rows, 1), *args)
 
 
@@ -80,10 +114,41 @@ def rope(
     return rows_launch("rope", (n_tokens, 1), np.uint64(x), np.uint64(cos_sin), np.uint64(position), *sizes)
 
 
+HEADS = np.dtype(
+    [
+        (name, "u8")
+        for name in ("q", "k", "v", "q_weight", "k_weight", "cos_sin", "position", "q_out", "k_cache", "v_cache")
+    ]
+    + [(name, "i4") for name in ("n_heads", "n_kv_heads", "head_dim", "n_rot", "interleaved", "n_ctx")]
+    + [("q_eps", "f4"), ("k_eps", "f4")],
+    align=True,
+)
+
+
+def prepare_heads(n_tokens: int, **fields: float) -> Launch:
+    """Norms and rope of queries and keys, and both caches' new rows; fields: those of cq_heads in rows.cu."""
+    struct = np.zeros(1, HEADS)
+    for name, value in fields.items():
+        struct[name] = value
+    n_heads = fields["n_heads"] + 2 * fields["n_kv_heads"]
+    return rows_launch("prepare_heads", (n_tokens, ceil_div(int(n_heads), 8)), struct)
+
+
 def swiglu(gate: int, up: int, n: int, hadamard: int, n_rows: int) -> Launch:
     """gate [n_rows, n] in place."""
-    grid = (ceil_div(n, hadamard or 1024), n_rows)
+    grid = (ceil_div(n, max(PART, hadamard)), n_rows)
     return rows_launch("swiglu", grid, np.uint64(gate), np.uint64(up), np.int32(n), np.int32(hadamard))
+
+
+def swiglu_quantize(gate: int, up: int, to: Quantized, n: int, hadamard: int, n_rows: int) -> Launch:
+    """The same, then its int8 form; for rows that fits_swiglu_quantize."""
+    addresses = map(np.uint64, (gate, up, to.q, to.scales))
+    return rows_launch("swiglu_quantize", (n_rows, 1), *addresses, np.int32(n), np.int32(hadamard), to.top)
+
+
+def fits_swiglu_quantize(n: int, hadamard: int) -> bool:
+    """Whether a block of threads holds a row in registers."""
+    return n % 4 == 0 and n <= 4 * PART and hadamard <= PART
 
 
 def select_rows(x: int, out: int, n: int, first: int, n_rows: int) -> Launch:
@@ -134,18 +199,34 @@ class AttentionShape:
 
     def tiles(self, n_tokens: int) -> int:
         """Blocks that the queries of one key-value head fill."""
-        wide = self.latent and self.head_dim > WIDE_LATENT
-        return ceil_div(n_tokens * (self.n_heads // self.n_kv_heads), QUERY_ROWS // 2 if wide else QUERY_ROWS)
+        most, widest = (16, WIDE_LATENT) if self.latent else (32, WIDE_HEAD)
+        rows = most if self.head_dim <= widest else most // 2
+        return ceil_div(n_tokens * (self.n_heads // self.n_kv_heads), rows)
 
-    def splits(self, n_tokens: int, n_blocks: int) -> int:
-        """Parts of the keys that bring a single token's blocks to n_blocks, of at least 128 keys; more tokens: one."""
+    @property
+    def decode_heads(self) -> int:
+        """Heads of a block of decode.cu: those that share a key-value head, in equal parts of up to eight."""
+        heads = self.n_heads // self.n_kv_heads
+        return ceil_div(heads, ceil_div(heads, DECODE_HEADS))
+
+    def splits(self, n_tokens: int, n_processors: int) -> int:
+        """Parts of the keys that give each processor two blocks of a single token, of at least 128 keys; without
+        latents four blocks and 32 keys. More tokens: one."""
         if n_tokens > 1:
             return 1
-        return max(1, min(n_blocks // (self.n_kv_heads * self.tiles(n_tokens)), self.n_ctx // 128))
+        if self.latent:
+            return max(1, min(2 * n_processors // (self.n_kv_heads * self.tiles(n_tokens)), self.n_ctx // 128))
+        blocks = self.n_kv_heads * ceil_div(self.n_heads // self.n_kv_heads, self.decode_heads)
+        return max(1, min(4 * n_processors // blocks, ceil_div(self.n_ctx, DECODE_KEYS)))
 
     def partial_floats(self, n_tokens: int, splits: int) -> int:
         """float32 elements of what the splits leave for the merge."""
         return splits * n_tokens * self.n_heads * (self.value_dim + 2) if splits > 1 else 1
+
+
+def decode_module(head_dim: int, heads: int) -> Module:
+    """decode.cu for so many heads a block."""
+    return Module("decode.cu", (("CQ_HEAD_DIM", head_dim), ("CQ_HEADS", heads)))
 
 
 def append(new: int, cache: int, position: int, heads: tuple[int, int], n_ctx: int, n_tokens: int) -> Launch:
@@ -165,9 +246,13 @@ def attention(
         struct[name] = getattr(shape, name)
     struct["n_tokens"] = n_tokens
     kernel, threads = ("latent_attention", 256) if shape.latent else ("attention", 128)
-    grid = (shape.tiles(n_tokens), shape.n_kv_heads, splits)
-    launches = [Launch(shape.module, kernel, grid, threads, (struct,))]
+    launches = [Launch(shape.module, kernel, (shape.tiles(n_tokens), shape.n_kv_heads, splits), threads, (struct,))]
+    if n_tokens == 1 and not shape.latent:
+        heads = shape.decode_heads
+        grid = (ceil_div(shape.n_heads // shape.n_kv_heads, heads), shape.n_kv_heads, splits)
+        launches = [Launch(decode_module(shape.head_dim, heads), "attention_decode", grid, 128, (struct,))]
     if splits > 1:
         args = (np.uint64(addresses[4]), np.uint64(addresses[3]), np.int32(splits), np.int32(shape.value_dim))
-        launches.append(rows_launch("attention_merge", (n_tokens * shape.n_heads, 1), *args))
+        rows = n_tokens * shape.n_heads
+        launches.append(Launch(ROWS, "attention_merge", (rows, 1, 1), ROW_THREADS, args, shared_bytes=4 * splits))
     return launches

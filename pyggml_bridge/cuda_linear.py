@@ -28,6 +28,9 @@ LINEAR = np.dtype(
     align=True,
 )
 
+MOST_LAYERS = 3  # of one launch
+LINEARS = np.dtype([("of", LINEAR, MOST_LAYERS)], align=True)
+
 CHOICE = np.dtype(
     [(name, "u8") for name in ("logits", "ids", "weights")]
     + [(n, "i4") for n in ("n_tokens", "n_experts", "top_k", "scoring", "normalize", "n_groups", "top_groups")]
@@ -130,37 +133,64 @@ def is_clustered(kind: int) -> bool:
 # ---- linear layers ----
 
 
-def linear(w: DeviceMatrix, operands: Operands, *, tensor_cores: bool = True) -> Launch:
-    """The launch that suits the number of tokens."""
-    few = operands.n_tokens <= GEMV_MAX_TOKENS
-    return gemv(w, operands) if few else gemm(w, operands, tensor_cores=tensor_cores)
+Layer = tuple[DeviceMatrix, Operands]
 
 
-def gemv(w: DeviceMatrix, operands: Operands) -> Launch:
-    """Each item on its own. No sorting of slots by expert is needed."""
-    args: tuple[Any, ...] = (operands.struct(w),)
+def linear(
+    w: DeviceMatrix, operands: Operands, *others: Layer, tensor_cores: bool = True, n_processors: int = 1
+) -> Launch:
+    """The launch that suits the number of tokens. others: as those of gemv and gemm."""
+    if operands.n_tokens <= GEMV_MAX_TOKENS:
+        return gemv(w, operands, *others, n_processors=n_processors)
+    return gemm(w, operands, *others, tensor_cores=tensor_cores)
+
+
+def gemv(w: DeviceMatrix, operands: Operands, *others: Layer, n_processors: int = 1) -> Launch:
+    """Each item on its own. No sorting of slots by expert is needed. n_processors: that share the work.
+
+    others: layers of the same launch, of quantized x, type, n_cols and routing like the first.
+    """
     if not is_clustered(w.type):
         grid = (ceil_div(w.n_rows, 4), operands.n_items, 1)
-        return Launch(linear_module("plain.cu", w.type), "plain_gemv", grid, 128, args)
-    lanes = gemv_lanes(w.n_cols)
-    grid = (ceil_div(w.n_rows, 8 * (128 // lanes)), operands.n_items, 1)
-    return Launch(linear_module("gemv.cu", w.type), "gemv", grid, 128, (*args, np.int32(lanes)))
+        return Launch(linear_module("plain.cu", w.type), "plain_gemv", grid, 128, (operands.struct(w),))
+    layers, most_rows = _layers(w, operands, *others)
+    n_rows = w.n_rows + sum(matrix.n_rows for matrix, _ in others)
+    lanes = gemv_lanes(w.n_cols, ceil_div(n_rows, 8) * operands.n_items, n_processors)
+    grid = (ceil_div(most_rows, 8 * (128 // lanes)), operands.n_items, 1 + len(others))
+    return Launch(linear_module("gemv.cu", w.type), "gemv", grid, 128, (layers, np.int32(lanes)))
 
 
-def gemv_lanes(n_cols: int) -> int:
-    """Lanes that share a ring of rows: as many as possible with the fewest idle in the last round of half blocks."""
+def _layers(w: DeviceMatrix, operands: Operands, *others: Layer) -> tuple[NDArray[Any], int]:
+    """cq_linears of common.cuh, an array of one, and the most rows of a matrix."""
+    out, layers = np.zeros(1, LINEARS), [(w, operands), *others]
+    for i, (matrix, of) in enumerate(layers):
+        out["of"][0, i] = of.struct(matrix)[0]
+    return out, max(matrix.n_rows for matrix, _ in layers)
+
+
+def gemv_lanes(n_cols: int, n_groups: int, n_processors: int) -> int:
+    """Lanes that share eight rows, of which there are n_groups in all: those with which the GEMV should end first.
+
+    A warp waits for most of a turn of the loop (half a block of columns a lane) on its own instructions: turns of up to
+    2.5 warps on one of a processor's four schedulers take as long as one.
+    """
     halves = n_cols // 32
-    return min((32, 16, 8), key=lambda lanes: ceil_div(halves, lanes) * lanes)
+
+    def turns(lanes: int) -> float:
+        warps = n_groups * lanes / 32 / (4 * n_processors)
+        return ceil_div(halves, lanes) * max(2.5, warps)
+
+    return min((32, 16, 8, 64, 128), key=turns)
 
 
-def gemm(w: DeviceMatrix, operands: Operands, *, tensor_cores: bool = True) -> Launch:
-    """Tiles of items; a routing's order, offsets and tiles must be there (group)."""
-    args = (operands.struct(w),)
+def gemm(w: DeviceMatrix, operands: Operands, *others: Layer, tensor_cores: bool = True) -> Launch:
+    """Tiles of items; a routing's order, offsets and tiles must be there (group). others: as gemv's."""
     if w.type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-        grid = (operands.n_tiles, ceil_div(w.n_rows, 64), 1)
-        return Launch(linear_module("plain.cu", w.type), "plain_gemm", grid, 256, args)
+        grid = (operands.n_tiles, ceil_div(w.n_rows, 32), 2)
+        return Launch(linear_module("plain.cu", w.type), "plain_gemm", grid, 256, (operands.struct(w),))
     module = linear_module("gemm.cu", w.type, tensor_cores=tensor_cores)
-    return Launch(module, "gemm", (operands.n_tiles, ceil_div(w.n_rows, 128), 1), 256, args)
+    layers, most_rows = _layers(w, operands, *others)
+    return Launch(module, "gemm", (operands.n_tiles, ceil_div(most_rows, 128), 1 + len(others)), 256, (layers,))
 
 
 def linear_module(source: str, kind: int, *, tensor_cores: bool = True) -> Module:
@@ -172,6 +202,7 @@ def linear_module(source: str, kind: int, *, tensor_cores: bool = True) -> Modul
 # ---- experts ----
 
 ROUTE = Module("route.cu")
+MAX_EXPERTS = 2048  # a lane of route marks its 64 in a word
 
 
 @dataclass(frozen=True)
@@ -205,13 +236,19 @@ def group(routing: DeviceRouting, n_tokens: int) -> Launch:
     sizes = (n_tokens * routing.top_k, routing.n_experts, routing.max_tiles(n_tokens))
     addresses = (routing.ids, routing.order, routing.offsets, routing.tiles)
     args = (*map(np.uint64, addresses), *map(np.int32, sizes))
-    return Launch(ROUTE, "group", (1, 1, 1), 256, args, shared_bytes=8 * (routing.n_experts + 1))
+    return Launch(ROUTE, "group", (routing.n_experts, 1, 1), 256, args, shared_bytes=4 * routing.n_experts)
 
 
 def combine(y: int, routing: DeviceRouting, out: int, n: int, n_tokens: int) -> Launch:
     """out [n_tokens, n] += the experts' weighted outputs."""
     args = (np.uint64(y), np.uint64(routing.weights), np.uint64(out), np.int32(n), np.int32(routing.top_k))
     return rows_launch("combine", (ceil_div(n, ROW_THREADS), n_tokens), *args)
+
+
+def combine_norm(y: int, routing: DeviceRouting, x: int, to: NDArray[np.void], n_tokens: int) -> Launch:
+    """The same, and the norm of the sum."""
+    args = (np.uint64(y), np.uint64(routing.weights), np.uint64(x), np.int32(routing.top_k), to)
+    return rows_launch("combine_norm", (n_tokens, 1), *args)
 
 
 def embed(table: DeviceMatrix, tokens: int, out: int, n_tokens: int) -> Launch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from pyggml_bridge import cuda_kernels as ck
 from pyggml_bridge import cuda_linear as cl
 from pyggml_bridge import program as p
 from pyggml_bridge.backend import Quantize, Step, Turn, steps, turn_of, values_of
+from pyggml_bridge.cuda_fusion import fused
 from pyggml_bridge.cuda_memory import Buffer, Memory, RoutingBuffers, address, device_routing
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.weights import Matrix
@@ -49,13 +50,16 @@ class CUDAProgram:
         self._partial: dict[int, Buffer] = {}
         self._of: dict[p.Value | Quantize, tuple[Buffer, ...]] = {}
         self.turns: list[Turn[tuple[p.Rows, Build]]] = []
-        for step in self._lower():
-            turn = turn_of(self.turns, step.op)
-            if isinstance(step.op, p.Give | p.Take):
-                for value in values_of(step.op):
+        for group in fused(steps(program)):
+            first = group[0].op
+            turn = turn_of(self.turns, first)
+            if isinstance(first, p.Give | p.Take):
+                for value in values_of(first):
                     self.buffer_of(value)
             else:
-                turn.work.append((self._rows(step.op), self._build(step.op, step.activation)))
+                turn.work.append((self._rows(first), self._build(group)))
+            for buffer in (buffer for step in group for done in step.done for buffer in self._of[done]):
+                self.memory.give_back(buffer)
         assert program.logits is not None  # the output is on the GPU, whatever is not
         self.logits = self.buffer_of(program.logits)
 
@@ -115,14 +119,6 @@ class CUDAProgram:
 
     # ---- operations ----
 
-    def _lower(self) -> Iterator[Step]:
-        """Steps in order, giving back what each leaves free once it is built."""
-        for step in steps(self._program):
-            yield step
-            for value in step.done:
-                for buffer in self._of[value]:
-                    self.memory.give_back(buffer)
-
     @staticmethod
     def _rows(op: p.Op | Quantize) -> p.Rows:
         """What decides how many rows an operation works on."""
@@ -135,31 +131,29 @@ class CUDAProgram:
                 return op.logits.rows
         return op.out.rows
 
-    def _build(self, op: p.Op | Quantize, activation: Quantize | None) -> Build:
-        match op:
-            case Quantize():
-                return self._quantize(op)
-            case p.Linear():
-                return self._linear(op, activation)
-            case p.Attention():
-                return self._attention(op)
-            case p.Route() | p.Combine():
-                return self._experts(op)
-            case _:
-                return self._simple(op)
+    def _build(self, group: list[Step]) -> Build:
+        """Launches of steps that fused() put together."""
+        ops = [step.op for step in group]
+        match ops[0], ops[-1]:
+            case p.Linear(), _:
+                return self._linears(group)
+            case _, p.Attention():
+                return self._attention(ops)
+            case (p.RmsNorm(), _) | (_, p.RmsNorm()) | (p.Combine(), Quantize()):
+                return self._norm(ops)
+            case p.SwiGLU(), Quantize():
+                return self._swiglu_quantize(ops[0], ops[-1])
+            case Quantize(), _:
+                return self._quantize(ops[0])
+            case p.Route() | p.Combine(), _:
+                return self._experts(ops[0])
+        return self._simple(ops[0])
 
-    def _simple(self, op: p.Op) -> Build:
+    def _simple(self, op: p.Op | Quantize) -> Build:
         match op:
             case p.Embed():
                 table, out = self._matrix(op.table), self.buffer_of(op.out)
                 return lambda n, _: [cl.embed(table(), self.inputs.address + 4, out.address, n)]
-            case p.RmsNorm():
-                x, out, width = self.buffer_of(op.x), self.buffer_of(op.out), len(op.weight)
-                weight, bias = self.memory.host(op.weight), self.memory.host(op.bias)
-                parts = op.x.width // width * op.x.top_k
-                return lambda n, _: [
-                    ck.rms_norm(x.address, address(weight), out.address, width, op.eps, n * parts, bias=address(bias))
-                ]
             case p.Rope():
                 x, table_ = self.buffer_of(op.x), self.memory.host(op.cos_sin)
                 heads, n_rot = (op.x.width // op.head_dim, op.head_dim), 2 * op.cos_sin.shape[1]
@@ -187,14 +181,52 @@ class CUDAProgram:
                 return lambda n, _: [ck.copy_columns(x.address + start, out.address + to, part_widths, op.n, n * each)]
         raise AssertionError(f"no kernel for {type(op).__name__}")
 
+    def _norm(self, ops: Sequence[p.Op | Quantize]) -> Build:
+        """A norm; before it the sum of experts and after it the quantizer, if they go with it."""
+        [op] = [op for op in ops if isinstance(op, p.RmsNorm)]
+        x, out, width = self.buffer_of(op.x), self.buffer_of(op.out), len(op.weight)
+        weight, bias = self.memory.host(op.weight), self.memory.host(op.bias)
+        parts, then, before = op.x.width // width * op.x.top_k, ops[-1], ops[0]
+        q, scales = self._activation(then) if isinstance(then, Quantize) else (None, None)
+        y = self.buffer_of(before.y) if isinstance(before, p.Combine) else None
+
+        def build(n: int, _: int) -> list[ck.Launch]:
+            quantized = ck.Quantized(q.address, scales.address, self._bits) if q and scales else None
+            to = ck.norm(address(weight), out.address, width, op.eps, address(bias), quantized)
+            if not isinstance(before, p.Combine):
+                return [ck.rms_norm(x.address, to, n * parts)]
+            routing = device_routing(before.routing, self._routing(before.routing))
+            return [cl.combine_norm(address(y), routing, x.address, to, n)]
+
+        return build
+
+    def _swiglu_quantize(self, op: p.SwiGLU, then: Quantize) -> Build:
+        gate, up, to = self.buffer_of(op.gate), self.buffer_of(op.up), self._quantized(then)
+        sizes = (op.gate.width, op.hadamard)
+        return lambda n, _: [ck.swiglu_quantize(gate.address, up.address, to(), *sizes, n * op.gate.top_k)]
+
+    def _quantized(self, op: Quantize) -> Callable[[], ck.Quantized]:
+        q, scales = self._activation(op)
+        return lambda: ck.Quantized(q.address, scales.address, self._bits)
+
     def _quantize(self, op: Quantize) -> Build:
         x, (q, scales) = self.buffer_of(op.x), self._activation(op)
-        width, each = op.x.width // op.parts, op.x.top_k * op.parts
+        width, each, to = op.x.width // op.parts, op.x.top_k * op.parts, self._quantized(op)
         if op.group:
             return lambda n, _: [ck.quantize_blocks(x.address, q.address, scales.address, width, n * each)]
-        return lambda n, _: [ck.quantize(x.address, q.address, scales.address, width, self._bits, n * each)]
+        return lambda n, _: [ck.quantize(x.address, to(), width, n * each)]
 
-    def _linear(self, op: p.Linear, activation: Quantize | None) -> Build:
+    def _linears(self, group: list[Step]) -> Build:
+        layers = [self._linear(step.op, step.activation) for step in group if isinstance(step.op, p.Linear)]
+
+        def build(n: int, _: int) -> list[ck.Launch]:
+            (w, operands), *others = (layer(n) for layer in layers)
+            device = self._device
+            return [cl.linear(w, operands, *others, tensor_cores=device.tensor_cores, n_processors=device.n_processors)]
+
+        return build
+
+    def _linear(self, op: p.Linear, activation: Quantize | None) -> Callable[[int], cl.Layer]:
         w, x, out, bias = self._matrix(op.w), self.buffer_of(op.x), self.buffer_of(op.out), self.memory.host(op.bias)
         q, scales = self._activation(activation) if activation else (None, None)
         routing, routed = op.routing, self._routing(op.routing) if op.routing else None
@@ -202,14 +234,14 @@ class CUDAProgram:
         places = self.memory.host(_places(op.w.experts, routing.n_experts)) if routing else None
         parts = 1 if routing else op.w.n_experts
 
-        def build(n: int, _: int) -> list[ck.Launch]:
+        def build(n: int) -> cl.Layer:
             n_items = n if routing else n * op.out.top_k
             experts = device_routing(routing, routed) if routing else None
             inputs = (x.address, address(q), address(scales), address(bias))
             operands = cl.Operands(
                 n_items, out.address, *inputs, experts, gather, op.accumulate, address(places), parts
             )
-            return [cl.linear(w(), operands, tensor_cores=self._device.tensor_cores)]
+            return w(), operands
 
         return build
 
@@ -222,28 +254,67 @@ class CUDAProgram:
         y, out, width = self.buffer_of(op.y), self.buffer_of(op.out), op.out.width
         return lambda n, _: [cl.combine(y.address, device_routing(routing, buffers), out.address, width, n)]
 
-    def _attention(self, op: p.Attention) -> Build:
+    def _attention(self, ops: Sequence[p.Op | Quantize]) -> Build:
+        """An attention, the last one, alone or with what comes before it."""
+        op = ops[-1]
+        assert isinstance(op, p.Attention)
         q, out = self.buffer_of(op.q), self.buffer_of(op.out)
         n_kv_heads, n_ctx = self._program.n_kv_heads, self._program.n_ctx
-        new = [(self.buffer_of(op.k), op.head_dim)]
-        if op.v is not None:
-            new.append((self.buffer_of(op.v), op.value_dim))
-        caches = [self.memory.new(2 * n_kv_heads * n_ctx * dim) for _, dim in new]
+        caches = [
+            self.memory.new(2 * n_kv_heads * n_ctx * dim)
+            for dim in (op.head_dim, op.value_dim)[: 1 + (op.v is not None)]
+        ]
         sizes = (op.q.width // op.head_dim, n_kv_heads, op.head_dim, n_ctx, op.window, op.scale, op.value_dim)
         shape = ck.AttentionShape(*sizes, latent=op.v is None)
-        splits = shape.splits(1, 2 * self._device.n_processors)
+        splits = shape.splits(1, self._device.n_processors)
         partial_bytes = 4 * shape.partial_floats(1, splits)
         if partial_bytes not in self._partial:  # layers run one after the other
             self._partial[partial_bytes] = self.memory.new(partial_bytes)
         partial = self._partial[partial_bytes]
+        before = self._heads(op, ops[:-1], caches) if len(ops) > 1 else self._appends(op, caches)
+
+        def build(n: int, all_: int) -> list[ck.Launch]:
+            k_cache, v_cache = caches[0].address, 0 if op.v is None else caches[-1].address
+            addresses = (q.address, k_cache, v_cache, out.address, partial.address, self.inputs.address)
+            return before(n, all_) + ck.attention(shape, addresses, n, splits if n == 1 else 1)
+
+        return build
+
+    def _appends(self, op: p.Attention, caches: list[Buffer]) -> Build:
+        new = [(self.buffer_of(op.k), op.head_dim)]
+        if op.v is not None:
+            new.append((self.buffer_of(op.v), op.value_dim))
+        heads, n_ctx, at = self._program.n_kv_heads, self._program.n_ctx, self.inputs
+        stored = list(zip(new, caches, strict=True))
+        return lambda n, _: [
+            ck.append(b.address, to.address, at.address, (heads, dim), n_ctx, n) for (b, dim), to in stored
+        ]
+
+    def _heads(self, op: p.Attention, before: Sequence[p.Op | Quantize], caches: list[Buffer]) -> Build:
+        """Norms of heads and rope, stored where attention reads them."""
+        norms = {norm.out: norm for norm in before if isinstance(norm, p.RmsNorm)}
+        [rope, _] = [rope for rope in before if isinstance(rope, p.Rope)]
+        assert op.v is not None
+        buffers = {"q_out": self.buffer_of(op.q), "v": self.buffer_of(op.v), "position": self.inputs}
+        buffers |= {"k_cache": caches[0], "v_cache": caches[1]}
+        hosted = {"cos_sin": self.memory.host(rope.cos_sin)}
+        epsilons = {}
+        for name, value in (("q", op.q), ("k", op.k)):
+            self.buffer_of(value)
+            norm = norms.get(value)
+            buffers[name] = self.buffer_of(norm.x if norm else value)
+            hosted[f"{name}_weight"] = self.memory.host(norm.weight) if norm else None
+            epsilons[f"{name}_eps"] = norm.eps if norm else 0.0
+        sizes = {
+            "n_heads": op.q.width // op.head_dim,
+            "n_kv_heads": self._program.n_kv_heads,
+            "n_ctx": self._program.n_ctx,
+        }
+        sizes |= {"head_dim": op.head_dim, "n_rot": 2 * rope.cos_sin.shape[1], "interleaved": rope.interleaved}
 
         def build(n: int, _: int) -> list[ck.Launch]:
-            at = self.inputs.address
-            stored = zip(new, caches, strict=True)
-            launches = [ck.append(b.address, to.address, at, (n_kv_heads, dim), n_ctx, n) for (b, dim), to in stored]
-            k_cache, v_cache = caches[0].address, 0 if op.v is None else caches[-1].address
-            addresses = (q.address, k_cache, v_cache, out.address, partial.address, at)
-            return launches + ck.attention(shape, addresses, n, splits if n == 1 else 1)
+            addresses = {name: address(buffer) for name, buffer in (buffers | hosted).items()}
+            return [ck.prepare_heads(n, **addresses, **sizes, **epsilons)]
 
         return build
 
@@ -259,6 +330,8 @@ def _places(experts: NDArray[np.int32] | None, n_experts: int) -> NDArray[np.int
 
 def _require_kernel(op: p.Op) -> None:
     """CQError for what no kernel has room for."""
+    if isinstance(op, p.Route) and op.routing.n_experts > cl.MAX_EXPERTS:
+        raise CQError(f"--cuda: more than {cl.MAX_EXPERTS} experts ({op.routing.n_experts}) are not supported")
     if not isinstance(op, p.Attention) or op.v is None:
         return
     if op.head_dim > ck.MAX_HEAD_DIM:

@@ -21,7 +21,7 @@ import numpy as np
 
 from pyggml_bridge.cuda import CUDABackend
 from pyggml_bridge.cuda_kernels import Launch
-from pyggml_bridge.cuda_linear import LINEAR
+from pyggml_bridge.cuda_linear import LINEAR, LINEARS
 from pyggml_bridge.format import BLOCK, CQType
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import load_model
@@ -125,19 +125,22 @@ def _totals(timed: list[tuple[Launch, float]]) -> dict[str, Total]:
 
 
 def _describe(launch: Launch) -> tuple[str, float, float]:
-    """Of a launch: kernel and shape, bytes of the weights it reads, multiply-adds."""
+    """Of a launch: kernel and shapes, bytes of the weights it reads, multiply-adds."""
     argument = launch.args[0]
-    if getattr(argument, "dtype", None) != LINEAR:
+    dtype = getattr(argument, "dtype", None)
+    if dtype not in (LINEAR, LINEARS):
         return launch.kernel, 0.0, 0.0
-    struct = argument[0]
-    w, items = struct["w"], int(struct["n_items"])
-    kind, rows, cols = int(w["type"]), int(w["n_rows"]), int(w["n_cols"])
+    layers = argument["of"][0][: launch.grid[2]] if dtype == LINEARS else argument[:1]
+    w, items = layers[0]["w"], int(layers[0]["n_items"])
+    kind, rows, cols = int(w["type"]), int(layers["w"]["n_rows"].sum()), int(w["n_cols"])
     name = CQType(kind).name if kind in list(CQType) else f"type {kind}"
     bits = 8 * CQType(kind).block_bytes / BLOCK + 8 / BLOCK if kind in list(CQType) else PLAIN_BITS[kind]
-    routed = int(struct["ids"]) != 0
+    routed = int(layers[0]["ids"]) != 0
     matrices = min(items, int(w["n_experts"])) if routed else 1
     experts = f" of {int(w['n_experts'])}" if routed else ""
-    return f"{launch.kernel} {name} {rows}x{cols}{experts}", matrices * rows * cols * bits / 8, items * rows * cols
+    heights = "+".join(str(layer["w"]["n_rows"]) for layer in layers)
+    shape = f"{heights}x{cols}{experts}"
+    return f"{launch.kernel} {name} {shape}", matrices * rows * cols * bits / 8, items * rows * cols
 
 
 def _print(totals: dict[str, Total]) -> None:

@@ -45,7 +45,7 @@ FORMULAS = """S multiprocessors make f clocks a second, and a warp's turn of a l
     GEMV rate  S f * 32 lanes * 256 weights / clocks of a warp's turn
     step       max(128 rows * 64 tokens * 64 columns / (multiply-adds a clock * share), 8 warps * clocks of a turn)
     tiles      128 rows times 64 tokens of one expert, of which a binomial distribution says how many there are
-    attention  tokens^2 / 2 * width * 2 * 2.6 instructions / (128 S f)
+    attention  tokens^2 / 2 * width * 2 * 1.4 instructions / (128 S f)
     split      the GPU's half + the CPU's half + handovers * 30 us + handed bytes / PCIe
     CPU's half max(bytes / host bandwidth, multiply-adds / host rate)
 """
@@ -125,8 +125,10 @@ def _chips() -> list[list[str]]:
 KERNELS = (
     ("gemv", "CQ4", 128), ("gemv", "CQ5", 128), ("gemv", "CQ4T", 128), ("gemm", "CQ4", 256), ("gemm", "CQ5", 256),
     ("gemm", "CQ4T", 256), ("plain_gemv", "Q8_0", 128), ("gemm", "Q8_0", 256), ("attention", "head_dim 128", 128),
+    ("attention_decode", "head_dim 128", 128),
     ("latent_attention", "head_dim 576", 256),
-    ("rms_norm", "", 256), ("quantize", "", 256), ("swiglu", "", 256), ("route", "", 128), ("group", "", 256),
+    ("rms_norm", "", 256), ("combine_norm", "", 256), ("quantize", "", 256), ("swiglu", "", 256),
+    ("swiglu_quantize", "", 256), ("prepare_heads", "", 256), ("route", "", 128), ("group", "", 256),
 )  # fmt: skip
 
 

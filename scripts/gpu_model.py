@@ -30,7 +30,7 @@ HANDOVER_SECONDS = 30e-6  # assumed: copies, a synchronization and Python, there
 TAKEN_BYTES = 1 << 30  # assumed: a display and CUDA's context
 GEMV_WEIGHTS = 8 * 32  # of a lane in one turn of gemv.cu's loop
 GEMM_ROWS, GEMM_COLUMNS, GEMM_WARPS = 128, 64, 8  # of a block in one turn of gemm.cu's loop
-ATTENTION_INSTRUCTIONS = 2.6  # per multiply-add: of two, one load, two conversions, a quarter of another load
+ATTENTION_INSTRUCTIONS = 1.4  # per multiply-add: of 16, two loads of queries and four of keys; of four, one of values
 ISSUED, ON_A_PIPE = 128, 64  # lanes a clock of a multiprocessor: four schedulers; ALU or integer FMA pipe
 
 

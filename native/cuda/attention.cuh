@@ -18,6 +18,17 @@ struct cq_attention {
     float scale;
 };
 
+/* Queries [tokens][n_heads][head_dim], keys and values [tokens][n_kv_heads][head_dim] on their way to attention; the
+ * caches are F16 [n_kv_heads][n_ctx][head_dim]. Weights of norms: [head_dim], or NULL for no norm. */
+struct cq_heads {
+    const float *q, *k, *v, *q_weight, *k_weight, *cos_sin;
+    const int *position; /* of the first token */
+    float *q_out;
+    u16 *k_cache, *v_cache;
+    int n_heads, n_kv_heads, head_dim, n_rot, interleaved, n_ctx;
+    float q_eps, k_eps;
+};
+
 /* Keys from .. to - 1. */
 struct cq_span {
     int from, to;

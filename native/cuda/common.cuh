@@ -52,6 +52,12 @@ struct cq_linear {
     int n_items, top_k, gather, accumulate;
 };
 
+/* Up to three linear layers of one launch, which read the same rows and have matrices of the same type and width (q, k
+ * and v; gate and up): blockIdx.z chooses. */
+struct cq_linears {
+    cq_linear of[3];
+};
+
 /* The items of one tile: at [first, last) of order, or where nothing is routed the first-th to last-1st of the rows
  * that multiply the same matrix. expert: which of w's matrices they multiply, -1: none. */
 struct cq_tile {

@@ -13,7 +13,7 @@
  * CQ types: int32 over the whole row, |sum| <= 128 * 127 * 65536 < 2^31. Q8_0: int32 over 32 columns, one tensor core
  * instruction deep, then float: sum += acc * (weight scale * activation scale).
  *
- * Grid: (tiles, n_rows / 128), 256 threads. */
+ * Grid: (tiles, n_rows / 128, matrices), 256 threads. */
 #if CQ_TYPE == 8
 #include "common.cuh"
 #else
@@ -232,13 +232,14 @@ CQ_DEVICE void store_tile(const cq_linear &op, const cq_tile &tile, int first_ro
     }
 }
 
-extern "C" __global__ void __launch_bounds__(CQ_THREADS) gemm(const cq_linear op) {
+extern "C" __global__ void __launch_bounds__(CQ_THREADS) gemm(const cq_linears ops) {
+    const cq_linear &op = ops.of[blockIdx.z];
     CQ_SHARED(i8, weights, 2 * CQ_TILE_ROWS * CQ_PITCH);
     CQ_SHARED(i8, tokens, 2 * CQ_TILE_TOKENS * CQ_PITCH);
     CQ_SHARED(float, weight_scales, CQ_IS_Q8_0 ? 4 * CQ_TILE_ROWS : 1);
     CQ_SHARED(float, token_scales, CQ_IS_Q8_0 ? 4 * CQ_TILE_TOKENS : 1);
     const cq_tile tile = tile_at(op, blockIdx.x);
-    if (tile.expert < 0) return;
+    if (tile.expert < 0 || (int)blockIdx.y * CQ_TILE_ROWS >= op.w.n_rows) return;
     const cq_stage first = {weights, tokens, weight_scales, token_scales};
     const int weight_row = threadIdx.x / 2, item = tile.first + threadIdx.x / 4,
               n_steps = ceil_div(op.w.n_cols, CQ_STEP);

@@ -11,7 +11,7 @@
  *
  * The sum uses offset weights u8 <= 255 and subtracts g * sum(q): |sum| <= 255 * 127 * 65536 < 2^31.
  *
- * Grid: (n_rows / (CQ_GEMV_ROWS * 128 / lanes), items), 128 threads. */
+ * Grid: (n_rows / (CQ_GEMV_ROWS * 128 / lanes), items, matrices), 128 threads. */
 #include "codebook.cuh"
 
 enum { CQ_GEMV_THREADS = 128, CQ_GEMV_ROWS = 8, CQ_GEMV_AHEAD = CQ_TYPE == CQ_CQ5 ? 4 : 8 };
@@ -65,24 +65,40 @@ CQ_DEVICE void add_half(const cq_reader &r, int first_row, int block, int half, 
     }
 }
 
-/* lanes: 8, 16 or 32, so that lane i of a group stores row i. Three blocks at once on a multiprocessor: 168 registers.
- */
-extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS, 3) gemv(const cq_linear op, int lanes) {
-    const int group = (blockIdx.x * CQ_GEMV_THREADS + threadIdx.x) / lanes, lane = threadIdx.x % lanes;
-    const int first_row = group * CQ_GEMV_ROWS, item = blockIdx.y, expert = matrix_of(op, item);
-    if (expert < 0) return;
-    const int in = input_row(op, item), row = first_row + lane;
-    const cq_reader r = reader_of(op.w, expert);
-    const i8 *q = op.q + (long long)in * op.w.n_cols;
-    int sums[CQ_GEMV_ROWS] = {0}, mine = 0;
-    if (first_row < r.n_rows)
-        for (int half = lane; half < op.w.n_cols / 32; half += lanes)
-            add_half(r, first_row, half / 2, half % 2, q, sums);
+/* Of lane i < CQ_GEMV_ROWS the sum of row i over the `lanes` lanes that share rows: within warps, then over them. All
+ * threads call it. */
+CQ_DEVICE int sum_of_row(const int *sums, int lanes, int *shared) {
+    const int lane = threadIdx.x % min_int(lanes, 32), warp = threadIdx.x / 32;
+    int mine = 0;
 #pragma unroll
     for (int i = 0; i < CQ_GEMV_ROWS; i++) {
-        const int sum = sum_lanes(sums[i], lanes);
+        const int sum = sum_lanes(sums[i], min_int(lanes, 32));
         mine = lane == i ? sum : mine;
     }
-    if (lane < CQ_GEMV_ROWS && row < r.n_rows)
-        store_integer(op, mine, op.scales[in], item, row, (long long)expert * r.n_rows + row);
+    if (lanes <= 32) return mine;
+    if (lane < CQ_GEMV_ROWS) shared[warp * CQ_GEMV_ROWS + lane] = mine;
+    __syncthreads();
+    const int first = warp / (lanes / 32) * (lanes / 32); /* warp of the group */
+    mine = 0;
+    for (int i = 0; i < lanes / 32; i++) mine += shared[(first + i) * CQ_GEMV_ROWS + lane % CQ_GEMV_ROWS];
+    return mine;
+}
+
+/* lanes: 8 to 128, so that lane i of a group stores row i. Three blocks at once on a multiprocessor: 168 registers.
+ */
+extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS, 3) gemv(const cq_linears ops, int lanes) {
+    CQ_SHARED(int, shared, CQ_GEMV_THREADS / 32 * CQ_GEMV_ROWS);
+    const cq_linear &op = ops.of[blockIdx.z];
+    const int group = (blockIdx.x * CQ_GEMV_THREADS + threadIdx.x) / lanes, lane = threadIdx.x % lanes;
+    const int first_row = group * CQ_GEMV_ROWS, item = blockIdx.y, expert = matrix_of(op, item);
+    if (expert < 0 || (int)blockIdx.x * CQ_GEMV_THREADS / lanes * CQ_GEMV_ROWS >= op.w.n_rows) return;
+    const cq_reader r = reader_of(op.w, expert);
+    const i8 *q = op.q + (long long)input_row(op, item) * op.w.n_cols;
+    int sums[CQ_GEMV_ROWS] = {0};
+    for (int half = lane; half < op.w.n_cols / 32; half += lanes) add_half(r, first_row, half / 2, half % 2, q, sums);
+    const int sum = sum_of_row(sums, lanes, shared), row = first_row + lane;
+    if (lane >= CQ_GEMV_ROWS || row >= op.w.n_rows) return;
+    /* The expert anew: kept in a register through the loop it makes CQ5 spill. */
+    const int of = matrix_of(op, blockIdx.y);
+    store_integer(op, sum, op.scales[input_row(op, blockIdx.y)], blockIdx.y, row, (long long)of * op.w.n_rows + row);
 }

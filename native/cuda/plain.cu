@@ -3,18 +3,17 @@
  *     out[item][row] = sum over columns of W[row][column] * x[item][column]
  *
  * plain_gemv: a warp a row and item, lanes side by side in the row; Q8_0 eight lanes a block of 32, four weights each,
- * int32 within the four, float beyond. plain_gemm (F32 and F16; gemm.cu has Q8_0): float tiles of 64 rows by 64 items
- * in steps of 16 columns, 4 x 4 sums a thread. Sums of floats: the order differs from the CPU's, so results do in the
- * last places. */
+ * int32 within the four, float beyond. plain_gemm (F32 and F16; gemm.cu has Q8_0): float tiles of 32 rows by 32 items,
+ * as a router's few rows would fill few multiprocessors otherwise, in steps of 32 columns, 4 x 4 sums a thread. Sums of
+ * floats: the order differs from the CPU's, so results do in the last places. */
 #include "common.cuh"
 
 enum {
     CQ_ELEMENT_BYTES = CQ_TYPE == CQ_F32 ? 4 : 2,
     CQ_GEMV_THREADS = 128,
     CQ_GEMM_THREADS = 256,
-    CQ_TILE_ROWS = 64,
-    CQ_STEP = 16,
-    CQ_PITCH = 68, /* floats: multiples of 16 bytes, columns' starts in different banks */
+    CQ_TILE_ROWS = 32, /* and as many items */
+    CQ_STEP = 32,
 };
 
 CQ_DEVICE long long row_bytes(const cq_matrix &w) {
@@ -64,7 +63,7 @@ CQ_DEVICE float dot_row(const cq_linear &op, const u8 *row, int in, int lane) {
         for (int i = lane; i < op.w.n_cols; i += 32) sum += element(row, i) * x[i];
         return sum;
     }
-#pragma unroll 2
+#pragma unroll 4
     for (int i = 8 * lane; i < op.w.n_cols; i += 256) {
         float w[8];
         eight_elements(row, i, w);
@@ -88,50 +87,87 @@ extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS) plain_gemv(const c
 }
 
 #if CQ_TYPE != 8
-/* to[column][i]: 16 columns of 64 rows; a thread takes four columns of one row. Past an end: zero. */
-CQ_DEVICE void stage_weights(const u8 *row, int first, int n_cols, float *to) {
-    const int i = threadIdx.x / 4;
-#pragma unroll
-    for (int j = threadIdx.x % 4; j < CQ_STEP; j += 4)
-        to[j * CQ_PITCH + i] = row && first + j < n_cols ? element(row, first + j) : 0.0f;
+/* Four columns of a row, zero past its end or without one (NULL). */
+CQ_DEVICE float4 four_weights(const u8 *row, int column, int n_cols) {
+    if (!row || column >= n_cols) return make_float4(0, 0, 0, 0);
+    if (n_cols % 4) {
+        float four[4];
+        for (int j = 0; j < 4; j++) four[j] = column + j < n_cols ? element(row, column + j) : 0.0f;
+        return make_float4(four[0], four[1], four[2], four[3]);
+    }
+    if constexpr (CQ_TYPE == CQ_F32) return *(const float4 *)(row + 4 * column);
+    const uint2 pairs = *(const uint2 *)(row + 2 * column);
+    return make_float4(from_half((u16)pairs.x), from_half((u16)(pairs.x >> 16)), from_half((u16)pairs.y),
+                       from_half((u16)(pairs.y >> 16)));
 }
-CQ_DEVICE void stage_items(const float *row, int first, int n_cols, float *to) {
-    const int i = threadIdx.x / 4;
-#pragma unroll
-    for (int j = threadIdx.x % 4; j < CQ_STEP; j += 4)
-        to[j * CQ_PITCH + i] = row && first + j < n_cols ? row[first + j] : 0.0f;
+CQ_DEVICE float4 four_items(const float *row, int column, int n_cols) {
+    if (!row || column >= n_cols) return make_float4(0, 0, 0, 0);
+    if (n_cols % 4 == 0) return *(const float4 *)(row + column);
+    float four[4];
+    for (int j = 0; j < 4; j++) four[j] = column + j < n_cols ? row[column + j] : 0.0f;
+    return make_float4(four[0], four[1], four[2], four[3]);
 }
 
-/* Grid: (tiles, n_rows / 64), 256 threads. A thread sums rows 4 (thread % 16) .. + 3 and items 4 (thread / 16) .. + 3.
- */
-extern "C" __global__ void __launch_bounds__(CQ_GEMM_THREADS, 2) plain_gemm(const cq_linear op) {
-    CQ_SHARED(float, weights, CQ_STEP *CQ_PITCH);
-    CQ_SHARED(float, items, CQ_STEP *CQ_PITCH);
-    const cq_tile tile = tile_at(op, blockIdx.x);
-    if (tile.expert < 0) return;
-    const int row = blockIdx.y * CQ_TILE_ROWS + threadIdx.x / 4, item = tile.first + threadIdx.x / 4;
-    const long long expert_row = (long long)tile.expert * op.w.n_rows + row;
-    const u8 *w = row < op.w.n_rows ? op.w.data + expert_row * row_bytes(op.w) : nullptr;
-    const float *x = nullptr;
-    if (item < tile.last) x = op.x + (long long)input_row(op, output_row(op, tile, item)) * op.w.n_cols;
-    const int row4 = threadIdx.x % 16 * 4, item4 = threadIdx.x / 16 * 4;
-    float sums[4][4] = {};
-    for (int first = 0; first < op.w.n_cols; first += CQ_STEP) {
-        stage_weights(w, first, op.w.n_cols, weights);
-        stage_items(x, first, op.w.n_cols, items);
-        __syncthreads();
+/* A step in shared memory is [column][i], 32 weight rows or items, so that a thread reads four i of a column at once.
+ * Where i lies depends on the column: lanes that store eight times four columns of four rows reach 32 banks. */
+CQ_DEVICE int place_in_step(int column, int i) { return column * CQ_TILE_ROWS + (i ^ 4 * (column / 4)); }
+
+CQ_DEVICE void store_columns(float *step, int column, int i, const float4 &four) {
+    step[place_in_step(column, i)] = four.x, step[place_in_step(column + 1, i)] = four.y;
+    step[place_in_step(column + 2, i)] = four.z, step[place_in_step(column + 3, i)] = four.w;
+}
+
+/* sums[item][row] += the products of a quarter of a step's columns. */
+CQ_DEVICE void multiply_columns(const float *weights, const float *items, int quarter, int row, int item,
+                                float (*sums)[4]) {
 #pragma unroll
-        for (int j = 0; j < CQ_STEP; j++)
+    for (int j = 0; j < CQ_STEP / 4; j++) {
+        const int column = quarter * (CQ_STEP / 4) + j;
+        const float4 w = *(const float4 *)(weights + place_in_step(column, row));
+        const float4 x = *(const float4 *)(items + place_in_step(column, item));
+        const float ws[4] = {w.x, w.y, w.z, w.w}, xs[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-            for (int i = 0; i < 16; i++)
-                sums[i / 4][i % 4] += items[j * CQ_PITCH + item4 + i / 4] * weights[j * CQ_PITCH + row4 + i % 4];
-        __syncthreads();
+        for (int i = 0; i < 16; i++) sums[i / 4][i % 4] += xs[i / 4] * ws[i % 4];
     }
+}
+
+/* Grid: (tiles, n_rows / 32, 2: halves of a tile), 256 threads. A quarter of the threads sums a quarter of each step's
+ * columns: of rows 4 (thread % 8) .. + 3 and items 4 (thread / 8 % 8) .. + 3. While one step is multiplied, the next
+ * one is on its way to registers, and then to the other half of shared memory. */
+extern "C" __global__ void __launch_bounds__(CQ_GEMM_THREADS, 2) plain_gemm(const cq_linear op) {
+    CQ_SHARED(float, shared,
+              4 * CQ_STEP * CQ_TILE_ROWS); /* [2] weights and items of a step; at last the quarters' sums */
+    const cq_tile tile = tile_at(op, blockIdx.x);
+    const int first_item = tile.first + blockIdx.z * CQ_TILE_ROWS, first_row = blockIdx.y * CQ_TILE_ROWS;
+    if (tile.expert < 0 || first_item >= tile.last) return;
+    const int i = threadIdx.x / 8, column = threadIdx.x % 8 * 4, n_cols = op.w.n_cols;
+    const long long expert_row = (long long)tile.expert * op.w.n_rows + first_row + i;
+    const u8 *w = first_row + i < op.w.n_rows ? op.w.data + expert_row * row_bytes(op.w) : nullptr;
+    const float *x = nullptr;
+    if (first_item + i < tile.last)
+        x = op.x + (long long)input_row(op, output_row(op, tile, first_item + i)) * op.w.n_cols;
+    const int quarter = threadIdx.x / 64, row4 = threadIdx.x % 8 * 4, item4 = threadIdx.x / 8 % 8 * 4;
+    float sums[4][4] = {};
+    float4 next_w = four_weights(w, column, n_cols), next_x = four_items(x, column, n_cols);
+    for (int first = 0, half = 0; first < n_cols; first += CQ_STEP, half ^= 1) {
+        float *weights = shared + half * 2 * CQ_STEP * CQ_TILE_ROWS, *items = weights + CQ_STEP * CQ_TILE_ROWS;
+        store_columns(weights, column, i, next_w), store_columns(items, column, i, next_x);
+        next_w = four_weights(w, first + CQ_STEP + column, n_cols);
+        next_x = four_items(x, first + CQ_STEP + column, n_cols);
+        __syncthreads(); /* the step is there, and nobody reads the one before it any more */
+        multiply_columns(weights, items, quarter, row4, item4, sums);
+    }
+    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        const int to_row = blockIdx.y * CQ_TILE_ROWS + row4 + i % 4, from_item = tile.first + item4 + i / 4;
-        if (to_row < op.w.n_rows && from_item < tile.last)
-            store_output(op, sums[i / 4][i % 4], output_row(op, tile, from_item), to_row);
+    for (int j = 0; j < 4; j++)
+        *(float4 *)(shared + ((quarter * CQ_TILE_ROWS) + item4 + j) * CQ_TILE_ROWS + row4) =
+            make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
+    __syncthreads();
+    for (int at = threadIdx.x; at < CQ_TILE_ROWS * CQ_TILE_ROWS; at += CQ_GEMM_THREADS) {
+        const int item = first_item + at / CQ_TILE_ROWS, row = first_row + at % CQ_TILE_ROWS;
+        float sum = 0;
+        for (int part = 0; part < 4; part++) sum += shared[part * CQ_TILE_ROWS * CQ_TILE_ROWS + at];
+        if (row < op.w.n_rows && item < tile.last) store_output(op, sum, output_row(op, tile, item), row);
     }
 }
 #endif

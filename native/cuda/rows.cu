@@ -2,7 +2,11 @@
  * the KV cache, and joining attention's parts. */
 #include "attention.cuh"
 
-enum { CQ_ROW_THREADS = 256 };
+enum {
+    CQ_ROW_THREADS = 256,
+    CQ_PART = 4 * CQ_ROW_THREADS, /* columns of a row that a block takes at once, four a thread */
+    CQ_KEPT = 4,                  /* parts of a row that stay in registers from one pass to the next */
+};
 
 /* max or sum over the block's 256 threads, for all of them; `partial` [8] is shared. */
 CQ_DEVICE float block_max(float value, float *partial) {
@@ -16,6 +20,86 @@ CQ_DEVICE float block_sum(float value, float *partial) {
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
     __syncthreads();
     return sum_lanes(partial[threadIdx.x % 8], 8);
+}
+
+/* Columns i .. i + 3 of a row [n] at a multiple of 4 floats if n is one; zero past the end. */
+CQ_DEVICE void load_four(const float *row, int i, int n, float *four) {
+    if (n % 4 == 0) {
+        const float4 all = *(const float4 *)(row + i);
+        four[0] = all.x, four[1] = all.y, four[2] = all.z, four[3] = all.w;
+    } else {
+        for (int j = 0; j < 4; j++) four[j] = i + j < n ? row[i + j] : 0.0f;
+    }
+}
+CQ_DEVICE void store_four(float *row, int i, int n, const float *four) {
+    if (n % 4 == 0) {
+        *(float4 *)(row + i) = make_float4(four[0], four[1], four[2], four[3]);
+    } else {
+        for (int j = 0; j < 4 && i + j < n; j++) row[i + j] = four[j];
+    }
+}
+
+/* A row [n] that the block goes through several times. A thread has columns 4 t .. 4 t + 3 of every part; those of the
+ * first parts are in `kept`, the others are read from memory each time. */
+struct cq_row {
+    const float *x;
+    int n;
+    float kept[CQ_KEPT][4];
+};
+
+CQ_DEVICE cq_row load_row(const float *x, int n) {
+    cq_row row = {x, n, {}};
+#pragma unroll
+    for (int part = 0; part < CQ_KEPT; part++) {
+        const int i = part * CQ_PART + 4 * threadIdx.x;
+        if (i < n) load_four(x, i, n, row.kept[part]);
+    }
+    return row;
+}
+
+/* use(four, others, i) for this thread's columns i .. i + 3 of two rows. What it changes in `four` must go to row.x as
+ * well. */
+template <class Use> CQ_DEVICE void each_four(cq_row &row, const cq_row &other, Use use) {
+#pragma unroll
+    for (int part = 0; part < CQ_KEPT; part++) {
+        const int i = part * CQ_PART + 4 * threadIdx.x;
+        if (i < row.n) use(row.kept[part], other.kept[part], i);
+    }
+    for (int i = CQ_KEPT * CQ_PART + 4 * threadIdx.x; i < row.n; i += CQ_PART) {
+        float four[4], others[4];
+        load_four(row.x, i, row.n, four), load_four(other.x, i, row.n, others);
+        use(four, others, i);
+    }
+}
+
+/* The same with one row. */
+template <class Use> CQ_DEVICE void each_four(cq_row &row, Use use) {
+    each_four(row, row, [&](float *four, const float *, int i) { use(four, i); });
+}
+
+/* The largest of four magnitudes. A NaN must win, and fmaxf would drop it: infinity stands in for it. */
+CQ_DEVICE float magnitude_of(const float *four) {
+    float largest = 0;
+    for (int j = 0; j < 4; j++)
+        largest = fmaxf(largest, four[j] == four[j] ? fabsf(four[j]) : __int_as_float(0x7f800000));
+    return largest;
+}
+
+/* As docs/format.md defines it: float32, ties to even; 0 * inf, where the scale is subnormal, counts as 0. */
+CQ_DEVICE i8 quantize_value(float x, float inverse, float top) {
+    const float v = rintf(x * inverse);
+    return v == v ? (i8)fminf(fmaxf(v, -top), top) : 0;
+}
+
+/* q [n] and the scale of a row; largest: of this thread's columns. n is a multiple of 4. */
+CQ_DEVICE void quantize_row(cq_row &row, float largest, i8 *q, float *scale_out, float top, float *partial) {
+    const float scale = block_max(largest, partial) / top, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    each_four(row, [&](const float *four, int i) {
+        u32 bytes = 0;
+        for (int j = 0; j < 4; j++) bytes |= (u32)(u8)quantize_value(four[j], inverse, top) << 8 * j;
+        *(u32 *)(q + i) = bytes;
+    });
+    if (threadIdx.x == 0) *scale_out = scale;
 }
 
 /* out[t][column] = table[tokens[t]][column]. Grid: tokens. */
@@ -34,41 +118,77 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
     }
 }
 
-/* out = x / sqrt(mean(x^2) + eps) * weight (+ bias), rows [n]; bias [n] or NULL. A thread sums n / 256 squares, then
- * the block in a tree. Grid: rows. */
-extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
-    rms_norm(const float *x, const float *weight, const float *bias, float *out, int n, float eps) {
-    CQ_SHARED(float, partial, 8);
-    x += (long long)blockIdx.x * n, out += (long long)blockIdx.x * n;
-    float squares = 0;
-    for (int i = threadIdx.x; i < n; i += CQ_ROW_THREADS) squares += x[i] * x[i];
-    const float scale = 1.0f / sqrtf(block_sum(squares, partial) / (float)n + eps);
-    for (int i = threadIdx.x; i < n; i += CQ_ROW_THREADS) {
-        const float normed = x[i] * scale * weight[i];
-        out[i] = bias ? normed + bias[i] : normed;
-    }
+/* What `rms_norm` writes, arrays of rows [n]: out = x / sqrt(mean(x^2) + eps) * weight (+ bias), bias [n] or NULL; q
+ * not NULL: then also out quantized, as `quantize` does it. */
+struct cq_norm {
+    const float *weight, *bias;
+    float *out;
+    i8 *q;
+    float *scales;
+    int n;
+    float eps, top;
+};
+
+/* The norm of row `number`. A thread sums n / 256 squares, then the block in a tree. partial: [16]. */
+CQ_DEVICE void norm_row(cq_row &row, const cq_norm &op, long long number, float *partial) {
+    const cq_row weight = load_row(op.weight, op.n); /* on its way while squares are summed */
+    const float *bias = op.bias;
+    const int n = op.n; /* copies: captured by reference, `op` itself would go to local memory */
+    float *out = op.out + number * n, squares = 0, largest = 0;
+    each_four(row, [&](const float *four, int) {
+        for (int j = 0; j < 4; j++) squares += four[j] * four[j];
+    });
+    const float scale = 1.0f / sqrtf(block_sum(squares, partial) / (float)n + op.eps);
+    each_four(row, weight, [&](float *four, const float *weights, int i) {
+        float biases[4];
+        if (bias) load_four(bias, i, n, biases);
+        for (int j = 0; j < 4; j++) {
+            const float normed = four[j] * scale * weights[j];
+            four[j] = bias ? normed + biases[j] : normed;
+        }
+        store_four(out, i, n, four);
+        largest = fmaxf(largest, magnitude_of(four));
+    });
+    if (!op.q) return;
+    row.x = out;
+    quantize_row(row, largest, op.q + number * n, op.scales + number, op.top, partial + 8);
 }
 
-/* As docs/format.md defines it: float32, ties to even; 0 * inf, where the scale is subnormal, counts as 0. */
-CQ_DEVICE i8 quantize_value(float x, float inverse, float top) {
-    const float v = rintf(x * inverse);
-    return v == v ? (i8)fminf(fmaxf(v, -top), top) : 0;
+/* Grid: rows. */
+extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS) rms_norm(const float *x, const cq_norm op) {
+    CQ_SHARED(float, partial, 16);
+    cq_row row = load_row(x + (long long)blockIdx.x * op.n, op.n);
+    norm_row(row, op, blockIdx.x, partial);
+}
+
+/* x[t] += sum over rank of weights[t][rank] * y[slot], as `combine`; then x's norm. Grid: tokens. */
+extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
+    combine_norm(const float *y, const float *weights, float *x, int top_k, const cq_norm op) {
+    CQ_SHARED(float, partial, 16);
+    const int n = op.n;
+    x += (long long)blockIdx.x * n, y += (long long)blockIdx.x * top_k * n, weights += blockIdx.x * top_k;
+    cq_row row = load_row(x, n);
+    each_four(row, [&](float *four, int i) {
+#pragma unroll 4
+        for (int rank = 0; rank < top_k; rank++) {
+            float part[4];
+            load_four(y + (long long)rank * n, i, n, part);
+            for (int j = 0; j < 4; j++) four[j] += weights[rank] * part[j];
+        }
+        store_four(x, i, n, four);
+    });
+    norm_row(row, op, blockIdx.x, partial);
 }
 
 /* q [rows][n] and scales [rows] of x [rows][n]; top: 127 or 7. A NaN makes the scale infinite and q zero, so that
- * what is computed from it is not finite. Grid: rows. */
+ * what is computed from it is not finite. n is a multiple of 4. Grid: rows. */
 extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
     quantize(const float *x, i8 *q, float *scales, int n, float top) {
     CQ_SHARED(float, partial, 8);
-    x += (long long)blockIdx.x * n, q += (long long)blockIdx.x * n;
+    cq_row row = load_row(x + (long long)blockIdx.x * n, n);
     float largest = 0;
-    for (int i = threadIdx.x; i < n; i += CQ_ROW_THREADS) {
-        const float magnitude = fabsf(x[i]); /* a NaN must win, and fmaxf would drop it: infinity stands in for it */
-        largest = fmaxf(largest, magnitude == magnitude ? magnitude : __int_as_float(0x7f800000));
-    }
-    const float scale = block_max(largest, partial) / top, inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    for (int i = threadIdx.x; i < n; i += CQ_ROW_THREADS) q[i] = quantize_value(x[i], inverse, top);
-    if (threadIdx.x == 0) scales[blockIdx.x] = scale;
+    each_four(row, [&](const float *four, int) { largest = fmaxf(largest, magnitude_of(four)); });
+    quantize_row(row, largest, q + (long long)blockIdx.x * n, scales + blockIdx.x, top, partial);
 }
 
 /* The same per 32 columns, always 8 bits, for Q8_0: a warp a block. n_blocks: of all rows. Grid: n_blocks / 8. */
@@ -99,25 +219,132 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
     }
 }
 
-/* gate = silu(gate) * up, [rows][n], then each block of `hadamard` columns (a power of two, 0: none) times the
- * orthonormal Hadamard matrix in Sylvester's order, by the fast transform in place; a block's lines are in the
- * first-level cache. Grid: (n / (hadamard or 1024), rows). */
-extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS) swiglu(float *gate, const float *up, int n, int hadamard) {
-    const int width = hadamard ? hadamard : 1024, first = blockIdx.x * width, count = min_int(width, n - first);
-    gate += (long long)blockIdx.y * n + first, up += (long long)blockIdx.y * n + first;
-    for (int i = threadIdx.x; i < count; i += CQ_ROW_THREADS) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
-    if (!hadamard) return;
-    for (int half = 1; half < hadamard; half *= 2) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < hadamard / 2; i += CQ_ROW_THREADS) {
-            float *a = gate + i / half * 2 * half + i % half, *b = a + half;
+/* 1 / sqrt(mean(x^2) + eps) of a row [n], by a warp, in the order of `rms_norm` up to 128 columns. */
+CQ_DEVICE float norm_scale(const float *x, int n, float eps) {
+    float squares = 0;
+    for (int i = 4 * (threadIdx.x % 32); i < n; i += 128) {
+        float four[4];
+        load_four(x, i, n, four);
+        for (int j = 0; j < 4; j++) squares += four[j] * four[j];
+    }
+    return 1.0f / sqrtf(sum_lanes(squares, 32) / (float)n + eps);
+}
+
+/* Norm and rope (as `rope`) of queries, to q_out, which may be q, and of keys, to the cache; values to the cache. A
+ * warp a head. Grid: (tokens, (n_heads + 2 n_kv_heads) / 8). */
+extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS) prepare_heads(const cq_heads op) {
+    const int lane = threadIdx.x % 32, head = blockIdx.y * 8 + threadIdx.x / 32, n = op.head_dim, half = op.n_rot / 2;
+    const int key = head - op.n_heads, value = key - op.n_kv_heads, kv_head = value < 0 ? key : value;
+    if (value >= op.n_kv_heads) return; /* a whole warp */
+    const long long token = blockIdx.x, position = *op.position + token;
+    const long long of_kv = (token * op.n_kv_heads + kv_head) * n,
+                    cached = (kv_head * (long long)op.n_ctx + position) * n;
+    if (value >= 0) {
+        for (int i = lane; i < n; i += 32) op.v_cache[cached + i] = to_half(op.v[of_kv + i]);
+        return;
+    }
+    const long long of_q = (token * op.n_heads + head) * n;
+    const float *x = key < 0 ? op.q + of_q : op.k + of_kv, *weight = key < 0 ? op.q_weight : op.k_weight;
+    const float scale = weight ? norm_scale(x, n, key < 0 ? op.q_eps : op.k_eps) : 1.0f;
+    const float *cos_sin = op.cos_sin + position * op.n_rot;
+    float *query = key < 0 ? op.q_out + of_q : nullptr;
+    u16 *to_cache = op.k_cache + cached;
+    const auto normed = [=](int i) { return weight ? x[i] * scale * weight[i] : x[i]; };
+    const auto store = [=](int i, float result) {
+        if (query)
+            query[i] = result;
+        else
+            to_cache[i] = to_half(result);
+    };
+    for (int pair = lane; pair < half; pair += 32) {
+        const int first = op.interleaved ? 2 * pair : pair, second = first + (op.interleaved ? 1 : half);
+        const float c = cos_sin[2 * pair], s = cos_sin[2 * pair + 1], a = normed(first), b = normed(second);
+        store(first, a * c - b * s);
+        store(second, b * c + a * s);
+    }
+    for (int i = op.n_rot + lane; i < n; i += 32) store(i, normed(i));
+}
+
+/* The fast Hadamard transform, unscaled, of every `size` columns (a power of two up to 1024) of a part: in a thread's
+ * registers, between lanes, then through `shared` [CQ_PART]. Of two columns `half` apart the first becomes their sum,
+ * the second their difference, from the nearest pairs on. All threads call it. */
+CQ_DEVICE void transform_part(float *four, int size, float *shared) {
+    for (int half = 1; half < 4 && half < size; half *= 2)
+        for (int i = 0; i < 2; i++) {
+            float *a = four + (half == 1 ? 2 * i : i), *b = a + half;
             const float sum = *a + *b, difference = *a - *b;
             *a = sum, *b = difference;
         }
+    for (int half = 4; half < size; half *= 2) {
+        const bool is_second = 4 * threadIdx.x & half;
+        float other[4];
+        if (half < 128) {
+            for (int j = 0; j < 4; j++) other[j] = __shfl_xor_sync(~0u, four[j], half / 4);
+        } else {
+            __syncthreads(); /* nobody reads the previous values any more */
+            store_four(shared, 4 * threadIdx.x, CQ_PART, four);
+            __syncthreads();
+            load_four(shared, 4 * threadIdx.x ^ half, CQ_PART, other);
+        }
+        for (int j = 0; j < 4; j++) four[j] = is_second ? other[j] - four[j] : four[j] + other[j];
     }
-    __syncthreads();
+}
+
+/* silu(gate) * up of this thread's columns i .. i + 3 of rows [n], zero past the end; then the Hadamard transform. */
+CQ_DEVICE void gated_part(const float *gate, const float *up, int i, int n, int hadamard, float *shared, float *four) {
+    float ups[4] = {};
+    for (int j = 0; j < 4; j++) four[j] = 0;
+    if (i < n) load_four(gate, i, n, four), load_four(up, i, n, ups);
+    for (int j = 0; j < 4; j++) four[j] = four[j] / (1.0f + expf(-four[j])) * ups[j];
+    if (!hadamard) return;
+    transform_part(four, min_int(hadamard, CQ_PART), shared);
     const float scale = 1.0f / sqrtf((float)hadamard);
-    for (int i = threadIdx.x; i < hadamard; i += CQ_ROW_THREADS) gate[i] *= scale;
+    for (int j = 0; j < 4 && hadamard <= CQ_PART; j++) four[j] *= scale;
+}
+
+/* gate = silu(gate) * up, [rows][n], then each block of `hadamard` columns (a power of two, 0: none) times the
+ * orthonormal Hadamard matrix in Sylvester's order, by the fast transform; where blocks are wider than a part its last
+ * steps are in memory. Grid: (n / max(1024, hadamard), rows). */
+extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS) swiglu(float *gate, const float *up, int n, int hadamard) {
+    CQ_SHARED(float, shared, CQ_PART);
+    const int width = hadamard > CQ_PART ? hadamard : CQ_PART, first = blockIdx.x * width;
+    gate += (long long)blockIdx.y * n, up += (long long)blockIdx.y * n;
+    for (int part = first; part < first + width; part += CQ_PART) {
+        const int i = part + 4 * threadIdx.x;
+        float four[4];
+        gated_part(gate, up, i, n, hadamard, shared, four);
+        if (i < n) store_four(gate, i, n, four);
+    }
+    if (hadamard <= CQ_PART) return;
+    for (int half = CQ_PART; half < hadamard; half *= 2) {
+        const float scale = 2 * half == hadamard ? 1.0f / sqrtf((float)hadamard) : 1.0f;
+        __syncthreads();
+        for (int i = threadIdx.x; i < hadamard / 2; i += CQ_ROW_THREADS) {
+            float *a = gate + first + i / half * 2 * half + i % half, *b = a + half;
+            const float sum = *a + *b, difference = *a - *b;
+            *a = sum * scale, *b = difference * scale;
+        }
+    }
+}
+
+/* The same for rows of up to 4096 columns, a multiple of 4, and blocks of up to 1024; then quantized as by `quantize`.
+ * Grid: rows. */
+extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
+    swiglu_quantize(float *gate, const float *up, i8 *q, float *scales, int n, int hadamard, float top) {
+    CQ_SHARED(float, shared, CQ_PART);
+    CQ_SHARED(float, partial, 8);
+    gate += (long long)blockIdx.x * n, up += (long long)blockIdx.x * n;
+    cq_row row = {gate, n, {}};
+    float largest = 0;
+#pragma unroll
+    for (int part = 0; part < CQ_KEPT; part++) {
+        const int i = part * CQ_PART + 4 * threadIdx.x;
+        if (part * CQ_PART >= n) break; /* the whole block */
+        gated_part(gate, up, i, n, hadamard, shared, row.kept[part]);
+        if (i < n) store_four(gate, i, n, row.kept[part]);
+        largest = fmaxf(largest, magnitude_of(row.kept[part]));
+    }
+    quantize_row(row, largest, q + (long long)blockIdx.x * n, scales + blockIdx.x, top, partial);
 }
 
 /* out[t] [n] += sum over rank of weights[t][rank] * y[slot] [n]. Grid: (n / 256, tokens). */
@@ -157,17 +384,39 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
 }
 
 /* Joins the splits of partial [splits][rows][dim + 2] (attention.cuh): with M the largest m, out = sum exp(m - M) sums
- * / sum exp(m - M) l. Grid: rows, tokens * n_heads. */
+ * / sum exp(m - M) l. Splits without keys (l is 0) are the last ones; their sums are not read. Where rows are narrow,
+ * 256 / dim threads share a column. Shared memory: 4 * splits bytes. Grid: rows, tokens * n_heads. */
 extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
     attention_merge(const float *partial, float *out, int splits, int dim) {
+    CQ_DYNAMIC_SHARED(float, weights);
+    CQ_SHARED(float, sums, CQ_ROW_THREADS);
+    CQ_SHARED(float, of_warps, 3 * 8);
     const float *row = partial + (long long)blockIdx.x * (dim + 2);
     const long long stride = (long long)gridDim.x * (dim + 2);
-    float largest = CQ_HIDDEN, total = 0;
-    for (int s = 0; s < splits; s++) largest = fmaxf(largest, row[s * stride + dim]);
-    for (int s = 0; s < splits; s++) total += expf(row[s * stride + dim] - largest) * row[s * stride + dim + 1];
-    for (int i = threadIdx.x; i < dim; i += CQ_ROW_THREADS) {
-        float sum = 0;
-        for (int s = 0; s < splits; s++) sum += expf(row[s * stride + dim] - largest) * row[s * stride + i];
-        out[(long long)blockIdx.x * dim + i] = sum / total;
+    float largest = CQ_HIDDEN, total = 0, used = 0;
+    for (int s = threadIdx.x; s < splits; s += CQ_ROW_THREADS) {
+        largest = fmaxf(largest, row[s * stride + dim]);
+        if (row[s * stride + dim + 1] != 0) used = (float)(s + 1);
     }
+    largest = block_max(largest, of_warps);
+    for (int s = threadIdx.x; s < splits; s += CQ_ROW_THREADS) {
+        weights[s] = expf(row[s * stride + dim] - largest);
+        total += weights[s] * row[s * stride + dim + 1];
+    }
+    const int n = (int)block_max(used, of_warps + 8);
+    total = block_sum(total, of_warps + 16); /* and all weights are there */
+    const int parts = 2 * dim <= CQ_ROW_THREADS ? CQ_ROW_THREADS / dim : 1, part = parts > 1 ? threadIdx.x / dim : 0;
+    for (int i = parts > 1 ? threadIdx.x % dim : threadIdx.x; i < dim; i += CQ_ROW_THREADS) {
+        float sum = 0;
+#pragma unroll 8
+        for (int s = part; s < n; s += parts) sum += weights[s] * row[s * stride + i];
+        if (parts > 1) sums[threadIdx.x] = sum;
+        if (parts == 1) out[(long long)blockIdx.x * dim + i] = sum / total;
+    }
+    if (parts == 1) return; /* the whole block */
+    __syncthreads();
+    if ((int)threadIdx.x >= dim) return;
+    float sum = 0;
+    for (int i = 0; i < parts; i++) sum += sums[i * dim + threadIdx.x];
+    out[(long long)blockIdx.x * dim + threadIdx.x] = sum / total;
 }

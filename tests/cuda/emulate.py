@@ -86,8 +86,8 @@ def launch_function(module: ctypes.CDLL, kernel: str) -> Any:
 
 
 def struct_sizes() -> tuple[int, ...]:
-    """sizeof of cq_matrix, cq_linear, cq_attention and cq_route."""
-    structs = ("cq_matrix", "cq_linear", "cq_attention", "cq_route")
+    """sizeof of the structs that launches pass."""
+    structs = ("cq_matrix", "cq_linear", "cq_linears", "cq_attention", "cq_route", "cq_heads")
     lines = [f'#include "{SOURCES}/{source}"' for source in ("attention.cuh", "route.cu")]
     lines += [f'extern "C" const size_t sizes[] = {{{", ".join(f"sizeof({name})" for name in structs)}}};']
     command = ("-shared", f"-I{_header().parent}", "-include", "prefix.h", "-Wno-unused-function")

@@ -19,6 +19,7 @@ struct alignas(16) uint4 {
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulator {
 // ---- shared memory, barriers, warps ----
@@ -92,6 +93,11 @@ static inline unsigned __ballot_sync(unsigned, bool vote) {
     unsigned votes = 0;
     for (int i = 0; i < emulator::WARP; i++) votes |= all[i][0] << i;
     return votes;
+}
+static inline int atomicAdd(int *address, int value) { // a thread runs until it waits: nothing comes between
+    const int before = *address;
+    *address += value;
+    return before;
 }
 static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 static inline float __int_as_float(int bits) {

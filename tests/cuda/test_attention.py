@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -48,11 +50,26 @@ def check(shape: ck.AttentionShape, position: int, n_tokens: int, splits: int) -
     np.testing.assert_array_equal(*results)
 
 
-@pytest.mark.parametrize("head_dim", [48, 81, 512])
+@pytest.mark.parametrize("head_dim", [48, 81, 160, 512])
 @pytest.mark.parametrize(("position", "n_tokens", "window", "splits"), WHERE)
 def test_attention(head_dim: int, position: int, n_tokens: int, window: int, splits: int) -> None:
     scale = float(np.float32(head_dim**-0.5))
     check(ck.AttentionShape(6, 2, head_dim, position + n_tokens, window, scale, head_dim), position, n_tokens, splits)
+
+
+@pytest.mark.parametrize("heads", [(8, 1), (9, 1), (4, 4), (32, 2), (7, 1)])
+@pytest.mark.parametrize(
+    ("position", "window", "splits"), [(511, 0, 17), (511, 0, 40), (31, 0, 2), (300, 65, 12), (700, 0, 5)]
+)
+def test_decoding(heads: tuple[int, int], position: int, window: int, splits: int) -> None:
+    """A token's heads in blocks that they fill or not; a tile a split, splits without keys, several tiles a split."""
+    check(ck.AttentionShape(*heads, 64, position + 1, window, 0.125, 64), position, 1, splits)
+
+
+def test_splits_are_as_many_as_fill_the_processors() -> None:
+    qwen = ck.AttentionShape(32, 4, 128, 4096, 0, 1.0, 128)
+    assert [qwen.splits(1, n) for n in (1, 132, 1000)] == [1, 128, 128] and qwen.splits(2, 132) == 1
+    assert replace(qwen, n_ctx=70).splits(1, 132) == 3 and replace(qwen, n_kv_heads=32).splits(1, 132) == 16
 
 
 # DeepSeek-V2's widths; narrow ones, odd ones, which are not copied by 16 bytes, and those that take one row a warp.

@@ -10,8 +10,8 @@ import pytest
 
 from pyggml_bridge.cli import run as cli_run
 from pyggml_bridge.cuda import require_device
-from pyggml_bridge.cuda_kernels import ATTENTION
-from pyggml_bridge.cuda_linear import CHOICE, LINEAR
+from pyggml_bridge.cuda_kernels import ATTENTION, HEADS
+from pyggml_bridge.cuda_linear import CHOICE, LINEAR, LINEARS
 from pyggml_bridge.cuda_program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
@@ -117,6 +117,10 @@ def test_what_has_no_kernel_is_named() -> None:
     program.logits = program.attention(0, Value(640), Value(640), Value(640), scale=1.0)
     with pytest.raises(CQError, match=r"^--cuda: attention heads wider than 600 columns \(640\) are not supported$"):
         CUDAProgram(program, 8, DeviceInfo(100))
+    program = Program(64, 1, 1, 64, 64)
+    program.route(Value(2049), 0, 2, normalize=True)
+    with pytest.raises(CQError, match=r"^--cuda: more than 2048 experts \(2049\) are not supported$"):
+        CUDAProgram(program, 8, DeviceInfo(100))
 
 
 @pytest.mark.gpu
@@ -156,7 +160,8 @@ def test_memory_is_counted_before_anything_is_uploaded(tmp_path: Path, device: S
 
 
 def test_structs_are_the_compilers() -> None:
-    assert struct_sizes() == (LINEAR["w"].itemsize, LINEAR.itemsize, ATTENTION.itemsize, CHOICE.itemsize)
+    types = (LINEAR["w"], LINEAR, LINEARS, ATTENTION, CHOICE, HEADS)
+    assert struct_sizes() == tuple(t.itemsize for t in types)
 
 
 @pytest.mark.parametrize(

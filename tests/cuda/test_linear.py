@@ -126,6 +126,54 @@ def test_scales_bias_and_accumulation(tokens: int, accumulate: bool) -> None:
     assert (np.abs(out - (exact + old + bias)) <= bound).all()
 
 
+@pytest.mark.parametrize("cq", [CQType.CQ4, CQType.CQ3T])
+@pytest.mark.parametrize("tokens", [1, 4, 67])
+@pytest.mark.parametrize("heights", [(300, 33, 7), (5, 140)])
+def test_layers_of_one_launch(heights: tuple[int, ...], tokens: int, cq: CQType) -> None:
+    """Matrices of different heights, groupings and biases that read the same rows."""
+    rng, memory = np.random.default_rng(tokens), Memory()
+    x, scales = activations(rng, tokens, 192), rng.uniform(1e-3, 2, tokens).astype(np.float32)
+    ws = [random_clustered(rng, cq, rows, 192, 64 * (i % 2) or None, 64 * (i % 2)) for i, rows in enumerate(heights)]
+    at, at_scales = memory.at(x), memory.at(scales)
+    alone, together = ([memory.full((tokens, rows), np.nan, np.float32) for rows in heights] for _ in range(2))
+    biases = [memory.at(rng.normal(size=rows).astype(np.float32)) for rows in heights[:-1]] + [0]
+
+    def layers(outs: list[np.ndarray]) -> list[cl.Layer]:
+        return [
+            (memory.matrix(w), cl.Operands(tokens, out.ctypes.data, q=at, scales=at_scales, bias=bias))
+            for w, out, bias in zip(ws, outs, biases, strict=True)
+        ]
+
+    for w, operands in layers(alone):
+        run(cl.linear(w, operands))
+    (w, operands), *others = layers(together)
+    run(cl.linear(w, operands, *others), seed=1)
+    for got, want in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(got, want)
+        assert np.isfinite(want).all()
+
+
+@pytest.mark.parametrize("cq", CQType)
+@pytest.mark.parametrize("lanes", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize(("rows", "cols"), [(33, 576), (140, 64), (16, 4160)])
+def test_any_number_of_lanes_gives_the_integers(rows: int, cols: int, lanes: int, cq: CQType) -> None:
+    rng, memory = np.random.default_rng(cols), Memory()
+    w, x = random_clustered(rng, cq, rows, cols, scale_cols=64, codebook_rows=8), activations(rng, 2, cols)
+    out = memory.full((2, rows), CANARY, np.int32)
+    operands = cl.Operands(2, out.ctypes.data, q=memory.at(x), scales=memory.at(np.ones(2, np.float32)))
+    launch = cl.gemv(replace(memory.matrix(w), scales=0), operands)
+    grid = (cl.ceil_div(rows, 8 * (128 // lanes)), 2, 1)
+    run(replace(launch, grid=grid, args=(launch.args[0], np.int32(lanes))), seed=lanes)
+    np.testing.assert_array_equal(out, wanted(w, x))
+
+
+def test_more_lanes_share_rows_where_processors_would_idle() -> None:
+    """Of an H100: q, k and v of Qwen3-30B-A3B, its attention output, gate and up, down, output; few and wide rows."""
+    shapes = [(2048, 5120), (4096, 2048), (2048, 12288), (768, 16384), (2048, 151936), (64, 64), (32768, 8)]
+    assert [cl.gemv_lanes(cols, rows // 8, 132) for cols, rows in shapes] == [64, 128, 32, 32, 32, 32, 128]
+    assert cl.gemv_lanes(768, 2048, 1) == 8 and cl.gemv_lanes(2048, 1 << 20, 1) == 32
+
+
 def experts_case(rng: np.random.Generator, n_tokens: int, gather: bool) -> tuple[Clustered, np.ndarray, np.ndarray]:
     """Five experts, of which one gets no token, and one most of them."""
     ids = np.where(rng.random((n_tokens, 2)) < 0.8, [[3, 0]], [[1, 4]])

@@ -27,7 +27,8 @@ def route(logits: np.ndarray, top_k: int, choice: cl.Choice, seed: int = 0) -> t
 
 
 @pytest.mark.parametrize(
-    ("n_tokens", "n_experts", "top_k"), [(1, 4, 2), (5, 3, 3), (70, 40, 4), (33, 128, 8), (9, 1, 1)]
+    ("n_tokens", "n_experts", "top_k"),
+    [(1, 4, 2), (5, 3, 3), (70, 40, 4), (33, 128, 8), (9, 1, 1), (3, 300, 40), (5, 2048, 3)],
 )
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("scoring", [Scoring.SOFTMAX, Scoring.SIGMOID])
@@ -57,6 +58,30 @@ def test_routing(n_tokens: int, n_experts: int, top_k: int, normalize: bool, sco
         np.testing.assert_array_equal(
             np.diff(offsets, prepend=0), [0, *np.bincount(ids.reshape(-1), minlength=n_experts)]
         )
+        found = [(e, f) for e in range(n_experts) for f in range(offsets[e], offsets[e + 1], 64)]
+        assert [tuple(tile) for tile in tiles[: len(found)]] == found and (tiles[len(found) :, 0] == -1).all()
+
+
+@pytest.mark.parametrize("n_slots", [1, 255, 700])
+@pytest.mark.parametrize("case", ["one has all", "first and last", "none before the last", "random"])
+def test_grouping_of_uneven_slots(case: str, n_slots: int) -> None:
+    """Experts without slots, one with all of them, and slots that do not fill a warp's eighth."""
+    n_experts, rng = 300, np.random.default_rng(n_slots)
+    ids = {
+        "one has all": np.full(n_slots, 17),
+        "first and last": np.where(np.arange(n_slots) % 3, 0, n_experts - 1),
+        "none before the last": np.full(n_slots, n_experts - 1),
+        "random": rng.integers(0, n_experts, n_slots),
+    }[case].astype(np.int32)
+    n_tiles = n_slots // 64 + min(n_experts, n_slots)
+    for seed in SEEDS:
+        memory = Memory()
+        order, offsets = memory.full(n_slots, -7, np.int32), memory.full(n_experts + 1, -7, np.int32)
+        tiles = memory.full((n_tiles, 2), -7, np.int32)
+        addresses = (memory.at(ids), 0, *(array.ctypes.data for array in (order, offsets, tiles)))
+        run(cl.group(cl.DeviceRouting(n_experts, 1, *addresses), n_slots), seed)
+        np.testing.assert_array_equal(order, np.argsort(ids, kind="stable"))
+        np.testing.assert_array_equal(offsets, [0, *np.cumsum(np.bincount(ids, minlength=n_experts))])
         found = [(e, f) for e in range(n_experts) for f in range(offsets[e], offsets[e + 1], 64)]
         assert [tuple(tile) for tile in tiles[: len(found)]] == found and (tiles[len(found) :, 0] == -1).all()
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pyggml_bridge.cuda_kernels import ROWS, Module
+from pyggml_bridge.cuda_kernels import ROWS, Module, decode_module
 from pyggml_bridge.cuda_linear import ROUTE, linear_module
 from pyggml_bridge.format import CQType
 from tests.cuda import table
@@ -18,8 +18,9 @@ def live() -> list[tuple[Module, int]]:
     found = [(linear_module("gemm.cu", CQType.CQ4, tensor_cores=False), 75)]
     for sm, cq, plain in zip(table.TARGETS, CQType, 3 * (table.F32, table.F16, table.Q8_0), strict=False):
         heads = Module("attention.cu", (("CQ_HEAD_DIM", 64 if cq.trellis else 128),))
+        decode = decode_module(64 if cq.trellis else 128, 8)
         linears = (linear_module("gemv.cu", cq), linear_module("gemm.cu", cq), linear_module("plain.cu", plain))
-        found += [(module, sm) for module in (*linears, ROUTE, ROWS, heads, table.LATENT)]
+        found += [(module, sm) for module in (*linears, ROUTE, ROWS, heads, decode, table.LATENT)]
     return found
 
 
@@ -30,9 +31,10 @@ def test_every_kernel_is_there_for_every_target() -> None:
             assert ("gemv", cq.name, "", sm) in rows and ("gemm", cq.name, "", sm) in rows
         for kernel in ("embed", "rms_norm", "quantize", "quantize_blocks", "rope", "swiglu", "combine", "select_rows"):
             assert (kernel, "", "", sm) in rows
-        for kernel in ("copy_columns", "append", "attention_merge"):
+        for kernel in ("copy_columns", "append", "attention_merge", "combine_norm", "swiglu_quantize", "prepare_heads"):
             assert (kernel, "", "", sm) in rows
         assert {("route", "", "", sm), ("group", "", "", sm), ("gemm", "Q8_0", "", sm)} <= rows
+        assert ("attention_decode", "head_dim 128", "", sm) in rows
         assert {("attention", "head_dim 128", "", sm), ("latent_attention", "head_dim 576", "", sm)} <= rows
         assert {("plain_gemv", kind, "", sm) for kind in ("F32", "F16", "Q8_0")} <= rows
     assert len(rows) == len(table.recorded())
