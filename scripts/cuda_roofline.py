@@ -25,9 +25,9 @@ MODELS = {"Qwen3-30B-A3B": "qwen3-30b-a3b", "Mixtral 8x7B": "mixtral-8x7b"}
 DEPTH = 512
 LATENCY = 700e-9  # assumed, of a read from memory: what has to be in flight is this times the bandwidth
 
-INTRODUCTION = """### Roofline on paper: not measured
+INTRODUCTION = """### Roofline on paper
 
-Nothing here was measured on a GPU. Bytes, multiply-adds, kernels and memory are those of the programs that the runner
+Arithmetic, not measurement: what an H100 really does is above. Bytes, multiply-adds, kernels and memory are those of the programs that the runner
 would run, counted by its planner; registers and instructions are the compiler's; rates are data sheets'. Assumed:
 {gap:.1f} us between two kernels of a graph, {handover:.0f} us to hand over to the CPU and back, the host's rates, the
 share of the tensor cores that mma.sync gets, and {taken:.0f} GiB of the card for others. Waves that do not fill the
