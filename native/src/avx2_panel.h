@@ -1,16 +1,17 @@
-/* The panel half of avx2.c: transposing decoded rows into a panel, int8 [n_cols / 4][PANEL_ROWS][4], and multiplying it
- * with tokens. */
+/* The panel half of avx2_core.h: transposing decoded rows into a panel, and multiplying it with tokens.
+ *
+ * A panel is bytes [n_cols / 4][PANEL_ROWS][4], W + OFFSET. */
 #ifndef CQ_AVX2_PANEL_H
 #define CQ_AVX2_PANEL_H
 
-enum {
-    PANEL_ROWS = 16,
-    HALF_ROWS = 8,
-    PANEL_STEP = 4 * PANEL_ROWS,
-    CHUNK_BLOCKS = 4,
-    TILE_TOKENS = 4,
-    TILE_COLS = 1024
-};
+enum { PANEL_ROWS = 16, HALF_ROWS = 8, PANEL_STEP = 4 * PANEL_ROWS, CHUNK_BLOCKS = 4, TILE_COLS = 1024 };
+
+/* Of a tile; accumulators, weights (and their magnitudes) and an activation fill 16 registers. */
+#ifdef CQ_DPBUSD
+enum { TILE_TOKENS = 6 };
+#else
+enum { TILE_TOKENS = 4 };
+#endif
 
 /* out[k * PANEL_STEP] = dword k of each of 8 rows, for k < 8: a transposition of 8 x 8 dwords. */
 static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t *out) {
@@ -38,55 +39,119 @@ static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t 
 
 static void pack_panel(const int8_t *rows, int32_t n_cols, uint8_t *panel) {
     for (int32_t r = 0; r < PANEL_ROWS; r++)
-        for (int32_t k = 0; k < n_cols; k += 4) memcpy(panel + k * PANEL_ROWS + 4 * r, rows + r * n_cols + k, 4);
+        for (int32_t k = 0; k < n_cols; k++)
+            panel[k / 4 * PANEL_STEP + 4 * r + k % 4] = (uint8_t)(rows[r * n_cols + k] + OFFSET);
 }
 
-/* acc[N][PANEL_ROWS] (+)= panel times N tokens: 2 N accumulators and two weights with their magnitudes fill 16
- * registers. */
-CQ_INLINE void tile(const int32_t N, const uint8_t *panel, const int8_t *const *x, int32_t col, int32_t n_cols,
-                    int32_t *acc) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i sum[TILE_TOKENS][2];
-#pragma GCC unroll 4
-    for (int32_t t = 0; t < N; t++) {
-        __m256i *from = (__m256i *)(acc + t * PANEL_ROWS);
-        sum[t][0] = col ? _mm256_loadu_si256(from) : _mm256_setzero_si256();
-        sum[t][1] = col ? _mm256_loadu_si256(from + 1) : _mm256_setzero_si256();
+/* Floats of one token from its accumulators, acc in memory. */
+static void scale_rows(const int32_t *acc, const cq_scaling *to, int32_t t) {
+    for (int32_t r = 0; r < to->n_rows; r++) {
+        const float value = (float)acc[r] * (to->row_scales[r] * to->token_scales[t]);
+        to->out[t][r] = to->accumulate ? to->out[t][r] + value : value;
     }
-    for (int32_t k = col; k < col + n_cols; k += 4) {
-        const __m256i *step = (const __m256i *)(panel + (int64_t)k * PANEL_ROWS);
+}
+
+CQ_INLINE void scale_half(__m256i sum, const cq_scaling *to, int32_t t, int32_t half) {
+    const __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(to->row_scales + 8 * half), _mm256_set1_ps(to->token_scales[t]));
+    const __m256 value = _mm256_cvtepi32_ps(sum);
+    float *out = to->out[t] + 8 * half;
+    _mm256_storeu_ps(out, to->accumulate ? _mm256_fmadd_ps(value, scale, _mm256_loadu_ps(out))
+                                         : _mm256_mul_ps(value, scale));
+}
+
+/* Columns [col, col + n_cols) of a panel; where the sums go when they are complete, else NULL: to acc. */
+typedef struct {
+    const uint8_t *panel;
+    int32_t col, n_cols;
+    const cq_scaling *to;
+} tile_columns;
+
+/* A panel times N tokens. N is a constant and everything is unrolled. Sums start from acc, at the first column from
+ * what the weights' offset adds to them. */
+CQ_INLINE void tile(const int32_t N, const tile_columns *c, const int8_t *const *tokens, const int32_t *x_sum,
+                    int32_t first_token, int32_t *acc) {
+    __m256i sum[TILE_TOKENS][2];
+    const int8_t *x[TILE_TOKENS];
+#pragma GCC unroll 6
+    for (int32_t t = 0; t < N; t++) {
+        const __m256i *from = (const __m256i *)(acc + t * PANEL_ROWS), start = _mm256_set1_epi32(-OFFSET * x_sum[t]);
+        x[t] = tokens[t] + c->col;
+        sum[t][0] = c->col ? _mm256_loadu_si256(from) : start;
+        sum[t][1] = c->col ? _mm256_loadu_si256(from + 1) : start;
+    }
+    const __m256i *step = (const __m256i *)(c->panel + (int64_t)c->col * PANEL_ROWS);
+    for (int32_t k = 0; k < c->n_cols; k += 4, step += 2) {
         const __m256i w0 = _mm256_load_si256(step), w1 = _mm256_load_si256(step + 1);
-        const __m256i m0 = _mm256_abs_epi8(w0), m1 = _mm256_abs_epi8(w1);
-#pragma GCC unroll 4
+#ifndef CQ_DPBUSD
+        const __m256i m0 = _mm256_abs_epi8(w0), m1 = _mm256_abs_epi8(w1), ones = _mm256_set1_epi16(1);
+#endif
+#pragma GCC unroll 6
         for (int32_t t = 0; t < N; t++) {
             int32_t four;
             memcpy(&four, x[t] + k, 4);
             const __m256i activation = _mm256_set1_epi32(four);
+#ifdef CQ_DPBUSD
+            sum[t][0] = CQ_DPBUSD(sum[t][0], w0, activation);
+            sum[t][1] = CQ_DPBUSD(sum[t][1], w1, activation);
+#else
             const __m256i p0 = _mm256_maddubs_epi16(m0, _mm256_sign_epi8(activation, w0));
             const __m256i p1 = _mm256_maddubs_epi16(m1, _mm256_sign_epi8(activation, w1));
             sum[t][0] = _mm256_add_epi32(sum[t][0], _mm256_madd_epi16(p0, ones));
             sum[t][1] = _mm256_add_epi32(sum[t][1], _mm256_madd_epi16(p1, ones));
+#endif
         }
     }
-#pragma GCC unroll 4
+    const int in_registers = c->to && c->to->n_rows == PANEL_ROWS;
+#pragma GCC unroll 6
     for (int32_t t = 0; t < N; t++) {
-        __m256i *to = (__m256i *)(acc + t * PANEL_ROWS);
-        _mm256_storeu_si256(to, sum[t][0]);
-        _mm256_storeu_si256(to + 1, sum[t][1]);
+        if (in_registers) {
+            scale_half(sum[t][0], c->to, first_token + t, 0);
+            scale_half(sum[t][1], c->to, first_token + t, 1);
+            continue;
+        }
+        _mm256_storeu_si256((__m256i *)(acc + t * PANEL_ROWS), sum[t][0]);
+        _mm256_storeu_si256((__m256i *)(acc + t * PANEL_ROWS) + 1, sum[t][1]);
+        if (c->to) scale_rows(acc + t * PANEL_ROWS, c->to, first_token + t);
     }
 }
 
-/* TILE_COLS columns of the panel (16 KiB) serve all tokens before the next ones. */
-static void gemm_panel(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
-                       int32_t n_tokens, int32_t *acc) {
-    (void)x_sum;
+#define CQ_TILE(N)                                                                                                     \
+    static void tile_##N(const tile_columns *c, const int8_t *const *x, const int32_t *x_sum, int32_t first_token,     \
+                         int32_t *acc) {                                                                               \
+        tile(N, c, x, x_sum, first_token, acc);                                                                        \
+    }
+/* clang-format off */
+CQ_TILE(1) CQ_TILE(2) CQ_TILE(3) CQ_TILE(4)
+#ifdef CQ_DPBUSD
+CQ_TILE(5) CQ_TILE(6)
+#endif
+
+static void (*const tiles[TILE_TOKENS])(const tile_columns *, const int8_t *const *, const int32_t *, int32_t,
+                                        int32_t *) = {
+    tile_1, tile_2, tile_3, tile_4,
+#ifdef CQ_DPBUSD
+    tile_5, tile_6,
+#endif
+};
+/* clang-format on */
+
+/* TILE_COLS columns of the panel (16 KiB) serve all tokens before the next ones; tokens are dealt evenly to tiles. */
+static void gemm_panel_scaled(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
+                              int32_t n_tokens, int32_t *acc, const cq_scaling *to) {
+    const int32_t n_tiles = cq_ceil_div(n_tokens, TILE_TOKENS);
     for (int32_t col = 0; col < n_cols; col += TILE_COLS) {
         const int32_t n = cq_min(TILE_COLS, n_cols - col);
-        int32_t t = 0;
-        for (; t + 4 <= n_tokens; t += 4) tile(4, panel, x + t, col, n, acc + (int64_t)t * PANEL_ROWS);
-        if (n_tokens - t == 3) tile(3, panel, x + t, col, n, acc + (int64_t)t * PANEL_ROWS);
-        if (n_tokens - t == 2) tile(2, panel, x + t, col, n, acc + (int64_t)t * PANEL_ROWS);
-        if (n_tokens - t == 1) tile(1, panel, x + t, col, n, acc + (int64_t)t * PANEL_ROWS);
+        const tile_columns c = {panel, col, n, col + n == n_cols ? to : NULL};
+        for (int32_t i = 0, t = 0; i < n_tiles; i++) {
+            const int32_t count = cq_ceil_div(n_tokens - t, n_tiles - i);
+            tiles[count - 1](&c, x + t, x_sum + t, t, acc + (int64_t)t * PANEL_ROWS);
+            t += count;
+        }
     }
+}
+
+static void gemm_panel(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
+                       int32_t n_tokens, int32_t *acc) {
+    gemm_panel_scaled(panel, n_cols, x, x_sum, n_tokens, acc, NULL);
 }
 #endif

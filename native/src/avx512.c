@@ -19,6 +19,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
 #include <immintrin.h>
 #endif
+#define CQ_DPBUSD _mm256_dpbusd_epi32
 #include "indices.h"
 #include "x86.h"
 

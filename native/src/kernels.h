@@ -1,5 +1,5 @@
-/* What one instruction set provides. Each of portable.c, avx2.c, avx512.c and neon.c defines one cq_kernels; dispatch.c
- * lists them. Adding an instruction set is adding one such file and one line there.
+/* What one instruction set provides. Each of portable.c, avx2.c, avxvnni.c, avx512.c and neon.c defines one cq_kernels;
+ * dispatch.c lists them. Adding an instruction set is adding one such file and one line there.
  *
  * The effective weight is an int8: W = centroid, or (centroid * group_scale + 64) >> 7 where the matrix has group
  * scales. With |W| <= 128 and |x| <= 127, a sum over n_cols <= CQ_MAX_COLS stays inside int32, also in the offset form
@@ -15,6 +15,13 @@
 
 enum { CQ_ROWS = 8 }; /* rows of weights that clustering takes side by side (descent.c) */
 enum { CQ_MAX_CENTROIDS = 32 };
+
+/* Compilers that know the instruction set of avxvnni.c. */
+#if defined(__x86_64__)
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define CQ_AVX_VNNI
+#endif
+#endif
 
 struct cq_kmeans;
 struct cq_kmeans_layer;
@@ -90,7 +97,7 @@ typedef struct cq_kernels {
                         float *const *rows, int32_t n);
 } cq_kernels;
 
-extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avx512, cq_kernels_neon,
+extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avxvnni, cq_kernels_avx512, cq_kernels_neon,
     cq_kernels_neon_dotprod;
 
 const cq_kernels *cq_kernels_current(void);

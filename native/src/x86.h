@@ -1,4 +1,5 @@
-/* What avx2.c and avx512.c share: codebook loads, F16C conversion, Q8_0. Included after the target pragma. */
+/* What avx2.c, avxvnni.c and avx512.c share: codebook loads, F16C conversion, Q8_0. Included after the target pragma.
+ */
 #ifndef CQ_X86_H
 #define CQ_X86_H
 #include "kernels.h"
@@ -33,8 +34,12 @@ static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
 /* Eight int32 sums of 32 products. maddubs wants unsigned times signed: |w| * (x with w's sign). With |w| <= 128 and
  * |x| <= 127 a pair is at most 2 * 128 * 127 = 32512, which int16 holds, so nothing saturates. */
 static inline __m256i multiply_i8(__m256i w, __m256i x) {
+#ifdef CQ_DPBUSD
+    return CQ_DPBUSD(_mm256_setzero_si256(), _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+#else
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
 }
 
 static inline int32_t sum_i32(__m256i v) {
