@@ -43,14 +43,7 @@ static void pack_panel(const int8_t *rows, int32_t n_cols, uint8_t *panel) {
             panel[k / 4 * PANEL_STEP + 4 * r + k % 4] = (uint8_t)(rows[r * n_cols + k] + OFFSET);
 }
 
-/* Floats of one token from its accumulators, acc in memory. */
-static void scale_rows(const int32_t *acc, const cq_scaling *to, int32_t t) {
-    for (int32_t r = 0; r < to->n_rows; r++) {
-        const float value = (float)acc[r] * (to->row_scales[r] * to->token_scales[t]);
-        to->out[t][r] = to->accumulate ? to->out[t][r] + value : value;
-    }
-}
-
+/* Eight floats of one token from its accumulators. */
 CQ_INLINE void scale_half(__m256i sum, const cq_scaling *to, int32_t t, int32_t half) {
     const __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(to->row_scales + 8 * half), _mm256_set1_ps(to->token_scales[t]));
     const __m256 value = _mm256_cvtepi32_ps(sum);
@@ -111,7 +104,10 @@ CQ_INLINE void tile(const int32_t N, const tile_columns *c, const int8_t *const 
         }
         _mm256_storeu_si256((__m256i *)(acc + t * PANEL_ROWS), sum[t][0]);
         _mm256_storeu_si256((__m256i *)(acc + t * PANEL_ROWS) + 1, sum[t][1]);
-        if (c->to) scale_rows(acc + t * PANEL_ROWS, c->to, first_token + t);
+        if (!c->to) continue;
+        const cq_scaling *to = c->to;
+        scale_acc(acc + t * PANEL_ROWS, to->row_scales, to->token_scales[first_token + t], to->out[first_token + t],
+                  to->n_rows, to->accumulate);
     }
 }
 

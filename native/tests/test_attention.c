@@ -60,7 +60,7 @@ static void check_chunks(const cq_attention *op, int32_t position, const float *
         for (int32_t i = 0; i < group; i++) {
             const double bound = reference(op, head / group, position, queries + i * op->head_dim, want);
             const float *a = parts + i * stride, *b = a + dim + 2;
-            const double largest = fmax(a[dim], b[dim]), wa = exp(a[dim] - largest), wb = exp(b[dim] - largest);
+            const double largest = fmax(a[dim], b[dim]), wa = exp2(a[dim] - largest), wb = exp2(b[dim] - largest);
             for (int32_t d = 0; d < dim; d++) {
                 const double got = (wa * a[d] + wb * b[d]) / (wa * a[dim + 1] + wb * b[dim + 1]);
                 CHECK(fabs(got - want[d]) <= bound, "chunks dim %d position %d window %d: %g, want %g, bound %g", dim,
