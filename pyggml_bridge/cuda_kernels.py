@@ -48,12 +48,17 @@ def ceil_div(a: int, b: int) -> int:
 
 # ---- rows ----
 
-ROWS = Module("rows.cu")
+ROWS, AROUND_ATTENTION = Module("rows.cu"), Module("heads.cu")
 
 
 def rows_launch(kernel: str, grid: tuple[int, int], *args: Any) -> Launch:
     """A kernel of rows.cu on a grid (x, y)."""
     return Launch(ROWS, kernel, (*grid, 1), ROW_THREADS, args)
+
+
+def heads_launch(kernel: str, grid: tuple[int, int], *args: Any, shared_bytes: int = 0) -> Launch:
+    """A kernel of heads.cu on a grid (x, y)."""
+    return Launch(AROUND_ATTENTION, kernel, (*grid, 1), ROW_THREADS, args, shared_bytes)
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def rope(
 ) -> Launch:
     """x [n_tokens, *heads = (n_heads, head_dim)] in place; position: address of the first token's."""
     sizes = map(np.int32, (*heads, n_rot, interleaved))
-    return rows_launch("rope", (n_tokens, 1), np.uint64(x), np.uint64(cos_sin), np.uint64(position), *sizes)
+    return heads_launch("rope", (n_tokens, 1), np.uint64(x), np.uint64(cos_sin), np.uint64(position), *sizes)
 
 
 HEADS = np.dtype(
@@ -126,12 +131,12 @@ HEADS = np.dtype(
 
 
 def prepare_heads(n_tokens: int, **fields: float) -> Launch:
-    """Norms and rope of queries and keys, and both caches' new rows; fields: those of cq_heads in rows.cu."""
+    """Norms and rope of queries and keys, and both caches' new rows; fields: those of cq_heads in heads.cu."""
     struct = np.zeros(1, HEADS)
     for name, value in fields.items():
         struct[name] = value
     n_heads = fields["n_heads"] + 2 * fields["n_kv_heads"]
-    return rows_launch("prepare_heads", (n_tokens, ceil_div(int(n_heads), 8)), struct)
+    return heads_launch("prepare_heads", (n_tokens, ceil_div(int(n_heads), 8)), struct)
 
 
 def swiglu(gate: int, up: int, n: int, hadamard: int, n_rows: int) -> Launch:
@@ -232,7 +237,7 @@ def decode_module(head_dim: int, heads: int) -> Module:
 def append(new: int, cache: int, position: int, heads: tuple[int, int], n_ctx: int, n_tokens: int) -> Launch:
     """Keys or values [n_tokens, *heads = (n_kv_heads, head_dim)] to the cache [n_kv_heads, n_ctx, head_dim] as F16."""
     args = (np.uint64(new), np.uint64(cache), np.uint64(position), np.int32(n_ctx), np.int32(heads[1]))
-    return rows_launch("append", (n_tokens, heads[0]), *args)
+    return heads_launch("append", (n_tokens, heads[0]), *args)
 
 
 def attention(
@@ -254,5 +259,5 @@ def attention(
     if splits > 1:
         args = (np.uint64(addresses[4]), np.uint64(addresses[3]), np.int32(splits), np.int32(shape.value_dim))
         rows = n_tokens * shape.n_heads
-        launches.append(Launch(ROWS, "attention_merge", (rows, 1, 1), ROW_THREADS, args, shared_bytes=4 * splits))
+        launches.append(heads_launch("attention_merge", (rows, 1), *args, shared_bytes=4 * splits))
     return launches

@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("file", type=Path, help="a file of cq-convert")
     p.add_argument("--build", type=Path, required=True, help="llama.cpp's build directory")
     p.add_argument("--models", type=Path, nargs="+", required=True, help="files for llama.cpp, of the same model")
-    p.add_argument("--options", action="append", metavar="TEXT", help="of theirs, for rows of their own: --options='-rtr 1' --options=")
+    p.add_argument("--options", action="append", metavar="TEXT", help="of theirs, for rows of their own (--options=)")
     p.add_argument("-p", "--n-prompt", type=int, default=512, help="tokens of the prefill test (512)")
     p.add_argument("-n", "--n-gen", type=int, default=128, help="tokens of the decode test (128)")
     p.add_argument("-t", "--threads", type=int, default=2, help="threads of both (2)")

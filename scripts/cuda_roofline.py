@@ -27,13 +27,14 @@ LATENCY = 700e-9  # assumed, of a read from memory: what has to be in flight is 
 
 INTRODUCTION = """### Roofline on paper
 
-Arithmetic, not measurement: what an H100 really does is above. Bytes, multiply-adds, kernels and memory are those of the programs that the runner
-would run, counted by its planner; registers and instructions are the compiler's; rates are data sheets'. Assumed:
-{gap:.1f} us between two kernels of a graph, {handover:.0f} us to hand over to the CPU and back, the host's rates, the
-share of the tensor cores that mma.sync gets, and {taken:.0f} GiB of the card for others. Waves that do not fill the
-card, and caches, are left out; of a loop all instructions count, also those that begin a ring of rows in each of the
-GEMV's eight rows, where rings of eight take them once. Models have CQ4 in three layers of four and CQ5 in the fourth,
-embedding Q8_0, output CQ5; a context of {context}, batches of {batch}, decoding after {depth} tokens.
+Arithmetic, not measurement: what an H100 really does is above. Bytes, multiply-adds, kernels and memory are those of
+the programs that the runner would run, counted by its planner; registers and instructions are the compiler's; rates are
+data sheets'. Assumed: {gap:.1f} us between two kernels of a graph, {handover:.0f} us to hand over to the CPU and back,
+the host's rates, the share of the tensor cores that mma.sync gets, and {taken:.0f} GiB of the card for others. Waves
+that do not fill the card, and caches, are left out; of a loop all instructions count, also those that begin a ring of
+rows in each of the GEMV's eight rows, where rings of eight take them once. Models have CQ4 in three layers of four and
+CQ5 in the fourth, embedding Q8_0, output CQ5; a context of {context}, batches of {batch}, decoding after {depth}
+tokens.
 """
 
 FORMULAS = """S multiprocessors make f clocks a second, and a warp's turn of a loop takes

@@ -8,7 +8,7 @@
  * limits the heads of a block are registers: a row's query and sums take 34 floats of every lane (of 576 and 512
  * columns), so a warp has two rows, and more warps would leave room for one block only. 128 heads make eight blocks
  * that walk the same keys at the same time: beyond the first they come from the second-level cache. In decoding the
- * keys are split among gridDim.z blocks, whose results attention_merge joins (rows.cu).
+ * keys are split among gridDim.z blocks, whose results attention_merge joins (heads.cu).
  *
  * A warp's lanes lie side by side in the columns, two each: lane l has pairs l, l + 32, ... of its rows' queries, of
  * every key and of the sums. The scores of a tile, as many sums over lanes, are exchanged so that lane l keeps the

@@ -1,43 +1,5 @@
-/* Operations on rows of floats: embedding, norm, activation quantizer, rope, SwiGLU, sums of experts, copies, also to
- * the KV cache, and joining attention's parts. */
-#include "attention.cuh"
-
-enum {
-    CQ_ROW_THREADS = 256,
-    CQ_PART = 4 * CQ_ROW_THREADS, /* columns of a row that a block takes at once, four a thread */
-    CQ_KEPT = 4,                  /* parts of a row that stay in registers from one pass to the next */
-};
-
-/* max or sum over the block's 256 threads, for all of them; `partial` [8] is shared. */
-CQ_DEVICE float block_max(float value, float *partial) {
-    value = max_lanes(value, 32);
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
-    __syncthreads();
-    return max_lanes(partial[threadIdx.x % 8], 8);
-}
-CQ_DEVICE float block_sum(float value, float *partial) {
-    value = sum_lanes(value, 32);
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
-    __syncthreads();
-    return sum_lanes(partial[threadIdx.x % 8], 8);
-}
-
-/* Columns i .. i + 3 of a row [n] at a multiple of 4 floats if n is one; zero past the end. */
-CQ_DEVICE void load_four(const float *row, int i, int n, float *four) {
-    if (n % 4 == 0) {
-        const float4 all = *(const float4 *)(row + i);
-        four[0] = all.x, four[1] = all.y, four[2] = all.z, four[3] = all.w;
-    } else {
-        for (int j = 0; j < 4; j++) four[j] = i + j < n ? row[i + j] : 0.0f;
-    }
-}
-CQ_DEVICE void store_four(float *row, int i, int n, const float *four) {
-    if (n % 4 == 0) {
-        *(float4 *)(row + i) = make_float4(four[0], four[1], four[2], four[3]);
-    } else {
-        for (int j = 0; j < 4 && i + j < n; j++) row[i + j] = four[j];
-    }
-}
+/* Operations on rows of floats: embedding, norm, activation quantizer, SwiGLU, sums of experts, copies. */
+#include "rows.cuh"
 
 /* A row [n] that the block goes through several times. A thread has columns 4 t .. 4 t + 3 of every part; those of the
  * first parts are in `kept`, the others are read from memory each time. */
@@ -203,68 +165,6 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
     if (threadIdx.x % 32 == 0) scales[block] = scale;
 }
 
-/* x [tokens][n_heads][head_dim] in place; cos_sin [n_ctx][n_rot / 2][2]. Pairs (2i, 2i + 1) if interleaved, else (i, i
- * + n_rot / 2). position: of the first token, in memory so that a captured graph can be replayed. Grid: tokens. */
-extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
-    rope(float *x, const float *cos_sin, const int *position, int n_heads, int head_dim, int n_rot, int interleaved) {
-    const int half = n_rot / 2;
-    x += (long long)blockIdx.x * n_heads * head_dim;
-    cos_sin += (long long)(*position + (int)blockIdx.x) * n_rot;
-    for (int i = threadIdx.x; i < n_heads * half; i += CQ_ROW_THREADS) {
-        const int pair = i % half;
-        float *a = x + i / half * head_dim + (interleaved ? 2 * pair : pair), *b = a + (interleaved ? 1 : half);
-        const float c = cos_sin[2 * pair], s = cos_sin[2 * pair + 1], rotated = *a * c - *b * s;
-        *b = *b * c + *a * s;
-        *a = rotated;
-    }
-}
-
-/* 1 / sqrt(mean(x^2) + eps) of a row [n], by a warp, in the order of `rms_norm` up to 128 columns. */
-CQ_DEVICE float norm_scale(const float *x, int n, float eps) {
-    float squares = 0;
-    for (int i = 4 * (threadIdx.x % 32); i < n; i += 128) {
-        float four[4];
-        load_four(x, i, n, four);
-        for (int j = 0; j < 4; j++) squares += four[j] * four[j];
-    }
-    return 1.0f / sqrtf(sum_lanes(squares, 32) / (float)n + eps);
-}
-
-/* Norm and rope (as `rope`) of queries, to q_out, which may be q, and of keys, to the cache; values to the cache. A
- * warp a head. Grid: (tokens, (n_heads + 2 n_kv_heads) / 8). */
-extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS) prepare_heads(const cq_heads op) {
-    const int lane = threadIdx.x % 32, head = blockIdx.y * 8 + threadIdx.x / 32, n = op.head_dim, half = op.n_rot / 2;
-    const int key = head - op.n_heads, value = key - op.n_kv_heads, kv_head = value < 0 ? key : value;
-    if (value >= op.n_kv_heads) return; /* a whole warp */
-    const long long token = blockIdx.x, position = *op.position + token;
-    const long long of_kv = (token * op.n_kv_heads + kv_head) * n,
-                    cached = (kv_head * (long long)op.n_ctx + position) * n;
-    if (value >= 0) {
-        for (int i = lane; i < n; i += 32) op.v_cache[cached + i] = to_half(op.v[of_kv + i]);
-        return;
-    }
-    const long long of_q = (token * op.n_heads + head) * n;
-    const float *x = key < 0 ? op.q + of_q : op.k + of_kv, *weight = key < 0 ? op.q_weight : op.k_weight;
-    const float scale = weight ? norm_scale(x, n, key < 0 ? op.q_eps : op.k_eps) : 1.0f;
-    const float *cos_sin = op.cos_sin + position * op.n_rot;
-    float *query = key < 0 ? op.q_out + of_q : nullptr;
-    u16 *to_cache = op.k_cache + cached;
-    const auto normed = [=](int i) { return weight ? x[i] * scale * weight[i] : x[i]; };
-    const auto store = [=](int i, float result) {
-        if (query)
-            query[i] = result;
-        else
-            to_cache[i] = to_half(result);
-    };
-    for (int pair = lane; pair < half; pair += 32) {
-        const int first = op.interleaved ? 2 * pair : pair, second = first + (op.interleaved ? 1 : half);
-        const float c = cos_sin[2 * pair], s = cos_sin[2 * pair + 1], a = normed(first), b = normed(second);
-        store(first, a * c - b * s);
-        store(second, b * c + a * s);
-    }
-    for (int i = op.n_rot + lane; i < n; i += 32) store(i, normed(i));
-}
-
 /* The fast Hadamard transform, unscaled, of every `size` columns (a power of two up to 1024) of a part: in a thread's
  * registers, between lanes, then through `shared` [CQ_PART]. Of two columns `half` apart the first becomes their sum,
  * the second their difference, from the nearest pairs on. All threads call it. */
@@ -372,51 +272,4 @@ extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
     copy_columns(const float *x, float *out, int x_width, int out_width, int n, int n_elements) {
     const int i = blockIdx.x * CQ_ROW_THREADS + threadIdx.x, row = i / n, column = i % n;
     if (i < n_elements) out[(long long)row * out_width + column] = x[(long long)row * x_width + column];
-}
-
-/* Keys or values [tokens][n_kv_heads][dim] to their places in the cache [n_kv_heads][n_ctx][dim], as F16. Grid:
- * (tokens, n_kv_heads). */
-extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
-    append(const float *from, u16 *cache, const int *position, int n_ctx, int dim) {
-    from += ((long long)blockIdx.x * gridDim.y + blockIdx.y) * dim;
-    cache += ((long long)blockIdx.y * n_ctx + *position + blockIdx.x) * dim;
-    for (int i = threadIdx.x; i < dim; i += CQ_ROW_THREADS) cache[i] = to_half(from[i]);
-}
-
-/* Joins the splits of partial [splits][rows][dim + 2] (attention.cuh): with M the largest m, out = sum exp(m - M) sums
- * / sum exp(m - M) l. Splits without keys (l is 0) are the last ones; their sums are not read. Where rows are narrow,
- * 256 / dim threads share a column. Shared memory: 4 * splits bytes. Grid: rows, tokens * n_heads. */
-extern "C" __global__ void __launch_bounds__(CQ_ROW_THREADS)
-    attention_merge(const float *partial, float *out, int splits, int dim) {
-    CQ_DYNAMIC_SHARED(float, weights);
-    CQ_SHARED(float, sums, CQ_ROW_THREADS);
-    CQ_SHARED(float, of_warps, 3 * 8);
-    const float *row = partial + (long long)blockIdx.x * (dim + 2);
-    const long long stride = (long long)gridDim.x * (dim + 2);
-    float largest = CQ_HIDDEN, total = 0, used = 0;
-    for (int s = threadIdx.x; s < splits; s += CQ_ROW_THREADS) {
-        largest = fmaxf(largest, row[s * stride + dim]);
-        if (row[s * stride + dim + 1] != 0) used = (float)(s + 1);
-    }
-    largest = block_max(largest, of_warps);
-    for (int s = threadIdx.x; s < splits; s += CQ_ROW_THREADS) {
-        weights[s] = expf(row[s * stride + dim] - largest);
-        total += weights[s] * row[s * stride + dim + 1];
-    }
-    const int n = (int)block_max(used, of_warps + 8);
-    total = block_sum(total, of_warps + 16); /* and all weights are there */
-    const int parts = 2 * dim <= CQ_ROW_THREADS ? CQ_ROW_THREADS / dim : 1, part = parts > 1 ? threadIdx.x / dim : 0;
-    for (int i = parts > 1 ? threadIdx.x % dim : threadIdx.x; i < dim; i += CQ_ROW_THREADS) {
-        float sum = 0;
-#pragma unroll 8
-        for (int s = part; s < n; s += parts) sum += weights[s] * row[s * stride + i];
-        if (parts > 1) sums[threadIdx.x] = sum;
-        if (parts == 1) out[(long long)blockIdx.x * dim + i] = sum / total;
-    }
-    if (parts == 1) return; /* the whole block */
-    __syncthreads();
-    if ((int)threadIdx.x >= dim) return;
-    float sum = 0;
-    for (int i = 0; i < parts; i++) sum += sums[i * dim + threadIdx.x];
-    out[(long long)blockIdx.x * dim + threadIdx.x] = sum / total;
 }

@@ -4,7 +4,7 @@
 #ifndef CQ_AVX2_PANEL_H
 #define CQ_AVX2_PANEL_H
 
-enum { PANEL_ROWS = 16, HALF_ROWS = 8, PANEL_STEP = 4 * PANEL_ROWS, CHUNK_BLOCKS = 4, TILE_COLS = 1024 };
+enum { PANEL_ROWS = 16, HALF_ROWS = 8, PANEL_STEP = 4 * PANEL_ROWS, CHUNK_BLOCKS = 4, TILE_COLS = 1024 /* 16 KiB */ };
 
 /* Of a tile; accumulators, weights (and their magnitudes) and an activation fill 16 registers. */
 #ifdef CQ_DPBUSD
@@ -12,6 +12,8 @@ enum { TILE_TOKENS = 6 };
 #else
 enum { TILE_TOKENS = 4 };
 #endif
+
+#include "panel_tiles.h"
 
 /* out[k * PANEL_STEP] = dword k of each of 8 rows, for k < 8: a transposition of 8 x 8 dwords. */
 static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t *out) {
@@ -51,13 +53,6 @@ CQ_INLINE void scale_half(__m256i sum, const cq_scaling *to, int32_t t, int32_t 
     _mm256_storeu_ps(out, to->accumulate ? _mm256_fmadd_ps(value, scale, _mm256_loadu_ps(out))
                                          : _mm256_mul_ps(value, scale));
 }
-
-/* Columns [col, col + n_cols) of a panel; where the sums go when they are complete, else NULL: to acc. */
-typedef struct {
-    const uint8_t *panel;
-    int32_t col, n_cols;
-    const cq_scaling *to;
-} tile_columns;
 
 /* A panel times N tokens. N is a constant and everything is unrolled. Sums start from acc, at the first column from
  * what the weights' offset adds to them. */
@@ -111,43 +106,17 @@ CQ_INLINE void tile(const int32_t N, const tile_columns *c, const int8_t *const 
     }
 }
 
-#define CQ_TILE(N)                                                                                                     \
-    static void tile_##N(const tile_columns *c, const int8_t *const *x, const int32_t *x_sum, int32_t first_token,     \
-                         int32_t *acc) {                                                                               \
-        tile(N, c, x, x_sum, first_token, acc);                                                                        \
-    }
 /* clang-format off */
 CQ_TILE(1) CQ_TILE(2) CQ_TILE(3) CQ_TILE(4)
 #ifdef CQ_DPBUSD
 CQ_TILE(5) CQ_TILE(6)
 #endif
 
-static void (*const tiles[TILE_TOKENS])(const tile_columns *, const int8_t *const *, const int32_t *, int32_t,
-                                        int32_t *) = {
+static tile_function *const tiles[TILE_TOKENS] = {
     tile_1, tile_2, tile_3, tile_4,
 #ifdef CQ_DPBUSD
     tile_5, tile_6,
 #endif
 };
 /* clang-format on */
-
-/* TILE_COLS columns of the panel (16 KiB) serve all tokens before the next ones; tokens are dealt evenly to tiles. */
-static void gemm_panel_scaled(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
-                              int32_t n_tokens, int32_t *acc, const cq_scaling *to) {
-    const int32_t n_tiles = cq_ceil_div(n_tokens, TILE_TOKENS);
-    for (int32_t col = 0; col < n_cols; col += TILE_COLS) {
-        const int32_t n = cq_min(TILE_COLS, n_cols - col);
-        const tile_columns c = {panel, col, n, col + n == n_cols ? to : NULL};
-        for (int32_t i = 0, t = 0; i < n_tiles; i++) {
-            const int32_t count = cq_ceil_div(n_tokens - t, n_tiles - i);
-            tiles[count - 1](&c, x + t, x_sum + t, t, acc + (int64_t)t * PANEL_ROWS);
-            t += count;
-        }
-    }
-}
-
-static void gemm_panel(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
-                       int32_t n_tokens, int32_t *acc) {
-    gemm_panel_scaled(panel, n_cols, x, x_sum, n_tokens, acc, NULL);
-}
 #endif

@@ -5,7 +5,9 @@
 #ifndef CQ_AVX512_PANEL_H
 #define CQ_AVX512_PANEL_H
 
-enum { PANEL_ROWS = 32, HALF_ROWS = 16, PANEL_STEP = 4 * PANEL_ROWS, TILE_TOKENS = 12, TILE_COLS = 4096 };
+enum { PANEL_ROWS = 32, HALF_ROWS = 16, PANEL_STEP = 4 * PANEL_ROWS, TILE_TOKENS = 12, TILE_COLS = 4096 /* 128 KiB */ };
+
+#include "panel_tiles.h"
 
 /* out[k * PANEL_STEP] = dword k of each of 16 rows, for k < 16: a transposition of 16 x 16 dwords. */
 static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t *out) {
@@ -70,12 +72,6 @@ CQ_INLINE void scale_token(const tile_sums sum, const cq_scaling *to, int32_t t)
 /* Columns [col, col + n_cols) of a panel times N tokens: 2 N accumulators, two weight registers, one broadcast. N is a
  * constant and everything is unrolled, else the compiler keeps the accumulators in memory. They start from acc, at the
  * first column from what the weights' offset of 128 adds to them, and end in acc, or scaled where `to` is given. */
-typedef struct {
-    const uint8_t *panel;
-    int32_t col, n_cols;
-    const cq_scaling *to;
-} tile_columns;
-
 CQ_INLINE void tile(const int32_t N, const tile_columns *c, const int8_t *const *tokens, const int32_t *x_sum,
                     int32_t first_token, int32_t *acc) {
     tile_sums sum[TILE_TOKENS];
@@ -110,37 +106,11 @@ CQ_INLINE void tile(const int32_t N, const tile_columns *c, const int8_t *const 
     }
 }
 
-#define CQ_TILE(N)                                                                                                     \
-    static void tile_##N(const tile_columns *c, const int8_t *const *x, const int32_t *x_sum, int32_t first_token,     \
-                         int32_t *acc) {                                                                               \
-        tile(N, c, x, x_sum, first_token, acc);                                                                        \
-    }
 /* clang-format off */
 CQ_TILE(1) CQ_TILE(2) CQ_TILE(3) CQ_TILE(4) CQ_TILE(5) CQ_TILE(6)
 CQ_TILE(7) CQ_TILE(8) CQ_TILE(9) CQ_TILE(10) CQ_TILE(11) CQ_TILE(12)
 
-static void (*const tiles[])(const tile_columns *, const int8_t *const *, const int32_t *, int32_t, int32_t *) = {
+static tile_function *const tiles[TILE_TOKENS] = {
     tile_1, tile_2, tile_3, tile_4, tile_5, tile_6, tile_7, tile_8, tile_9, tile_10, tile_11, tile_12};
 /* clang-format on */
-
-/* TILE_COLS columns of the panel (128 KiB, in the second-level cache) serve all tokens before the next ones; tokens are
- * dealt evenly to tiles, as 13 tokens in tiles of 7 and 6 take less than in 12 and 1. */
-static void gemm_panel_scaled(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
-                              int32_t n_tokens, int32_t *acc, const cq_scaling *to) {
-    const int32_t n_tiles = cq_ceil_div(n_tokens, TILE_TOKENS);
-    for (int32_t col = 0; col < n_cols; col += TILE_COLS) {
-        const int32_t n = cq_min(TILE_COLS, n_cols - col);
-        const tile_columns c = {panel, col, n, col + n == n_cols ? to : NULL};
-        for (int32_t i = 0, t = 0; i < n_tiles; i++) {
-            const int32_t count = cq_ceil_div(n_tokens - t, n_tiles - i);
-            tiles[count - 1](&c, x + t, x_sum + t, t, acc + (int64_t)t * PANEL_ROWS);
-            t += count;
-        }
-    }
-}
-
-static void gemm_panel(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
-                       int32_t n_tokens, int32_t *acc) {
-    gemm_panel_scaled(panel, n_cols, x, x_sum, n_tokens, acc, NULL);
-}
 #endif

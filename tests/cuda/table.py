@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pyggml_bridge import nvrtc
-from pyggml_bridge.cuda_kernels import ROWS, Module, decode_module
+from pyggml_bridge.cuda_kernels import AROUND_ATTENTION, ROWS, Module, decode_module
 from pyggml_bridge.cuda_linear import ROUTE, linear_module
 from pyggml_bridge.format import CQType
 
@@ -46,7 +46,7 @@ def modules() -> Iterator[Module]:
         yield linear_module("gemm.cu", kind)
     for kind in (F32, F16, Q8_0):
         yield linear_module("plain.cu", kind)
-    yield from (ROWS, ROUTE)
+    yield from (ROWS, AROUND_ATTENTION, ROUTE)
     yield from (Module("attention.cu", (("CQ_HEAD_DIM", width),)) for width in (64, 128))
     yield from (decode_module(width, 8) for width in (64, 128))
     yield LATENT

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pyggml_bridge.cuda_kernels import ROWS, Module, decode_module
+from pyggml_bridge.cuda_kernels import AROUND_ATTENTION, ROWS, Module, decode_module
 from pyggml_bridge.cuda_linear import ROUTE, linear_module
 from pyggml_bridge.format import CQType
 from tests.cuda import table
@@ -17,10 +17,10 @@ def live() -> list[tuple[Module, int]]:
     """Every source for every target, and every type on the way."""
     found = [(linear_module("gemm.cu", CQType.CQ4, tensor_cores=False), 75)]
     for sm, cq, plain in zip(table.TARGETS, CQType, 3 * (table.F32, table.F16, table.Q8_0), strict=False):
-        heads = Module("attention.cu", (("CQ_HEAD_DIM", 64 if cq.trellis else 128),))
+        attention = Module("attention.cu", (("CQ_HEAD_DIM", 64 if cq.trellis else 128),))
         decode = decode_module(64 if cq.trellis else 128, 8)
         linears = (linear_module("gemv.cu", cq), linear_module("gemm.cu", cq), linear_module("plain.cu", plain))
-        found += [(module, sm) for module in (*linears, ROUTE, ROWS, heads, decode, table.LATENT)]
+        found += [(module, sm) for module in (*linears, ROUTE, ROWS, AROUND_ATTENTION, attention, decode, table.LATENT)]
     return found
 
 
