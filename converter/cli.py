@@ -222,7 +222,7 @@ def show_plan(settings: Settings, plan: Plan, needs: Needs, as_json: bool) -> No
         "nothing written"
     )
     if settings.measures_sensitivity and needs.seconds > LONG_SECONDS:
-        console.print("--fast takes a fraction of that, for a larger divergence (docs/quality.md)")
+        console.print("--fast takes a fraction of that, for a larger divergence")
 
 
 if __name__ == "__main__":
