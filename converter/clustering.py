@@ -32,7 +32,8 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Refinement:
-    """What follows the k-means where the inputs' second moments are known. Descent needs feedback before it.
+    """What follows the k-means where the inputs' second moments are known. Descent needs feedback before it, and tokens
+    enough for each column (quantize.DESCENT_ROWS).
 
     sensitivity: moments weighted by gradients, and feedback from row to row (sensitivity.py).
     """
@@ -138,21 +139,33 @@ def fit_codebooks(fit: Fit, n_threads: int, iterations: int = ITERATIONS) -> Non
 def error_feedback(fit: Fit, factor: NDArray[np.float32], n_threads: int) -> None:
     """Choose the indices anew, each column's rounding error moved to the columns after it (GPTQ).
 
-    factor float32 [cols, cols]: upper Cholesky factor of the inverse second moments of the inputs.
+    factor float32 [cols, width], moments.py: of the inputs' second moments.
     """
-    job, u = _job(fit, 0), pointer(factor, "const float *")
+    job, v = _job(fit, 0, factor.shape[1]), pointer(factor, "const float *")
     scratch = aligned_empty(n_threads * lib.cq_descent_scratch_bytes(job))
-    _check(lib.cq_feedback_rows(job, u, n_threads, pointer(scratch, "uint8_t *")))
+    _check(lib.cq_feedback_rows(job, v, n_threads, pointer(scratch, "uint8_t *")))
 
 
-def descend(fit: Fit, moments: NDArray[np.float32], n_threads: int, rounds: int = DESCENT_ROUNDS) -> None:
-    """Refit codebooks and indices in turn under the inputs' second moments float32 [cols, cols] (LNQ).
+@dataclass(frozen=True)
+class Gradients:
+    """(effective weights - w) times the moments [rows, cols], before and after a descent."""
+
+    before: NDArray[np.float32]
+    after: NDArray[np.float32]
+
+
+def descend(fit: Fit, moments: NDArray[np.float32], n_threads: int, rounds: int = DESCENT_ROUNDS) -> Gradients:
+    """Refit codebooks and indices in turn under the inputs' second moments float32 [cols, width], moments.py (LNQ).
 
     fit.loss becomes each row's r^T moments r, r = effective weights - w; it never increases.
     """
-    job, h = _job(fit, rounds), pointer(moments, "const float *")
+    gradients = Gradients(np.empty_like(fit.w), np.empty_like(fit.w))
+    job, h = _job(fit, rounds, moments.shape[1]), pointer(moments, "const float *")
+    job.gradient_before = pointer(gradients.before, "float *")
+    job.gradient_after = pointer(gradients.after, "float *")
     scratch = aligned_empty(n_threads * lib.cq_descent_scratch_bytes(job))
     _check(lib.cq_descend_rows(job, h, n_threads, pointer(scratch, "uint8_t *")))
+    return gradients
 
 
 def weights_of(fit: Fit, n_threads: int) -> NDArray[np.float32]:
@@ -162,7 +175,7 @@ def weights_of(fit: Fit, n_threads: int) -> NDArray[np.float32]:
     return out
 
 
-def _job(fit: Fit, iterations: int) -> Any:
+def _job(fit: Fit, iterations: int, matrix_cols: int = 0) -> Any:
     rows, cols = fit.indices.shape
     return ffi.new(
         "cq_clustering *",
@@ -183,6 +196,7 @@ def _job(fit: Fit, iterations: int) -> Any:
             "group_scales": pointer(fit.group_scales, "int8_t *"),
             "scales": pointer(fit.scales, "float *"),
             "loss": pointer(fit.loss, "double *"),
+            "matrix_cols": matrix_cols,
         },
     )
 

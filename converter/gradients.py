@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .architecture import Architecture, Linear
 from .experts import Routed, StreamedExperts
-from .moments import DAMPING, Moments
+from .moments import Moments
 
 INPUT_STRIDE = 4  # every fourth token's inputs are enough to predict what feedback gains
+OUTPUT_NOISE = 1.0  # as moments.NOISE: gradients have heavier tails than inputs
 HALF_BYTES = 2
 MAX_OUTPUTS = 8192  # of a linear whose outputs' moments are kept; the rows of wider ones are taken as independent
 EXPERTS_IN_COMMON = 0.1  # share of an expert's damage that is the mean of all: another text chooses others
@@ -34,8 +35,8 @@ class PackedMoments:
         return cls((moments.matrix / mean).half(), moments.tokens)
 
     def moments(self) -> Moments:
-        """A covariance of few rows is noise to the share of cols / tokens: damped by as much."""
-        return Moments.of(self.matrix.float(), self.tokens, DAMPING + len(self.matrix) / max(1, self.tokens))
+        """Damped by all of the columns per row."""
+        return Moments.of(self.matrix.float(), self.tokens, OUTPUT_NOISE)
 
 
 def output_moments_bytes(linear: Linear, shape: tuple[int, ...]) -> int:
@@ -76,7 +77,8 @@ class GradientCapture:
         inputs = self.inputs.setdefault(linear.name, Moments(x.shape[1]))
         inputs.add(x[::INPUT_STRIDE], norms[::INPUT_STRIDE].square())
         if gradient.shape[1] <= MAX_OUTPUTS:
-            outputs = self.outputs.setdefault(linear.name, Moments(gradient.shape[1]))
+            n_outputs = gradient.shape[1]
+            outputs = self.outputs.setdefault(linear.name, Moments(n_outputs, width=n_outputs))
             outputs.add(gradient, 1 / norms.clamp_min(torch.finfo(torch.float32).tiny))
         return norms
 

@@ -222,5 +222,5 @@ def _shared_outputs(sensitivity: LayerSensitivity | None, linears: Iterable[str]
     packed = {name: sensitivity.outputs.get(name, []) for name in linears} if sensitivity else {}
     shared = {name: entries[0].moments() for name, entries in packed.items() if len(entries) == 1}
     for moments in shared.values():
-        _ = moments.feedback_factor, moments.damped
+        _ = moments.factor, moments.damped
     return shared

@@ -18,6 +18,7 @@ from .clustering import (
     ITERATIONS_BEFORE_FEEDBACK,
     ITERATIONS_ON_TRELLIS,
     Fit,
+    Gradients,
     Refinement,
     descend,
     error_feedback,
@@ -32,6 +33,7 @@ from .side_by_side import Task
 
 F16_MAX = 65504.0
 PIECE = 1 << 24  # weights
+DESCENT_ROWS = 8  # calibration tokens per column from which on descent pays: with fewer it fits noise (decisions.md)
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def quantize(
     by_output = output if output is not None and output.tokens else None
     fits, tasks = [], []
     for matrix in weight if weight.dim() == 3 else weight[None]:
-        importance = seen.damped.diagonal().numpy() if seen else np.ones(matrix.shape[1], np.float32)
+        importance = seen.diagonal.numpy() if seen else np.ones(matrix.shape[1], np.float32)
         fit = new_fit(matrix.numpy(), importance, planned.cq, planned.grouping)
         tasks.append(_clustering_task(fit, seen, by_output, refinement))
         fits.append(fit)
@@ -170,7 +172,7 @@ def _clustering_task(fit: Fit, moments: Moments | None, output: Moments | None, 
     if refinement.feedback:
         for entry in (moments, output):
             if entry is not None:
-                _ = entry.feedback_factor  # cached: here all of torch's threads work on it
+                _ = entry.factor  # cached: here all of torch's threads work on it
     rows, cols = fit.w.shape
     return Task(rows * cols * cols, lambda n_threads: _cluster(fit, moments, output, refinement, n_threads))
 
@@ -200,17 +202,18 @@ def _cluster(fit: Fit, moments: Moments | None, output: Moments | None, refine: 
 
     def from_scratch(rows: Fit) -> None:
         fit_codebooks(rows, n_threads, ITERATIONS_ON_TRELLIS if rows.cq.trellis else ITERATIONS_BEFORE_FEEDBACK)
-        error_feedback(rows, moments.feedback_factor.numpy(), n_threads)
+        error_feedback(rows, moments.factor.numpy(), n_threads)
 
-    def descent(rows: Fit, rounds: int = 1) -> None:
-        descend(rows, moments.damped.numpy(), n_threads, rounds)
+    def descent(rows: Fit, rounds: int = 1) -> Gradients:
+        return descend(rows, moments.damped.numpy(), n_threads, rounds)
 
+    rounds = refine.descent_rounds if moments.rows_per_column >= DESCENT_ROWS else 0
     if output is None:
         from_scratch(fit)
-        if refine.descent_rounds:
-            descent(fit, refine.descent_rounds)
+        if rounds:
+            descent(fit, rounds)
         return
     weight = torch.from_numpy(fit.w.copy())
-    cluster_in_turn(fit, output.feedback_factor, from_scratch, n_threads)
-    for _ in range(refine.descent_rounds):
-        sweep(fit, weight, output.damped, moments.damped, descent, n_threads)
+    cluster_in_turn(fit, output.factor, from_scratch, n_threads)
+    for _ in range(rounds):
+        sweep(fit, weight, output.damped, descent, n_threads)

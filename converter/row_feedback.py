@@ -15,30 +15,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .clustering import Fit, weights_of
+from .clustering import Fit, Gradients, weights_of
 from .side_by_side import stop_point
 
-ROWS = 16  # quantized side by side, without feedback among them: two tasks for threads (docs/decisions.md)
+ROWS = 16  # quantized side by side, without feedback among them: a batch of the native library's (docs/decisions.md)
 
 
 def cluster_in_turn(fit: Fit, factor: Tensor, cluster_rows: Callable[[Fit], None], n_threads: int) -> None:
     """Apply cluster_rows to a few rows of the fit after another; fit.w becomes each row's target.
 
-    factor float32 [rows, rows]: upper Cholesky factor of the inverse second moments of the outputs. Its diagonal says
-    what a row's error costs after all others have made up for it.
+    factor float32 [rows, rows]: upper triangular V, V V^T the second moments of the outputs. The loss is that of
+    V^T e, whose entries depend on the rows before. The diagonal says what a row's error costs after all others have
+    made up for it.
     """
-    fit.row_weight[:] = relative(factor.diagonal().pow(-2))
+    fit.row_weight[:] = relative(factor.diagonal().square())
     targets = torch.from_numpy(fit.w)
-    n_rows = len(targets)
-    for begin in range(0, n_rows, ROWS):
+    error = torch.zeros_like(targets)
+    for begin in range(0, len(targets), ROWS):
         stop_point()
-        end = min(begin + ROWS, n_rows)
+        end = min(begin + ROWS, len(targets))
+        weight = targets[begin:end].clone()
+        left = factor[:begin, begin:end].T @ error[:begin]
+        own = factor[begin:end, begin:end].T
+        targets[begin:end] -= torch.linalg.solve_triangular(own, left, upper=False)
         block = fit.rows(begin, end)
         cluster_rows(block)
-        if end < n_rows:
-            error = targets[begin:end] - torch.from_numpy(weights_of(block, n_threads))
-            gain = torch.linalg.solve_triangular(factor[begin:end, begin:end], factor[begin:end, end:], upper=True)
-            targets[end:] -= gain.T @ error
+        error[begin:end] = torch.from_numpy(weights_of(block, n_threads)) - weight
 
 
 def relative(weights: Tensor) -> NDArray[np.float32]:
@@ -46,13 +48,11 @@ def relative(weights: Tensor) -> NDArray[np.float32]:
     return (weights / weights.max()).clamp_min(1e-6).numpy().astype(np.float32)
 
 
-def sweep(
-    fit: Fit, weight: Tensor, outputs: Tensor, inputs: Tensor, descend_rows: Callable[[Fit], None], n_threads: int
-) -> None:
+def sweep(fit: Fit, weight: Tensor, outputs: Tensor, descend_rows: Callable[[Fit], Gradients], n_threads: int) -> None:
     """Apply descend_rows to a few rows of the fit after another, at the best targets for the errors of all others.
 
-    weight [rows, cols]: what the fit stands for at best; outputs [rows, rows] and inputs [cols, cols]: second moments,
-    positive definite. The loss never increases: a block of rows that would raise it stays as it was.
+    weight [rows, cols]: what the fit stands for at best; outputs [rows, rows]: second moments, positive definite. The
+    loss never increases: a block of rows that would raise it stays as it was.
     """
     fit.row_weight[:] = relative(outputs.diagonal())
     error = torch.from_numpy(weights_of(fit, n_threads)) - weight
@@ -65,11 +65,17 @@ def sweep(
         block = fit.rows(rows.start, rows.stop)
         before = block.copy()
         block.w[:] = target.numpy()
-        descend_rows(block)
+        gradients = descend_rows(block)
         found = torch.from_numpy(weights_of(block, n_threads))
-        deltas = (found - target, error[rows] + weight[rows] - target)
-        losses = [float(((own @ delta) * (delta @ inputs)).sum(dtype=torch.float64)) for delta in deltas]
-        if losses[0] < losses[1]:
+        lowered = _loss(own, found - target, gradients.after) < _loss(
+            own, error[rows] + weight[rows] - target, gradients.before
+        )
+        if lowered:
             error[rows] = found - weight[rows]
         else:
             block.take(before)
+
+
+def _loss(outputs: Tensor, delta: Tensor, gradient: NDArray[np.float32]) -> float:
+    """Of deltas [rows, cols] from the targets; gradient: they times the inputs' second moments."""
+    return float(((outputs @ delta) * torch.from_numpy(gradient)).sum(dtype=torch.float64))

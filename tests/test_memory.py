@@ -127,6 +127,6 @@ def test_less_memory_means_fewer_tasks_side_by_side(model):
 def test_factors_of_wide_matrices_are_close_to_those_of_double_precision(monkeypatch):
     x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
     x[:, :5] *= 30  # directions that dominate, as activations have them
-    exact = Moments.of_rows(x).feedback_factor
+    exact = Moments.of_rows(x).factor
     monkeypatch.setattr(moments, "WIDE", 100)
-    torch.testing.assert_close(Moments.of_rows(x).feedback_factor, exact, rtol=1e-3, atol=1e-4 * float(exact.max()))
+    torch.testing.assert_close(Moments.of_rows(x).factor, exact, rtol=1e-3, atol=1e-4 * float(exact.max()))

@@ -10,7 +10,16 @@ import torch
 from codequant_converter import sensitivity
 from codequant_converter.basis import FileBasis
 from codequant_converter.checkpoint import open_checkpoint
-from codequant_converter.clustering import Fit, Grouping, descend, error_feedback, fit_codebooks, new_fit, weights_of
+from codequant_converter.clustering import (
+    Fit,
+    Gradients,
+    Grouping,
+    descend,
+    error_feedback,
+    fit_codebooks,
+    new_fit,
+    weights_of,
+)
 from codequant_converter.moments import Moments
 from codequant_converter.row_feedback import ROWS, cluster_in_turn, sweep
 from codequant_converter.stream import LayerStream
@@ -161,11 +170,11 @@ def test_feedback_from_row_to_row_lowers_the_loss_it_is_for(rows):
 
     def cluster(fit: Fit) -> None:
         fit_codebooks(fit, 2)
-        error_feedback(fit, inputs.feedback_factor.numpy(), 2)
+        error_feedback(fit, inputs.factor.numpy(), 2)
 
     plain, in_turn = (new_fit(w, np.diag(h).astype(np.float32), CQType.CQ3, Grouping()) for _ in range(2))
     cluster(plain)
-    cluster_in_turn(in_turn, outputs.feedback_factor, cluster, 2)
+    cluster_in_turn(in_turn, outputs.factor, cluster, 2)
     losses = [weighted_loss(o, h, weights_of(fit, 2).astype(np.float64) - w) for fit in (plain, in_turn)]
     assert losses[1] < 0.9 * losses[0]
     begin = ROWS  # the second block's targets are the minimum over real-valued rows, the first one's errors given
@@ -187,18 +196,21 @@ def test_sweeps_over_the_rows_never_raise_the_loss():
     fit_codebooks(fit, 2)
     calls = 0
 
-    def descend_rows(rows: Fit) -> None:
+    def descend_rows(rows: Fit) -> Gradients:
         nonlocal calls
         calls += 1
         if calls % 4 == 0:
             rows.scales *= 1.5
-        descend(rows, inputs.damped.numpy(), 2, 1)
+        gradients = descend(rows, inputs.damped.numpy(), 2, 1)
         if calls % 4 == 1:
             rows.indices[0] ^= 1
+            found = weights_of(rows, 2) - rows.w
+            gradients.after[:] = found @ inputs.damped.numpy()
+        return gradients
 
     losses = [weighted_loss(o, h, weights_of(fit, 2).astype(np.float64) - w)]
     for _ in range(3):
-        sweep(fit, torch.from_numpy(w), outputs.damped, inputs.damped, descend_rows, 2)
+        sweep(fit, torch.from_numpy(w), outputs.damped, descend_rows, 2)
         losses.append(weighted_loss(o, h, weights_of(fit, 2).astype(np.float64) - w))
     assert all(b <= a * (1 + 1e-5) for a, b in pairwise(losses)) and losses[-1] < 0.8 * losses[0]
 

@@ -140,15 +140,18 @@ typedef struct {
     int8_t *centroids, *group_scales;  /* as in cq_matrix; group_scales unused without scale_cols */
     float *scales;                     /* [n_rows] */
     double *loss;                      /* [n_rows] */
+    int32_t matrix_cols;               /* of the squares along the diagonal of the inputs' moments: n_cols if whole */
+    float *gradient_before, *gradient_after; /* [n_rows][n_cols] or NULL: of half the loss, at descent's two ends */
 } cq_clustering;
 
 int64_t cq_cluster_scratch_bytes(const cq_clustering *job); /* per thread */
 int cq_cluster_rows(const cq_clustering *job, int32_t n_threads, uint8_t *scratch);
-/* Under the inputs' second moments h [n_cols][n_cols] (descent.c), from what the job's arrays hold. Feedback keeps the
- * codebooks and chooses the indices anew; u: upper Cholesky factor of the inverse of h. Descent then refits both, for at
- * most n_iterations rounds; loss becomes r^T h r. */
+/* Under the inputs' second moments h (descent.c), from what the job's arrays hold; h [n_cols][matrix_cols]: row i has the
+ * columns of i's square, what lies outside the squares being zero. Feedback keeps the codebooks and chooses the indices
+ * anew; v, likewise: the upper triangular factor of h = v v^T. Descent then refits both, for at most n_iterations
+ * rounds; loss becomes r^T h r. */
 int64_t cq_descent_scratch_bytes(const cq_clustering *job); /* per thread */
-int cq_feedback_rows(const cq_clustering *job, const float *u, int32_t n_threads, uint8_t *scratch);
+int cq_feedback_rows(const cq_clustering *job, const float *v, int32_t n_threads, uint8_t *scratch);
 int cq_descend_rows(const cq_clustering *job, const float *h, int32_t n_threads, uint8_t *scratch);
 
 /* out [n_rows][n_cols]: the weights the job's arrays stand for (weights.c). */

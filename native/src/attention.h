@@ -42,7 +42,7 @@ static void transpose_queries(const attention_tile *a, const float *q) {
         for (; d + CQ_LANES <= dim; d += CQ_LANES) {
             vec rows[CQ_LANES] = {0};
             for (int32_t k = 0; k < n; k++) rows[k] = load_vec(q + (i + k) * stride + d) * scale;
-            transpose_vecs(rows);
+            transpose_groups(rows, CQ_LANES);
             for (int32_t k = 0; k < CQ_LANES; k++) store_vec(a->queries + (d + k) * CQ_QUERY_TILE + i, rows[k]);
         }
         for (; d < dim; d++)

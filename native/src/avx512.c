@@ -29,6 +29,7 @@
 #define CQ_SCORE_VECS 2
 typedef __m512 vec;
 
+static inline vec repeat_four(const float *p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 static inline vec min_vec(vec a, vec b) { return _mm512_min_ps(a, b); }
 static inline vec max_vec(vec a, vec b) { return _mm512_max_ps(a, b); }
 static inline float sum_lanes(vec v) { return _mm512_reduce_add_ps(v); }

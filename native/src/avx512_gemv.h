@@ -48,7 +48,7 @@ CQ_INLINE void gemv_rows(const int32_t N, const int32_t type, const enum table_s
                          int64_t row, const int8_t *x, __m512i *sum) {
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
     /* The same place whole rings on, as the first rows of a ring with a trellis read its last ones; at least a page. */
-    const int32_t ring_bytes = CQ_ROWS * n_blocks * 8 * cq_stored_bits(type);
+    const int32_t ring_bytes = CQ_MAX_RING * n_blocks * 8 * cq_stored_bits(type);
     const int64_t ahead = (int64_t)ring_bytes * cq_ceil_div(4096, ring_bytes);
     row_group g = group_at(N, type, source, w, row);
 #pragma GCC unroll 4

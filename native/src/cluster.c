@@ -29,7 +29,7 @@ typedef struct {
     const cq_kernels *kernels;
     cq_kmeans kmeans;
     double *codebook; /* [n_codebooks * n_centroids]: centroids before rounding */
-    lane lanes[CQ_ROWS];
+    lane lanes[CQ_MAX_RING];
     int32_t n; /* rows of the set at work */
 } workspace;
 
@@ -213,23 +213,30 @@ static void set_centroids(const cq_clustering *job, workspace *s) {
     for (int32_t i = 0; i < n && job->trellis; i += k) deal_to_parts(centroids + i, k);
 }
 
+/* The columns [begin, end) of all rows. Each row has several of the block's lanes, for a part of the columns each. */
+static void assign_block_on_trellis(const cq_clustering *job, workspace *s, int32_t begin, int32_t end) {
+    const int32_t parts = CQ_ROWS / s->n;
+    cq_column_block block = {.n_cols = cq_ceil_div(end - begin, parts), .n_values = job->n_centroids};
+    block.n_rows = parts * s->n, block.ring = s->n, block.trellis = 1;
+    for (int32_t l = 0; l < block.n_rows; l++) {
+        const lane *r = s->lanes + l % s->n;
+        float w8[CQ_MAX_CENTROIDS];
+        cq_effective_weights(job, &r->fit, begin, w8);
+        block.weight[l] = r->weight;
+        for (int32_t c = 0; c < block.n_values; c++) block.values[c][l] = w8[c] * r->fit.scale;
+        for (int32_t i = 0, at = begin + l / s->n * block.n_cols; i < block.n_cols && at < end; i++, at++)
+            block.state[i][l] = r->w[at];
+    }
+    s->kernels->nearest_block(&block);
+    for (int32_t l = 0; l < block.n_rows; l++)
+        for (int32_t i = 0, at = begin + l / s->n * block.n_cols; i < block.n_cols && at < end; i++, at++)
+            s->lanes[l % s->n].fit.indices[at] = (uint8_t)block.index[i][l];
+}
+
 /* The nearest effective weights that the trellis allows, for all rows together. */
 static void assign_on_trellis(const cq_clustering *job, workspace *s) {
-    for (int32_t begin = 0; begin < job->n_cols; begin += CQ_BLOCK) {
-        cq_column_block block = {.n_cols = cq_min(CQ_BLOCK, job->n_cols - begin), .n_values = job->n_centroids};
-        block.n_rows = s->n, block.ring = job->codebook_rows, block.trellis = 1;
-        for (int32_t r = 0; r < s->n; r++) {
-            const lane *row = &s->lanes[r];
-            float w8[CQ_MAX_CENTROIDS];
-            cq_effective_weights(job, &row->fit, begin, w8);
-            block.weight[r] = row->weight;
-            for (int32_t c = 0; c < block.n_values; c++) block.values[c][r] = w8[c] * row->fit.scale;
-            for (int32_t i = 0; i < block.n_cols; i++) block.state[i][r] = row->w[begin + i];
-        }
-        s->kernels->nearest_block(&block);
-        for (int32_t r = 0; r < s->n; r++)
-            for (int32_t i = 0; i < block.n_cols; i++) s->lanes[r].fit.indices[begin + i] = (uint8_t)block.index[i][r];
-    }
+    for (int32_t begin = 0; begin < job->n_cols; begin += CQ_BLOCK)
+        assign_block_on_trellis(job, s, begin, cq_min(begin + CQ_BLOCK, job->n_cols));
 }
 
 /* Rounds the codebooks and assigns all rows; returns the set's loss. */

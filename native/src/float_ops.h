@@ -3,6 +3,7 @@
  * The including file defines, before the include:
  *   CQ_LANES, vec     floats per vector, and a vector_size type of that many
  *   sum_lanes(vec)    their sum
+ *   repeat_four(p)    four floats at p, over and over
  *   min_vec, max_vec  elementwise; where the second operand is NaN, NaN
  *   f16_to_f32, f32_to_f16   as in cq_kernels
  *   CQ_TILE_VECS, CQ_SCORE_KEYS, CQ_SCORE_VECS   register tiles of attention.h
@@ -167,17 +168,18 @@ CQ_INLINE vec shuffle_lanes(vec a, vec b, int_vec from) {
 #endif
 }
 
-/* rows[i][lane] and rows[lane][i] change places: blocks of half as many rows and lanes, then blocks within these. */
-CQ_INLINE void transpose_vecs(vec rows[CQ_LANES]) {
+/* rows[i][lane] and rows[lane][i] change places in every group of n rows and n lanes: blocks of half as many rows and
+ * lanes, then blocks within these. */
+CQ_INLINE void transpose_groups(vec *rows, const int32_t n) {
 #pragma GCC unroll 4
-    for (int32_t half = CQ_LANES / 2; half >= 1; half /= 2) {
+    for (int32_t half = n / 2; half >= 1; half /= 2) {
         int_vec upper, lower;
         for (int32_t lane = 0; lane < CQ_LANES; lane++) {
             upper[lane] = lane & half ? CQ_LANES + lane - half : lane;
             lower[lane] = lane & half ? CQ_LANES + lane : lane + half;
         }
 #pragma GCC unroll 16
-        for (int32_t i = 0; i < CQ_LANES; i++) {
+        for (int32_t i = 0; i < n; i++) {
             if (i & half) continue;
             const vec a = rows[i], b = rows[i + half];
             rows[i] = shuffle_lanes(a, b, upper), rows[i + half] = shuffle_lanes(a, b, lower);
@@ -290,5 +292,5 @@ static void dot_f16(const uint16_t *w, const float *const *x, int32_t n_tokens, 
 
 #define CQ_FLOAT_KERNELS                                                                                               \
     rms_norm, quantize, swiglu, hadamard, axpy, scale_acc, dot_f32, dot_f16, f16_to_f32, f32_to_f16, attention_head,   \
-        attention_chunk, kmeans_layer, nearest_block, feedback_block, descend_block, rank_update
+        attention_chunk, kmeans_layer, nearest_block, descend_block, rank_update, sum_by_centroid
 #endif

@@ -13,7 +13,8 @@
 #define CQ_BLOCK 64 /* weights per packed block: 8 * bits bytes */
 #define CQ_MAX_HEAD_DIM 1024
 
-enum { CQ_ROWS = 8 }; /* rows of weights that clustering takes side by side (descent.c) */
+enum { CQ_ROWS = 16 };    /* rows of weights that clustering takes side by side (descent.c) */
+enum { CQ_MAX_RING = 8 }; /* rows that share codebooks */
 enum { CQ_MAX_CENTROIDS = 32 };
 
 /* Compilers that know the instruction set of avxvnni.c. */
@@ -26,6 +27,7 @@ enum { CQ_MAX_CENTROIDS = 32 };
 struct cq_kmeans;
 struct cq_kmeans_layer;
 struct cq_column_block;
+struct cq_centroid_columns;
 
 /* Where a panel's products go: out[t][r] (+)= acc[t][r] * (row_scales[r] * token_scales[t]) for r < n_rows. */
 typedef struct {
@@ -91,10 +93,10 @@ typedef struct cq_kernels {
     /* ---- clustering ---- */
     void (*kmeans_layer)(const struct cq_kmeans *s, const struct cq_kmeans_layer *layer);
     void (*nearest_block)(struct cq_column_block *b);
-    void (*feedback_block)(struct cq_column_block *b);
     void (*descend_block)(struct cq_column_block *b);
     void (*rank_update)(const float (*change)[CQ_ROWS], int32_t n_cols, const float *matrix, int64_t stride,
                         float *const *rows, int32_t n);
+    void (*sum_by_centroid)(const struct cq_centroid_columns *columns, float (*sums)[CQ_BLOCK]);
 } cq_kernels;
 
 extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avxvnni, cq_kernels_avx512, cq_kernels_neon,

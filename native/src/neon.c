@@ -15,6 +15,7 @@
 #define CQ_SCORE_VECS 4
 typedef float32x4_t vec;
 
+static inline vec repeat_four(const float *p) { return vld1q_f32(p); }
 static inline vec min_vec(vec a, vec b) { return vminq_f32(a, b); } /* NaN if either is */
 static inline vec max_vec(vec a, vec b) { return vmaxq_f32(a, b); }
 static inline float sum_lanes(vec v) { return vaddvq_f32(v); }

@@ -8,6 +8,7 @@
 #define CQ_SCORE_VECS 4
 typedef float vec __attribute__((vector_size(4 * CQ_LANES)));
 
+static inline vec repeat_four(const float *p) { return (vec){p[0], p[1], p[2], p[3]}; }
 static inline vec min_vec(vec a, vec b) {
     for (int32_t i = 0; i < CQ_LANES; i++) b[i] = a[i] < b[i] ? a[i] : b[i];
     return b;

@@ -66,18 +66,18 @@ static void check_column_block(int32_t n_values, int32_t feedback) {
     fill(b.state[0], CQ_BLOCK * CQ_ROWS, 1), fill(b.value[0], CQ_BLOCK * CQ_ROWS, 1);
     for (int32_t i = 0; i < CQ_BLOCK; i++) matrix[i * CQ_BLOCK + i] = 1.0f + 0.1f * (float)(i % 7);
     was = b;
-    feedback ? cq_kernels_current()->feedback_block(&b) : cq_kernels_current()->descend_block(&b);
+    b.forward = feedback;
+    cq_kernels_current()->descend_block(&b);
     for (int32_t r = 0; r < CQ_ROWS; r++) {
         double state[CQ_BLOCK];
         for (int32_t i = 0; i < CQ_BLOCK; i++) state[i] = was.state[i][r];
         for (int32_t i = 0; i < CQ_BLOCK; i++) {
             const double pivot = matrix[i * CQ_BLOCK + i];
-            const double wanted = feedback ? state[i] : was.value[i][r] - state[i] / pivot;
+            const double wanted = was.value[i][r] - state[i] / pivot;
             const int32_t chosen = b.index[i][r], best = nearest(&b, r, (float)wanted);
             const double loss = fabs(wanted - b.values[chosen][r]) - fabs(wanted - b.values[best][r]);
-            CHECK(chosen >= 0 && chosen < n_values && loss <= 1e-5, "column %d row %d: index %d", i, r, chosen);
-            const double change = b.values[chosen][r] - (feedback ? state[i] : was.value[i][r]);
-            const double step = feedback ? change / pivot : change;
+            CHECK(chosen >= 0 && chosen < n_values && loss <= 2e-5, "column %d row %d: index %d", i, r, chosen);
+            const double step = b.values[chosen][r] - was.value[i][r];
             CHECK(fabs(b.change[i][r] - step) <= 1e-5, "column %d row %d: change %g", i, r, (double)b.change[i][r]);
             for (int32_t j = feedback ? i + 1 : 0; j < CQ_BLOCK; j++) state[j] += step * matrix[i * CQ_BLOCK + j];
         }
@@ -124,6 +124,32 @@ static void check_trellis(int32_t n_values, int32_t n_rows, int32_t ring) {
         }
 }
 
+/* Sums of a block of columns by centroid against plain loops; rows from `begin` on count half, from `end` on nothing.
+ */
+static void check_sum_by_centroid(int32_t n_centroids, int32_t n, int32_t begin, int32_t end) {
+    float (*rows)[CQ_BLOCK] = malloc((size_t)n * sizeof *rows), *step = malloc((size_t)n * 4);
+    float sums[CQ_MAX_CENTROIDS][CQ_BLOCK];
+    int32_t columns[256], first[CQ_MAX_CENTROIDS + 1], used = 0;
+    fill(rows[0], n * CQ_BLOCK, 1), fill(step, n, 1);
+    for (int32_t c = 0; c < n_centroids; c++) { /* every third centroid has no column */
+        first[c] = used;
+        for (int32_t i = 0; i < n; i++)
+            if (i * 7 % n_centroids == c && c % 3 != 2) columns[used++] = i;
+    }
+    first[n_centroids] = used;
+    const cq_centroid_columns of = {n_centroids, begin, end, first, columns, step, (const float (*)[CQ_BLOCK])rows};
+    cq_kernels_current()->sum_by_centroid(&of, sums);
+    for (int32_t c = 0; c < n_centroids; c++)
+        for (int32_t j = 0; j < CQ_BLOCK; j++) {
+            double want = 0;
+            for (int32_t p = first[c]; p < first[c + 1]; p++)
+                if (columns[p] < end)
+                    want += (columns[p] < begin ? 1 : 0.5) * (double)step[columns[p]] * rows[columns[p]][j];
+            CHECK(fabs(sums[c][j] - want) <= 1e-5, "sum of centroid %d of %d, column %d", c, n_centroids, j);
+        }
+    free(rows), free(step);
+}
+
 /* Every end's split against all starts. */
 static void check_kmeans_layer(int32_t n, int32_t first) {
     const size_t m = (size_t)n + 1 + CQ_STRIDE;
@@ -156,6 +182,8 @@ void test_clustering(void) {
         for (int32_t feedback = 0; feedback < 2; feedback++) check_column_block(n_values, feedback);
     for (int32_t n_values = 4; n_values <= CQ_MAX_CENTROIDS; n_values *= 2)
         for (int32_t n_rows = 1; n_rows <= CQ_ROWS; n_rows++)
-            for (int32_t ring = 1; ring <= CQ_ROWS; ring *= 2) check_trellis(n_values, n_rows, ring);
+            for (int32_t ring = 1; ring <= CQ_MAX_RING; ring *= 2) check_trellis(n_values, n_rows, ring);
+    for (int32_t n_centroids = 1; n_centroids <= CQ_MAX_CENTROIDS; n_centroids += 5)
+        check_sum_by_centroid(n_centroids, 200, 64, 128), check_sum_by_centroid(n_centroids, 200, 128, 168);
     for (int32_t n = 2; n < 200; n += 7) check_kmeans_layer(n, 1), check_kmeans_layer(n, n / 2);
 }
