@@ -11,10 +11,18 @@ from pyggml_bridge.format import hadamard
 
 from .architecture import interleave_rope, split_rope
 
+PIECE = 1 << 20  # elements that are transformed at a time: it takes several copies of them
+
 
 def hadamard_blocks(x: Tensor, block: int) -> Tensor:
     """format.hadamard of x [..., n]; block 0: x itself."""
-    return torch.from_numpy(hadamard(x.numpy(), block)) if block else x
+    if not block:
+        return x
+    out, rows = torch.empty(x.shape), max(1, PIECE // x.shape[-1])
+    pieces = (t.reshape(-1, x.shape[-1]).split(rows) for t in (x, out))
+    for piece, transformed in zip(*pieces, strict=True):
+        transformed.copy_(torch.from_numpy(hadamard(piece.numpy(), block)))
+    return out
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_bridge.format import BLOCK, Clustered, CQType, pack
+from pyggml_bridge.format import BLOCK, Clustered, CQType, pack, unpack
 from pyggml_bridge.native import aligned_empty, ffi, lib, pointer
 
 ITERATIONS = 8
@@ -92,10 +92,25 @@ class Fit:
             if getattr(self, name) is not None:
                 getattr(self, name)[:] = getattr(other, name)
 
-    def finished(self) -> Fit:
-        """The same without the weights that it was fitted to."""
-        nothing = np.empty(0, np.float32)
-        return replace(self, w=nothing, weight=nothing, row_weight=nothing)
+    @classmethod
+    def of(cls, stored: Clustered) -> Fit:
+        """From what the file holds of a matrix, without the weights that it was fitted to."""
+        indices = unpack(stored.packed, stored.cq, stored.codebook_rows)
+        nothing, n_rows = np.empty(0, np.float32), len(indices)
+        return cls(
+            stored.cq,
+            nothing,
+            nothing,
+            np.ones(n_rows, np.float32),
+            stored.codebook_rows,
+            stored.codebook_cols,
+            stored.scale_cols,
+            indices,
+            stored.centroids,
+            stored.group_scales,
+            stored.scales,
+            np.zeros(n_rows),
+        )
 
     def clustered(self) -> Clustered:
         """Packed as the file holds it."""

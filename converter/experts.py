@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from .architecture import Architecture, Layer
 from .moments import Moments
 
+ROWS = 1024  # tokens that go through an expert at a time
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -77,13 +79,12 @@ class Routed:
         token, slot = self.rows(number)
         x = self.states[token]
         weight = None if token_weights is None else token_weights[token] * self.weights[token, slot]
-        found = []
-        for rows in (x, expert.hidden(x)):
-            moments = Moments(rows.shape[1], sampled=True)
-            if len(rows):
-                moments.add(rows, weight)
-            found.append(moments)
-        return found[0], found[1]
+        found = Moments(x.shape[1], sampled=True), Moments(expert.down.shape[1], sampled=True)
+        for begin in range(0, len(x), ROWS):
+            rows = slice(begin, begin + ROWS)
+            for moments, inputs in zip(found, (x[rows], expert.hidden(x[rows])), strict=True):
+                moments.add(inputs, None if weight is None else weight[rows])
+        return found
 
 
 class StreamedExperts(nn.Module):
@@ -114,8 +115,10 @@ class StreamedExperts(nn.Module):
             token, slot = routed.rows(number)
             if len(token):
                 expert = self.expert(number)
-                y = expert.hidden(routed.states[token]) @ expert.down.T
-                out.index_add_(0, token, y * routed.weights[token, slot, None])
+                for some, rank in zip(token.split(ROWS), slot.split(ROWS), strict=True):
+                    y = expert.hidden(routed.states[some]) @ expert.down.T
+                    out.index_add_(0, some, y * routed.weights[some, rank, None])
+                del expert  # before the next one is read
 
 
 def streamed_experts(module: nn.Module) -> StreamedExperts | None:

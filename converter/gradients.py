@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import Architecture, Linear
-from .experts import Routed, StreamedExperts
+from .experts import ROWS, Expert, Gradients, Routed, StreamedExperts
 from .moments import Moments
 
 INPUT_STRIDE = 4  # every fourth token's inputs are enough to predict what feedback gains
@@ -161,18 +161,27 @@ def experts_backward(
     capture.norms[linears[0].site, linears[0].name] = [gradient.norm(dim=-1)]
     by_states, by_weights = torch.zeros_like(routed.states), torch.zeros_like(routed.weights)
     for number in range(experts.n_experts):
-        token, slot = routed.rows(number)
-        if len(token):
-            expert, x, by_sum = experts.expert(number), routed.states[token], gradient[token]
-            by_down = by_sum * routed.weights[token, slot, None]
-            found = expert.gradients(x, by_down)
-            by_states.index_add_(0, token, found.by_x)
-            by_weights[token, slot] = ((found.hidden @ expert.down.T) * by_sum).sum(dim=-1)
-            sides = ((found.by_gate, x, expert.gate), (found.by_up, x, expert.up), (by_down, found.hidden, expert.down))
-            for linear in linears:
-                side = 2 if linear.writes_residual else linear.part[0]
-                capture.add(linear, *sides[side], number)
+        tokens, slots = routed.rows(number)
+        if len(tokens):
+            expert = experts.expert(number)
+            for token, slot in zip(tokens.split(ROWS), slots.split(ROWS), strict=True):
+                by_down = gradient[token] * routed.weights[token, slot, None]
+                found = _expert_backward(capture, linears, number, expert, routed.states[token], by_down)
+                by_states.index_add_(0, token, found.by_x)
+                by_weights[token, slot] = ((found.hidden @ expert.down.T) * gradient[token]).sum(dim=-1)
+            del expert, found  # before the next one is read
         for linear in linears:
             if not linear.writes_residual:
                 capture.pack(linear)
     return by_states, by_weights
+
+
+def _expert_backward(
+    capture: GradientCapture, linears: list[Linear], number: int, expert: Expert, x: Tensor, by_down: Tensor
+) -> Gradients:
+    """Some tokens x [tokens, hidden] of one expert, from the gradient by its output; fills the capture."""
+    found = expert.gradients(x, by_down)
+    sides = ((found.by_gate, x, expert.gate), (found.by_up, x, expert.up), (by_down, found.hidden, expert.down))
+    for linear in linears:
+        capture.add(linear, *sides[2 if linear.writes_residual else linear.part[0]], number)
+    return found

@@ -101,6 +101,7 @@ class LayerQuantizer:
     def _quantize(self, index: int, layer: Layer, planned: tuple[PlannedTensor, ...], seen: _Seen) -> Tensors:
         arch = self.model.checkpoint.arch_of(index)
         tensors: Tensors = {}
+        calibrated = bool(seen.moments)
         for spec, tensor in zip(arch.plain, planned, strict=False):
             tensors[spec.name] = quantize_plain(tensor, layer[spec.name])
         tasks: list[Task] = []
@@ -110,32 +111,41 @@ class LayerQuantizer:
             if linear.experts:
                 tensors[linear.name] = experts[linear.name] = QuantizedExperts(tensor, [])
                 continue
-            moments = seen.moments.get(linear.site)
             packed = outputs.get(linear.name)
             output = packed[0].moments() if packed else None
-            tensors[linear.name], own = self._linear(tensor, linear, layer[linear.name], moments, output)
+            tensors[linear.name], own = self._linear(tensor, linear, layer, seen.moments, output)
             tasks += own
-        tasks += self._expert_tasks(index, experts, seen)
-        shapes = [[t.planned.shape[-2:] for t in experts.values()]] if experts else []
-        shapes += [[t.planned.shape[-2:]] for t in tensors.values() if t.fits]
-        largest = max((task_bytes(each, seen.routed is not None) for each in shapes), default=0)
-        run_tasks(tasks, self.settings.threads, workers(self.settings, largest, len(tasks)))
+        clustered = [tensor for tensor in tensors.values() if isinstance(tensor, Quantized) and tensor.fits]
+        self._run(tasks, [[tensor.planned.shape[-2:]] for tensor in clustered], calibrated)
+        if experts:
+            for quantized in clustered if not self.settings.tunes_centroids else []:
+                quantized.finish(self.settings.threads)
+            shapes = [tensor.planned.shape[-2:] for tensor in experts.values()]
+            self._run(self._expert_tasks(index, experts, seen), [shapes], calibrated)
         return tensors
 
+    def _run(self, tasks: list[Task], shapes: list[list[tuple[int, ...]]], calibrated: bool) -> None:
+        """As many tasks side by side as the memory allows, and forgets them. Each clusters matrices of some shapes."""
+        if tasks:
+            largest = max(task_bytes(each, self.settings, calibrated) for each in shapes)
+            run_tasks(tasks, self.settings.threads, workers(self.settings, largest, len(tasks)))
+            tasks.clear()
+
     def _linear(
-        self, planned: PlannedTensor, linear: Linear, weight: Tensor, moments: Moments | None, output: Moments | None
+        self, planned: PlannedTensor, linear: Linear, layer: Layer, inputs: dict[str, Moments], output: Moments | None
     ) -> tuple[Quantized, list[Task]]:
+        """Takes its weight out of the layer, and out of inputs what no other linear reads: both may be large."""
         basis = self.basis(linear)
-        inputs = moments and moments.in_basis(basis)
+        moments = (inputs.pop if basis.hadamard else inputs.get)(linear.site, None)
+        moments = moments and moments.in_basis(basis)
+        weight = basis.to_file(layer.pop(linear.name)).contiguous()
         by_output = output and output.of_outputs(basis)
-        return quantize(planned, basis.to_file(weight).contiguous(), inputs, by_output, self.settings.refinement)
+        return quantize(planned, weight, moments, by_output, self.settings.refinement)
 
     # ---- experts ----
 
     def _expert_tasks(self, index: int, experts: dict[str, QuantizedExperts], seen: _Seen) -> list[Task]:
         """One task per expert: read, calibrate, cluster its linears, forget everything but the result."""
-        if not experts:
-            return []
         shared = _shared_outputs(seen.sensitivity, experts)
         cost = 0
         for linear in experts.values():
@@ -156,24 +166,29 @@ class LayerQuantizer:
     ) -> None:
         arch = self.model.checkpoint.arch_of(index)
         layer = self.model.expert(index, number)
-        inputs: dict[str, Moments] = {}
-        if seen.routed:
-            expert = Expert.of(arch, layer, self.stream.activation(index))
-            weights = seen.sensitivity.token_weights[arch.experts_site or ""] if seen.sensitivity else None
-            found = seen.routed.moments(number, expert, weights)
-            inputs = dict(zip((arch.experts_site or "", f"{arch.experts_site}.hidden"), found, strict=True))
+        inputs = self._expert_moments(index, layer, seen, number)
         for linear in (linear for linear in arch.linears if linear.experts):
             output = shared.get(linear.name)
             packed = seen.sensitivity.outputs.get(linear.name, []) if seen.sensitivity else []
             if packed and output is None:
                 output = packed[number].moments()
             planned = experts[linear.name].planned.of_expert(number)
-            quantized, tasks = self._linear(planned, linear, layer[linear.name], inputs.get(linear.site), output)
-            for task in tasks:
-                task.run(n_threads)
+            quantized, tasks = self._linear(planned, linear, layer, inputs, output)
+            while tasks:  # which hold what they work on
+                tasks.pop().run(n_threads)
             if not self.settings.tunes_centroids:
                 quantized.finish(n_threads)
             experts[linear.name].experts[number] = quantized
+
+    def _expert_moments(self, index: int, layer: Layer, seen: _Seen, number: int) -> dict[str, Moments]:
+        """By site, of what the linears of one expert [out, in] read; nothing without a text."""
+        arch = self.model.checkpoint.arch_of(index)
+        if not seen.routed:
+            return {}
+        site = arch.experts_site or ""
+        weights = seen.sensitivity.token_weights[site] if seen.sensitivity else None
+        expert = Expert.of(arch, layer, self.stream.activation(index))
+        return dict(zip((site, f"{site}.hidden"), seen.routed.moments(number, expert, weights), strict=True))
 
     # ---- after clustering ----
 

@@ -12,61 +12,85 @@ from pyggml_bridge.errors import CQError
 
 from .checkpoint import Checkpoint
 from .gradients import output_moments_bytes
-from .moments import WIDE
+from .moments import WIDE, square_width
 from .sensitivity import HEAD_ROWS
 from .settings import Settings
 from .stream import BATCH_TOKENS
 
 FLOAT = 4
-PROGRAM = 700 << 20  # Python, torch and transformers
-COPIES = 4  # of a float weight between reading it and its codebooks: read, transformed, in the file's order, fitted
-SQUARES = 4  # float32 [cols, cols] of a linear: sums, moments, damped, factor
-FACTORING = 4  # the same in the precision in which the factor is computed
+PROGRAM = 600 << 20  # Python, torch and transformers
+FITTED = 2.25  # of a float weight while its codebooks are made: in the file's order, fitted, and a byte per index
+ROW_FEEDBACK = 2  # two more, where rows make up for each other's errors
+SQUARES = 3  # float32 [cols, width] of a linear: moments, damped, factor
+FACTORING = 3  # [width, width] in the precision in which the factor is computed
 TUNED = 40  # bytes per weight that fine-tuning of all experts together holds: originals, module, indices, gradients
-STATES = 7  # hidden states of all tokens: a layer's input and output, what its experts get, gradients of these
+RUNNING_STATES = 4  # hidden states of all tokens: a layer's input, output, what its experts get, twice
+BACKWARD_STATES = 7  # and gradients
+CLUSTERING_STATES = 2  # a layer's input, what its experts get
 LOGITS = 5  # of a batch at the head: logits, probabilities, their running sums, the gradient
 BATCH_ROWS = 6  # a batch's activations inside a layer, in units of its widest
+HEAD = 2.5  # float copies of the head, fitted, or of the embedding, dequantized again
+STORED = 1.1  # times their bits: finished experts, and what of them is being written
 
 
-def task_bytes(shapes: list[tuple[int, ...]], calibrated: bool) -> int:
-    """Clustering matrices [rows, cols] one after another."""
-    weights = COPIES * FLOAT * sum(rows * cols for rows, cols in shapes)
-    cols = max(cols for _, cols in shapes)
-    squares = SQUARES + FACTORING * (1 if cols > WIDE else 2)
-    return weights + (squares * FLOAT * cols * cols if calibrated else 0)
+def task_bytes(shapes: list[tuple[int, ...]], settings: Settings, calibrated: bool) -> int:
+    """Clustering matrices [rows, cols] one after another, each of which is forgotten when it is done."""
+    weights = [FLOAT * rows * cols for rows, cols in shapes]
+    fitted = FITTED + (ROW_FEEDBACK if calibrated and settings.measures_sensitivity else 0)
+    peak = 2 * sum(weights)  # read and transformed
+    for i, (_, cols) in enumerate(shapes):
+        squares = 0
+        if calibrated:
+            width = square_width(cols)
+            squares = FLOAT * (SQUARES * cols + FACTORING * width * (1 if width > WIDE else 2)) * width
+            squares += sum(FLOAT * other * square_width(other) for other in {c for _, c in shapes[i:]} - {cols})
+        peak = max(peak, int(sum(weights[i:]) + fitted * weights[i] + squares))
+    return peak
 
 
 def peak_bytes(checkpoint: Checkpoint, settings: Settings, n_tokens: int) -> int:
     """The whole conversion's, with as many tasks side by side as there are threads and memory for."""
     config = checkpoint.config
-    states = STATES * FLOAT * n_tokens * config.hidden_size
     head = FLOAT * config.vocab_size * config.hidden_size
-    outside = max(COPIES * head, 2 * head + (LOGITS * FLOAT * HEAD_ROWS * config.vocab_size if n_tokens else 0))
+    logits = LOGITS * FLOAT * HEAD_ROWS * config.vocab_size if settings.measures_sensitivity else 0
+    at_the_ends = max(int(HEAD * head), 2 * head + logits) + CLUSTERING_STATES * _states(checkpoint, n_tokens)
     layers = {checkpoint.arch_of(i): i for i in range(config.num_hidden_layers)}
     largest = max(_layer_bytes(checkpoint, settings, i, n_tokens) for i in layers.values())
-    return PROGRAM + states + max(outside, largest)
+    return PROGRAM + max(at_the_ends, largest)
+
+
+def _states(checkpoint: Checkpoint, n_tokens: int) -> int:
+    return FLOAT * n_tokens * int(checkpoint.config.hidden_size)
 
 
 def _layer_bytes(checkpoint: Checkpoint, settings: Settings, index: int, n_tokens: int) -> int:
-    """Clustering a layer: its float weights but the experts', indices of all, and the tasks."""
+    """Running a layer or clustering it: its float weights but the experts', what is finished of these, and the rest."""
     arch = checkpoint.arch_of(index)
     shapes = {linear: checkpoint.expected_shape(linear, index) for linear in arch.linears}
     dense = [shape for linear, shape in shapes.items() if not linear.experts]
     experts = [shape for linear, shape in shapes.items() if linear.experts]
-    kept = COPIES * FLOAT * sum(map(prod, dense))
-    kept += sum(map(prod, experts)) + max(map(prod, experts), default=0)  # indices, and packed what is being written
+    stored = int(STORED * (settings.bits or 5) / 8 * sum(map(prod, experts)))
+    kept = 2 * FLOAT * sum(map(prod, dense)) + stored  # the layer's and its module's
+    if n_tokens and settings.tunes_centroids:
+        kept += TUNED * sum(map(prod, shapes.values()))
+    running = 0
     if n_tokens:
+        states = BACKWARD_STATES if settings.measures_sensitivity else RUNNING_STATES
         widest = max(shape[-1] for shape in shapes.values() if len(shape) == 2)
-        kept += FLOAT * BATCH_ROWS * min(n_tokens, BATCH_TOKENS) * widest
-        if settings.tunes_centroids:
-            kept += TUNED * sum(map(prod, shapes.values()))
-        if settings.measures_sensitivity:
-            kept += sum(output_moments_bytes(*each) for each in shapes.items() if each[0].measured)
-    own = [task_bytes([shape[-2:]], n_tokens > 0) for shape in dense]
+        running = states * _states(checkpoint, n_tokens) + FLOAT * BATCH_ROWS * min(n_tokens, BATCH_TOKENS) * widest
+    clustering = CLUSTERING_STATES * _states(checkpoint, n_tokens) + _tasks_bytes(dense, experts, settings, n_tokens)
+    if settings.measures_sensitivity:
+        clustering += sum(output_moments_bytes(*each) for each in shapes.items() if each[0].measured)
+    return kept + max(running + 2 * FLOAT * sum(prod(shape[-2:]) for shape in experts), clustering)
+
+
+def _tasks_bytes(
+    dense: list[tuple[int, ...]], experts: list[tuple[int, ...]], settings: Settings, n_tokens: int
+) -> int:
+    own = [task_bytes([shape[-2:]], settings, n_tokens > 0) for shape in dense]
     if experts:
-        own += [task_bytes([shape[-2:] for shape in experts], n_tokens > 0)] * experts[0][0]
-    side_by_side = workers(settings, max(own), len(own))
-    return kept + sum(sorted(own)[-side_by_side:])
+        own += [task_bytes([shape[-2:] for shape in experts], settings, n_tokens > 0)] * experts[0][0]
+    return sum(sorted(own)[-workers(settings, max(own), len(own)) :])
 
 
 def workers(settings: Settings, nbytes: int, n_tasks: int) -> int:

@@ -36,7 +36,7 @@ class Moments:
     """
 
     def __init__(self, cols: int, sampled: bool = False, width: int = 0) -> None:
-        """Nothing seen yet. sampled: keep some rows, for relative_error. width: of the squares if not square_width."""
+        """Nothing seen yet. sampled: keep some rows, for output_norm. width: of the squares if not square_width."""
         self._sum = torch.zeros(cols, width or square_width(cols))
         self._sample: list[Tensor] = []
         self._total = 0.0
@@ -85,7 +85,7 @@ class Moments:
     @cached_property
     def matrix(self) -> Tensor:
         """The second moments [cols, width]; only once all rows have been added."""
-        matrix = self._sum / max(self._total, torch.finfo(torch.float32).tiny)
+        matrix = self._sum.div_(max(self._total, torch.finfo(torch.float32).tiny))  # in place: they may be large
         for _, square in self._squares(matrix):
             _mirror(square)
         return matrix
@@ -146,13 +146,10 @@ class Moments:
             to.copy_(change(square))
         return Moments.of(mapped, self.tokens, self._noise)
 
-    def relative_error(self, weight: Tensor, quantized: Tensor) -> tuple[float, float]:
-        """Mean squared output error and output norm over the sample, for weights [rows, cols]."""
+    def output_norm(self, weight: Tensor) -> float:
+        """Mean square of the outputs of a weight [rows, cols] over the sample, summed over the rows."""
         sample = torch.cat(self._sample)
-        error, total = (
-            (sample @ m.T).square().sum(dtype=torch.float64) / len(sample) for m in (weight - quantized, weight)
-        )
-        return float(error), float(total)
+        return float((sample @ weight.T).square().sum(dtype=torch.float64) / len(sample))
 
 
 def _mirror(square: Tensor) -> None:

@@ -188,7 +188,7 @@ class _Job:
         self._write_tensor(file, embedding)
         written = Written(rel_errors=self.report.rel_errors)
         if tokens is not None and self.settings.float_type is None:
-            written.hidden = embedding.weight(self.settings.threads)[tokens]
+            written.hidden = embedding.rows(tokens, self.settings.threads)
             if self.settings.tunes_centroids:
                 written.original_hidden = self.model.embedding()[tokens]
         return written

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import Clustered
 
 from .clustering import (
     ITERATIONS_BEFORE_FEEDBACK,
@@ -33,6 +34,7 @@ from .side_by_side import Task
 
 F16_MAX = 65504.0
 PIECE = 1 << 24  # weights
+PIECE_ROWS = 1024
 DESCENT_ROWS = 8  # calibration tokens per column from which on descent pays: with fewer it fits noise (decisions.md)
 
 
@@ -49,8 +51,8 @@ class ErrorSums:
 class Quantized:
     """A weight [..., out, in] in its planned type.
 
-    fits: of a clustered type, one per matrix; they may still change. plain: the array of any other type. original and
-    moments, statistics of its inputs where there are any, serve the error alone.
+    fits: of a clustered type, one per matrix; they may still change, until they are `stored`. plain: the array of any
+    other type. original and moments, statistics of its inputs where there are any, serve the error alone.
     """
 
     planned: PlannedTensor
@@ -58,6 +60,7 @@ class Quantized:
     moments: Moments | None
     fits: list[Fit]
     plain: NDArray[Any] | None
+    stored: list[Clustered] | None = None
     final: ErrorSums | None = None
 
     def arrays(self) -> list[NDArray[Any]]:
@@ -65,7 +68,7 @@ class Quantized:
         if self.plain is not None:
             return [self.plain]
         parts = []
-        for clustered in (fit.clustered() for fit in self.fits):
+        for clustered in self.stored or [fit.clustered() for fit in self.fits]:
             groups = [] if clustered.group_scales is None else [clustered.group_scales]
             parts.append([clustered.packed, clustered.centroids, clustered.scales, *groups])
         stacked = [np.stack(arrays) for arrays in zip(*parts, strict=True)]
@@ -74,23 +77,39 @@ class Quantized:
     def weight(self, n_threads: int) -> Tensor:
         """Float32, what a kernel effectively multiplies."""
         if self.plain is None:
-            matrices = [torch.from_numpy(weights_of(fit, n_threads)) for fit in self.fits]
-            return torch.stack(matrices).reshape(self.planned.shape)
-        if self.planned.type == "q8_0":
-            values = quants.dequantize(self.plain, GGMLQuantizationType.Q8_0)
-        else:
-            values = self.plain.astype(np.float32)
-        return torch.from_numpy(values).reshape(self.planned.shape)
+            fits = self.fits or [Fit.of(clustered) for clustered in self.stored or []]
+            matrices = [torch.from_numpy(weights_of(fit, n_threads)) for fit in fits]
+            whole = matrices[0] if len(matrices) == 1 else torch.stack(matrices)
+            return whole.reshape(self.planned.shape)
+        return _floats(self.planned, self.plain).reshape(self.planned.shape)
+
+    def rows(self, ids: Tensor, n_threads: int) -> Tensor:
+        """weight()[ids] of a matrix, for ids of any shape; of an embedding, whose other rows need not be there."""
+        if self.plain is None:
+            return self.weight(n_threads)[ids]
+        return _floats(self.planned, self.plain[ids.flatten().numpy()]).reshape(*ids.shape, -1)
 
     def error_sums(self, n_threads: int) -> ErrorSums:
         """Of the outputs on the calibration inputs, of the weights without any."""
         if self.final is not None:
             return self.final
         assert self.original is not None
-        original, effective = self.original, self.weight(n_threads)
-        if self.moments is not None and self.moments.tokens:
-            return ErrorSums(self.moments.tokens, *self.moments.relative_error(original, effective))
-        return ErrorSums(0, float((original - effective).square().sum()), float(original.square().sum()))
+        seen = self.moments if self.moments is not None and self.moments.tokens else None
+        error = total = 0.0
+        for original, effective in self._pieces(self.original, n_threads):
+            difference = original - effective
+            for_piece = [seen.output_norm(m) if seen else float(m.square().sum()) for m in (difference, original)]
+            error, total = error + for_piece[0], total + for_piece[1]
+        return ErrorSums(seen.tokens if seen else 0, error, total)
+
+    def _pieces(self, original: Tensor, n_threads: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The original and what the file stands for, a few rows at a time where they are clustered."""
+        if not self.fits:
+            yield original.flatten(0, -2), self.weight(n_threads).flatten(0, -2)
+        for fit, matrix in zip(self.fits, original if original.dim() == 3 else original[None], strict=False):
+            for begin in range(0, len(matrix), PIECE_ROWS):
+                end = min(begin + PIECE_ROWS, len(matrix))
+                yield matrix[begin:end], torch.from_numpy(weights_of(fit.rows(begin, end), n_threads))
 
     def rel_error(self, n_threads: int) -> float:
         """||XW - XW'|| / ||XW|| on the calibration inputs, ||W - W'|| / ||W|| without any."""
@@ -100,7 +119,8 @@ class Quantized:
         """Forget everything but what the file holds and the error."""
         self.final = self.error_sums(n_threads)
         self.original = self.moments = None
-        self.fits = [fit.finished() for fit in self.fits]
+        if self.fits:
+            self.stored, self.fits = [fit.clustered() for fit in self.fits], []
 
 
 @dataclass
@@ -175,6 +195,13 @@ def _clustering_task(fit: Fit, moments: Moments | None, output: Moments | None, 
                 _ = entry.factor  # cached: here all of torch's threads work on it
     rows, cols = fit.w.shape
     return Task(rows * cols * cols, lambda n_threads: _cluster(fit, moments, output, refinement, n_threads))
+
+
+def _floats(planned: PlannedTensor, plain: NDArray[Any]) -> Tensor:
+    """What rows of a type that is not clustered stand for."""
+    if planned.type == "q8_0":
+        return torch.from_numpy(quants.dequantize(plain, GGMLQuantizationType.Q8_0))
+    return torch.from_numpy(plain.astype(np.float32))
 
 
 def _plain(planned: PlannedTensor, weight: Tensor) -> NDArray[Any]:

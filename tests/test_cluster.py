@@ -6,7 +6,16 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from codequant_converter.clustering import ITERATIONS, Fit, Grouping, descend, error_feedback, fit_codebooks, new_fit
+from codequant_converter.clustering import (
+    ITERATIONS,
+    Fit,
+    Grouping,
+    descend,
+    error_feedback,
+    fit_codebooks,
+    new_fit,
+    weights_of,
+)
 
 from pyggml_bridge.format import CQType
 
@@ -248,3 +257,28 @@ def test_descent_does_not_depend_on_threads_and_keeps_zero_rows():
         assert not fit.clustered().dequantize()[7].any() and np.isfinite(fit.scales).all()
         np.testing.assert_array_equal(fit.indices, fits[0].indices)
         np.testing.assert_array_equal(fit.centroids, fits[0].centroids)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("grouping", [Grouping(-1, 64, 8), Grouping(128, 64)])
+def test_moments_in_squares_are_those_with_zeros_between_them(width, grouping):
+    """Feedback and descent of 320 columns, the last square being a short one."""
+    square, whole = np.zeros((320, width), np.float32), np.zeros((320, 320), np.float32)
+    for begin in range(0, 320, width):
+        end = min(begin + width, 320)
+        square[begin:end, : end - begin] = whole[begin:end, begin:end] = correlated(end - begin, seed=begin)
+    w = np.random.default_rng(15).standard_normal((21, 320)).astype(np.float32)
+    in_squares, as_whole = (fitted(w, np.diag(whole).copy(), CQType.CQ4T, grouping, 2) for _ in range(2))
+    for step in (error_feedback, descend):
+        for fit, moments in ((in_squares, square), (as_whole, whole)):
+            step(fit, moments, 2)
+        np.testing.assert_array_equal(in_squares.indices, as_whole.indices)
+        np.testing.assert_array_equal(in_squares.centroids, as_whole.centroids)
+        np.testing.assert_array_equal(in_squares.scales, as_whole.scales)
+
+
+def test_what_the_file_holds_stands_for_the_same_weights():
+    w = np.random.default_rng(16).standard_normal((24, 192)).astype(np.float32)
+    for cq in ALL_TYPES:
+        fit = fitted(w, np.ones(192, np.float32), cq, Grouping(-1, 64, 8), 1)
+        np.testing.assert_array_equal(weights_of(Fit.of(fit.clustered()), 1), weights_of(fit, 1))

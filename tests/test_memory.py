@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from codequant_converter import cli, memory, moments, pipeline
+from codequant_converter.basis import FileBasis
 from codequant_converter.checkpoint import open_checkpoint
 from codequant_converter.moments import Moments
 from codequant_converter.transform import TransformedModel
@@ -130,3 +131,22 @@ def test_factors_of_wide_matrices_are_close_to_those_of_double_precision(monkeyp
     exact = Moments.of_rows(x).factor
     monkeypatch.setattr(moments, "WIDE", 100)
     torch.testing.assert_close(Moments.of_rows(x).factor, exact, rtol=1e-3, atol=1e-4 * float(exact.max()))
+
+
+def test_moments_of_wide_inputs_are_squares_of_the_whole(monkeypatch):
+    """Factors, damping and the file's basis too; a block of the transform lies in one square."""
+    x = torch.randn(300, 320, generator=torch.Generator().manual_seed(1)) @ torch.randn(320, 320)
+    whole = Moments.of_rows(x)
+    monkeypatch.setattr(moments, "WIDEST", 130)
+    assert moments.square_width(320) == 128
+    squares, basis = Moments.of_rows(x), FileBasis(hadamard=64)
+    for own, other in ((squares, whole), (squares.in_basis(basis), whole.in_basis(basis))):
+        for begin in range(0, 320, 128):
+            end = min(begin + 128, 320)
+            found = own.matrix[begin:end, : end - begin]
+            torch.testing.assert_close(found, other.matrix[begin:end, begin:end], rtol=1e-4, atol=1e-3)
+            factor, damped = (m[begin:end, : end - begin] for m in (own.factor, own.damped))
+            torch.testing.assert_close(factor @ factor.T, damped, rtol=1e-4, atol=1e-2)
+        assert own.damped.shape == (320, 128) and not own.damped[256:, 64:].any()
+    mean = whole.matrix.diagonal().mean()
+    torch.testing.assert_close(squares.diagonal, whole.matrix.diagonal() + (0.1 + 0.5 * 128 / 300) * mean)
