@@ -119,8 +119,10 @@ class Fit:
         return Clustered(self.cq, packed, self.centroids, self.scales, self.group_scales, *sizes)
 
 
-def new_fit(w: NDArray[np.float32], weight: NDArray[np.float32], cq: CQType, grouping: Grouping) -> Fit:
-    """Room for the codebooks of w [rows, cols], which it copies: rows may become targets of their own.
+def new_fit(
+    w: NDArray[np.float32], weight: NDArray[np.float32], cq: CQType, grouping: Grouping, copy: bool = True
+) -> Fit:
+    """Room for the codebooks of w [rows, cols], of which it takes a copy where rows become targets of their own.
 
     weight float32 [cols] >= 0: importance of each column (mean square of its input).
     """
@@ -130,7 +132,7 @@ def new_fit(w: NDArray[np.float32], weight: NDArray[np.float32], cq: CQType, gro
     scale_cols = 0 if grouping.scale_group == -1 else grouping.scale_group
     return Fit(
         cq,
-        np.array(w, np.float32, order="C"),
+        np.array(w, np.float32, order="C") if copy else np.ascontiguousarray(w, np.float32),
         np.ascontiguousarray(weight, np.float32),
         np.ones(rows, np.float32),
         grouping.codebook_rows,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .architecture import Architecture, Layer
 from .moments import Moments
 
-ROWS = 1024  # tokens that go through an expert at a time
+ROWS = 512  # tokens that go through an expert at a time
 
 
 @dataclass(frozen=True)

@@ -82,13 +82,14 @@ class LayerQuantizer:
             module = self.stream.module(index, layer, partial(self.model.expert, index))
             seen = self._calibrate(index, module, hidden)
         tensors = self._quantize(index, layer, planned, seen)
+        n_experts = self.model.n_experts(index) if seen.routed else 0
+        tokens = [len(seen.routed.rows(number)[0]) for number in range(n_experts)] if seen.routed else []
         tuned = None
+        del layer, seen  # as large as the hidden states
         if hidden is not None and module is not None:
             if self.tuner:
                 tuned = self._tune(index, self.tuner, tensors, hidden)
             self._advance(index, module, tensors, hidden)
-        n_experts = self.model.n_experts(index) if seen.routed else 0
-        tokens = [len(seen.routed.rows(number)[0]) for number in range(n_experts)] if seen.routed else []
         return QuantizedLayer(tensors, tokens, tuned)
 
     def _calibrate(self, index: int, module: nn.Module, hidden: Tensor) -> _Seen:
@@ -203,11 +204,12 @@ class LayerQuantizer:
 
     def _effective_expert(self, arch: Architecture, tensors: Tensors, act: Any, number: int) -> Expert:
         layer = {}
-        for linear in arch.linears:
+        for linear in sorted(arch.linears, key=lambda linear: not linear.hadamard):  # first what needs another copy
             experts = tensors[linear.name]
             if isinstance(experts, QuantizedExperts):
                 stored = experts.experts[number].weight(self.settings.threads)
                 layer[linear.name] = self.basis(linear).from_file(stored)
+                del stored
         return Expert.of(arch, layer, act)
 
     def effective(self, arch: Architecture, tensors: Tensors, experts: bool = True) -> Layer:

@@ -19,8 +19,8 @@ from .stream import BATCH_TOKENS
 
 FLOAT = 4
 PROGRAM = 600 << 20  # Python, torch and transformers
-FITTED = 2.25  # of a float weight while its codebooks are made: in the file's order, fitted, and a byte per index
-ROW_FEEDBACK = 2  # two more, where rows make up for each other's errors
+FITTED = 1.25  # of a float weight while its codebooks are made: in the file's order, and a byte per index
+ROW_FEEDBACK = 3  # more, where rows make up for each other's errors: targets, originals, errors
 SQUARES = 3  # float32 [cols, width] of a linear: moments, damped, factor
 FACTORING = 3  # [width, width] in the precision in which the factor is computed
 TUNED = 40  # bytes per weight that fine-tuning of all experts together holds: originals, module, indices, gradients
@@ -64,24 +64,27 @@ def _states(checkpoint: Checkpoint, n_tokens: int) -> int:
 
 
 def _layer_bytes(checkpoint: Checkpoint, settings: Settings, index: int, n_tokens: int) -> int:
-    """Running a layer or clustering it: its float weights but the experts', what is finished of these, and the rest."""
+    """Running a layer forwards or backwards or clustering it, whichever takes most."""
     arch = checkpoint.arch_of(index)
     shapes = {linear: checkpoint.expected_shape(linear, index) for linear in arch.linears}
     dense = [shape for linear, shape in shapes.items() if not linear.experts]
     experts = [shape for linear, shape in shapes.items() if linear.experts]
     stored = int(STORED * (settings.bits or 5) / 8 * sum(map(prod, experts)))
-    kept = 2 * FLOAT * sum(map(prod, dense)) + stored  # the layer's and its module's
-    if n_tokens and settings.tunes_centroids:
+    kept = 2 * FLOAT * sum(map(prod, dense))  # the layer's and its module's
+    if not n_tokens:
+        return kept + stored + _tasks_bytes(dense, experts, settings, n_tokens)
+    if settings.tunes_centroids:
         kept += TUNED * sum(map(prod, shapes.values()))
-    running = 0
-    if n_tokens:
-        states = BACKWARD_STATES if settings.measures_sensitivity else RUNNING_STATES
-        widest = max(shape[-1] for shape in shapes.values() if len(shape) == 2)
-        running = states * _states(checkpoint, n_tokens) + FLOAT * BATCH_ROWS * min(n_tokens, BATCH_TOKENS) * widest
-    clustering = CLUSTERING_STATES * _states(checkpoint, n_tokens) + _tasks_bytes(dense, experts, settings, n_tokens)
+    states = _states(checkpoint, n_tokens)
+    expert = 2 * FLOAT * sum(prod(shape[-2:]) for shape in experts)  # as the file holds it, and in transformers' basis
+    widest = max(shape[-1] for shape in shapes.values() if len(shape) == 2)
+    batch = FLOAT * BATCH_ROWS * min(n_tokens, BATCH_TOKENS) * widest
+    forward = RUNNING_STATES * states + batch + stored
+    backward = BACKWARD_STATES * states + batch + expert if settings.measures_sensitivity else 0
+    clustering = CLUSTERING_STATES * states + stored + max(expert, _tasks_bytes(dense, experts, settings, n_tokens))
     if settings.measures_sensitivity:
         clustering += sum(output_moments_bytes(*each) for each in shapes.items() if each[0].measured)
-    return kept + max(running + 2 * FLOAT * sum(prod(shape[-2:]) for shape in experts), clustering)
+    return kept + max(forward, backward, clustering)
 
 
 def _tasks_bytes(

@@ -182,7 +182,7 @@ def quantize(
     fits, tasks = [], []
     for matrix in weight if weight.dim() == 3 else weight[None]:
         importance = seen.diagonal.numpy() if seen else np.ones(matrix.shape[1], np.float32)
-        fit = new_fit(matrix.numpy(), importance, planned.cq, planned.grouping)
+        fit = new_fit(matrix.numpy(), importance, planned.cq, planned.grouping, copy=by_output is not None)
         tasks.append(_clustering_task(fit, seen, by_output, refinement))
         fits.append(fit)
     return Quantized(planned, weight, moments, fits, None), tasks

@@ -235,31 +235,44 @@ CQ_INLINE weights64 look_up_32(entries table, indices64 index, halves64 halves) 
     }
 #define CQ_SPECIALIZE(w, ...) CQ_WITH_TYPE(w, CQ_WITH_SOURCE, w, __VA_ARGS__)
 
-static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum,
-                 int32_t *acc){CQ_SPECIALIZE(w, gemv_all, w, row, n_rows, x, x_sum, acc)}
+static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc) {
+    CQ_SPECIALIZE(w, gemv_all, w, row, n_rows, x, x_sum, acc)
+}
+
+enum { CHUNK_BLOCKS = 4, CHUNK = CHUNK_BLOCKS * CQ_BLOCK };
+
+/* Blocks b .. b + n - 1, n <= CHUNK_BLOCKS, of up to HALF_ROWS rows. Rows that share a codebook follow each other. The
+ * same place in the next panel is fetched, for when this one has been multiplied. */
+CQ_INLINE void decode_chunk(const int32_t n, const int32_t type, const enum table_source source, cursor *c,
+                            int32_t n_rows, int32_t b, uint8_t *rows) {
+    const int32_t which = b / c->row.codebook_blocks << cq_index_bits(type);
+    codebook book = {0};
+    for (int32_t r = 0; r < n_rows; r++) {
+        const cq_row *row = &c[r].row;
+        if (scales_codebook(source) && row->centroids + which != book.centroids)
+            book = load_codebook(row->centroids + which, 0, type);
+        const int32_t block_bytes = 8 * cq_stored_bits(type);
+        const uint8_t *next = row->indices + (int64_t)block_bytes * (row->n_blocks * PANEL_ROWS + b);
+        for (int32_t line = 0; line < n * block_bytes; line += 64) _mm_prefetch((const char *)next + line, _MM_HINT_T1);
+        entries tables[CHUNK_BLOCKS];
+        tables_at(&c[r], &book, type, source, b, n, tables);
+#pragma GCC unroll 4
+        for (int32_t i = 0; i < n; i++)
+            _mm512_store_si512(rows + r * CHUNK + i * CQ_BLOCK, decode_row_block(row, type, b + i, tables[i]));
+    }
+}
 
 CQ_INLINE void decode_half(const int32_t type, const enum table_source source, const cq_matrix *w, int64_t row,
                            int32_t n_rows, uint8_t *panel) {
-    enum { CHUNK = 4 * CQ_BLOCK };
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
     uint8_t rows[HALF_ROWS * CHUNK] __attribute__((aligned(64)));
     cursor c[HALF_ROWS];
-    codebook books[HALF_ROWS];
-    memset(rows, 128, sizeof rows); /* rows beyond the matrix: weight zero */
-    for (int32_t r = 0; r < n_rows; r++) {
-        c[r] = cursor_at(w, row + r, type, source);
-        if (scales_codebook(source)) books[r] = load_codebook(c[r].row.centroids, c[r].row.codebook_blocks, type);
-    }
-    for (int32_t b = 0; b < n_blocks; b += 4) {
-        const int32_t n = cq_min(4, n_blocks - b);
-        for (int32_t r = 0; r < n_rows; r++) {
-            entries tables[4];
-            if (scales_codebook(source)) move_codebook(&books[r], &c[r].row, type, b);
-            tables_at(&c[r], &books[r], type, source, b, n, tables);
-            for (int32_t i = 0; i < n; i++)
-                _mm512_store_si512(rows + r * CHUNK + i * CQ_BLOCK,
-                                   decode_row_block(&c[r].row, type, b + i, tables[i]));
-        }
+    if (n_rows < HALF_ROWS) memset(rows, 128, sizeof rows); /* rows beyond the matrix: weight zero */
+    for (int32_t r = 0; r < n_rows; r++) c[r] = cursor_at(w, row + r, type, source);
+    for (int32_t b = 0, n; b < n_blocks; b += n) {
+        n = n_blocks - b < CHUNK_BLOCKS ? 1 : CHUNK_BLOCKS;
+        if (n_rows > 0 && n == CHUNK_BLOCKS) decode_chunk(CHUNK_BLOCKS, type, source, c, n_rows, b, rows);
+        if (n_rows > 0 && n == 1) decode_chunk(1, type, source, c, n_rows, b, rows);
         for (int32_t i = 0; i < n; i++)
             transpose_block(rows + i * CQ_BLOCK, CHUNK, panel + (int64_t)(b + i) * CQ_BLOCK * PANEL_ROWS);
     }
