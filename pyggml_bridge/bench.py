@@ -88,7 +88,7 @@ def measure_kernels(
     scale_cols: int = 64,
     codebook_rows: int = 1,
 ) -> list[dict[str, Any]]:
-    """Time the integer GEMV and GEMM on matrices [rows, cols]; rates beside the limits measured in the same run.
+    """Time GEMV and GEMM on matrices [rows, cols]; rates beside the limits measured in the same run.
 
     GEMV: rows are repeated until the matrix is several caches large, so that it streams from memory as in a model.
     """
@@ -98,8 +98,8 @@ def measure_kernels(
         wide = random_matrix(cq, rows, cols, scale_cols, codebook_rows)
         assert wide.clustered is not None
         tall = random_matrix(cq, -(-STREAM_BYTES // wide.clustered.nbytes) * rows, cols, scale_cols, codebook_rows)
-        gemv = _time_core(tall, 1, n_threads)
-        gemm = _time_core(wide, n_tokens, n_threads)
+        gemv = _time_linear(tall, 1, n_threads)
+        gemm = _time_linear(wide, n_tokens, n_threads)
         assert tall.clustered is not None
         read, macs = tall.clustered.nbytes / gemv, tall.n_rows * cols / gemv
         shape = f"{cq.name} {rows}x{cols}"
@@ -122,21 +122,24 @@ def random_matrix(cq: CQType, rows: int, cols: int, scale_cols: int, codebook_ro
     return Matrix("random", cq, 1, rows, cols, packed.reshape(-1), clustered)  # type: ignore[arg-type]
 
 
-def _time_core(matrix: Matrix, n_tokens: int, n_threads: int) -> float:
-    """Best seconds per call of the integer core."""
-    struct = native_matrix(matrix)
+def _time_linear(matrix: Matrix, n_tokens: int, n_threads: int) -> float:
+    """Best seconds of the linear layer as a model runs it: from int8 activations to scaled floats."""
     x = np.random.default_rng(1).integers(-127, 128, (n_tokens, matrix.n_cols), dtype=np.int8)
-    acc = np.empty((n_tokens, matrix.n_rows), np.int32)
-    scratch = aligned_empty(max(1, lib.cq_gemm_scratch_bytes(struct) * n_threads))
-    sums = x.sum(axis=1, dtype=np.int32)
-    x_at, sums_at = pointer(x, "int8_t *"), pointer(sums, "int32_t *")
-    acc_at, scratch_at = pointer(acc, "int32_t *"), pointer(scratch, "uint8_t *")
+    sums, scales = x.sum(axis=1, dtype=np.int32), np.ones(n_tokens, np.float32)
+    out = np.empty((n_tokens, matrix.n_rows), np.float32)
+    weight, activation = native_matrix(matrix), ffi.new("cq_activation *", {"bits": 8})
+    activation.q, activation.sums = pointer(x, "int8_t *"), pointer(sums, "int32_t *")
+    activation.scales = pointer(scales, "float *")
+    linear = {"w": weight, "act": activation, "out": pointer(out, "float *")}
+    op = {"code": lib.CQ_OP_LINEAR, "rows": lib.CQ_ROWS_TOKENS, "top_k": 1, "u": {"linear": linear}}
+    ops = ffi.new("cq_op[]", [op])
+    scratch = aligned_empty(lib.cq_scratch_bytes(ops, 1, n_threads))
+    step = ffi.new("cq_step *", {"n_tokens": n_tokens, "n_threads": n_threads})
+    step.scratch = pointer(scratch, "uint8_t *")
 
     def call() -> None:
-        if n_tokens == 1:
-            lib.cq_gemv_i32(struct, x_at, sums_at, 1, acc_at, n_threads)
-        else:
-            lib.cq_gemm_i32(struct, x_at, sums_at, n_tokens, acc_at, n_threads, scratch_at)
+        status = lib.cq_run(ops, 1, step)
+        assert status == lib.CQ_OK
 
     call()
     best, began = float("inf"), time.perf_counter()
@@ -144,5 +147,5 @@ def _time_core(matrix: Matrix, n_tokens: int, n_threads: int) -> float:
         start = time.perf_counter()
         call()
         best = min(best, time.perf_counter() - start)
-    assert struct != ffi.NULL
+    assert weight and activation, "what C points to lives until here"
     return best
