@@ -18,6 +18,7 @@ from .clustering import CODEBOOK_ROWS, DESCENT_ROUNDS, Grouping, Refinement
 from .memory import free_memory
 from .pipeline import Needs, convert, needs, plan_conversion
 from .plan import Plan
+from .quantize import DESCENT_ROWS
 from .report import console, tensor_table, warn
 from .settings import FLOAT_TYPES, METHODS, ROTATIONS, Override, Settings
 from .write import check_output
@@ -93,7 +94,11 @@ def parser() -> ArgumentParser:
         "--router-weight", type=float, default=1.0, metavar="LAMBDA", help="weight of the routers' choices (1)"
     )
     p.add_argument(
-        "--descent-rounds", type=int, default=DESCENT_ROUNDS, metavar="N", help=f"codebook refits ({DESCENT_ROUNDS})"
+        "--descent-rounds",
+        type=int,
+        default=DESCENT_ROUNDS,
+        metavar="N",
+        help=f"codebook refits, where each column has {DESCENT_ROWS} calibration tokens ({DESCENT_ROUNDS})",
     )
     p.add_argument(
         "--fast",

@@ -164,25 +164,37 @@ def error_feedback(fit: Fit, factor: NDArray[np.float32], n_threads: int) -> Non
 
 
 @dataclass(frozen=True)
-class Gradients:
+class OutputErrors:
     """(effective weights - w) times the moments [rows, cols], before and after a descent."""
 
     before: NDArray[np.float32]
     after: NDArray[np.float32]
 
 
-def descend(fit: Fit, moments: NDArray[np.float32], n_threads: int, rounds: int = DESCENT_ROUNDS) -> Gradients:
+def descend(fit: Fit, moments: NDArray[np.float32], n_threads: int, rounds: int = DESCENT_ROUNDS) -> None:
     """Refit codebooks and indices in turn under the inputs' second moments float32 [cols, width], moments.py (LNQ).
 
     fit.loss becomes each row's r^T moments r, r = effective weights - w; it never increases.
     """
-    gradients = Gradients(np.empty_like(fit.w), np.empty_like(fit.w))
-    job, h = _job(fit, rounds, moments.shape[1]), pointer(moments, "const float *")
-    job.gradient_before = pointer(gradients.before, "float *")
-    job.gradient_after = pointer(gradients.after, "float *")
+    _descend(_job(fit, rounds, moments.shape[1]), moments, n_threads)
+
+
+def descend_noting(
+    fit: Fit, moments: NDArray[np.float32], n_threads: int, rounds: int = DESCENT_ROUNDS
+) -> OutputErrors:
+    """The same; what it has computed on the way."""
+    errors = OutputErrors(np.empty_like(fit.w), np.empty_like(fit.w))
+    job = _job(fit, rounds, moments.shape[1])
+    job.gradient_before = pointer(errors.before, "float *")
+    job.gradient_after = pointer(errors.after, "float *")
+    _descend(job, moments, n_threads)
+    return errors
+
+
+def _descend(job: Any, moments: NDArray[np.float32], n_threads: int) -> None:
+    h = pointer(moments, "const float *")
     scratch = aligned_empty(n_threads * lib.cq_descent_scratch_bytes(job))
     _check(lib.cq_descend_rows(job, h, n_threads, pointer(scratch, "uint8_t *")))
-    return gradients
 
 
 def weights_of(fit: Fit, n_threads: int) -> NDArray[np.float32]:

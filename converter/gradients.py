@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .architecture import Architecture, Linear
 from .experts import ROWS, Expert, Gradients, Routed, StreamedExperts
-from .moments import Moments
+from .moments import NOISE, Moments
 
 INPUT_STRIDE = 4  # every fourth token's inputs are enough to predict what feedback gains
 OUTPUT_NOISE = 1.0  # as moments.NOISE: gradients have heavier tails than inputs
@@ -74,11 +74,11 @@ class GradientCapture:
         norms = gradient.norm(dim=-1)
         row_energy = weight.square().mean(dim=1)  # errors of the weights relative to their row, independent
         self.energy[linear.name][expert] += float((gradient.square() @ row_energy) @ x.square().sum(dim=-1))
-        inputs = self.inputs.setdefault(linear.name, Moments(x.shape[1]))
+        inputs = self.inputs.setdefault(linear.name, Moments(x.shape[1], noise=NOISE / INPUT_STRIDE))
         inputs.add(x[::INPUT_STRIDE], norms[::INPUT_STRIDE].square())
         if gradient.shape[1] <= MAX_OUTPUTS:
             n_outputs = gradient.shape[1]
-            outputs = self.outputs.setdefault(linear.name, Moments(n_outputs, width=n_outputs))
+            outputs = self.outputs.setdefault(linear.name, Moments(n_outputs, width=n_outputs, noise=OUTPUT_NOISE))
             outputs.add(gradient, 1 / norms.clamp_min(torch.finfo(torch.float32).tiny))
         return norms
 
@@ -116,7 +116,7 @@ class GradientCapture:
         gain = sum(gains) / len(gains) if gains else 1.0
         energy = self.energy[linear.name]
         shrunk = (1 - EXPERTS_IN_COMMON) * energy + EXPERTS_IN_COMMON * energy.mean()
-        inputs = self.inputs.get(linear.name)
+        inputs = self.inputs.pop(linear.name, None)
         return 0.5 * gain * (inputs.feedback_gain if inputs else 1.0) * shrunk
 
 

@@ -114,11 +114,12 @@ class LayerQuantizer:
                 continue
             packed = outputs.get(linear.name)
             output = packed[0].moments() if packed else None
-            tensors[linear.name], own = self._linear(tensor, linear, layer, seen.moments, output)
-            tasks += own
+            tensors[linear.name] = self._linear(tensor, linear, layer, seen.moments, output, tasks)
+            del output
         clustered = [tensor for tensor in tensors.values() if isinstance(tensor, Quantized) and tensor.fits]
         self._run(tasks, [[tensor.planned.shape[-2:]] for tensor in clustered], calibrated)
         if experts:
+            seen.moments.clear()
             for quantized in clustered if not self.settings.tunes_centroids else []:
                 quantized.finish(self.settings.threads)
             shapes = [tensor.planned.shape[-2:] for tensor in experts.values()]
@@ -133,15 +134,23 @@ class LayerQuantizer:
             tasks.clear()
 
     def _linear(
-        self, planned: PlannedTensor, linear: Linear, layer: Layer, inputs: dict[str, Moments], output: Moments | None
-    ) -> tuple[Quantized, list[Task]]:
+        self,
+        planned: PlannedTensor,
+        linear: Linear,
+        layer: Layer,
+        inputs: dict[str, Moments],
+        output: Moments | None,
+        tasks: list[Task],
+    ) -> Quantized:
         """Takes its weight out of the layer, and out of inputs what no other linear reads: both may be large."""
         basis = self.basis(linear)
         moments = (inputs.pop if basis.hadamard else inputs.get)(linear.site, None)
         moments = moments and moments.in_basis(basis)
         weight = basis.to_file(layer.pop(linear.name)).contiguous()
         by_output = output and output.of_outputs(basis)
-        return quantize(planned, weight, moments, by_output, self.settings.refinement)
+        quantized, own = quantize(planned, weight, moments, by_output, self.settings.refinement)
+        tasks += own
+        return quantized
 
     # ---- experts ----
 
@@ -168,13 +177,17 @@ class LayerQuantizer:
         arch = self.model.checkpoint.arch_of(index)
         layer = self.model.expert(index, number)
         inputs = self._expert_moments(index, layer, seen, number)
-        for linear in (linear for linear in arch.linears if linear.experts):
+        linears = [linear for linear in arch.linears if linear.experts]
+        for i, linear in enumerate(linears):
+            tasks: list[Task] = []
             output = shared.get(linear.name)
             packed = seen.sensitivity.outputs.get(linear.name, []) if seen.sensitivity else []
             if packed and output is None:
                 output = packed[number].moments()
             planned = experts[linear.name].planned.of_expert(number)
-            quantized, tasks = self._linear(planned, linear, layer, inputs, output)
+            quantized = self._linear(planned, linear, layer, inputs, output, tasks)
+            still_read = {later.site for later in linears[i + 1 :]}
+            inputs = {site: moments for site, moments in inputs.items() if site in still_read}
             while tasks:  # which hold what they work on
                 tasks.pop().run(n_threads)
             if not self.settings.tunes_centroids:

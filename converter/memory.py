@@ -69,7 +69,8 @@ def _layer_bytes(checkpoint: Checkpoint, settings: Settings, index: int, n_token
     shapes = {linear: checkpoint.expected_shape(linear, index) for linear in arch.linears}
     dense = [shape for linear, shape in shapes.items() if not linear.experts]
     experts = [shape for linear, shape in shapes.items() if linear.experts]
-    stored = int(STORED * (settings.bits or 5) / 8 * sum(map(prod, experts)))
+    bits = {None: settings.bits or 5, "f16": 16, "f32": 32}[settings.float_type]
+    stored = int(STORED * bits / 8 * sum(map(prod, experts)))
     kept = 2 * FLOAT * sum(map(prod, dense))  # the layer's and its module's
     if not n_tokens:
         return kept + stored + _tasks_bytes(dense, experts, settings, n_tokens)

@@ -35,19 +35,19 @@ class Moments:
     tokens: rows seen; sample: some of them as they were, [rows, cols].
     """
 
-    def __init__(self, cols: int, sampled: bool = False, width: int = 0) -> None:
+    def __init__(self, cols: int, sampled: bool = False, width: int = 0, noise: float = NOISE) -> None:
         """Nothing seen yet. sampled: keep some rows, for output_norm. width: of the squares if not square_width."""
         self._sum = torch.zeros(cols, width or square_width(cols))
         self._sample: list[Tensor] = []
         self._total = 0.0
-        self._noise, self._sampled = NOISE, sampled
+        self._noise, self._sampled = noise, sampled
         self.tokens = 0
 
     @classmethod
     def of(cls, matrix: Tensor, tokens: int, noise: float = NOISE) -> Moments:
         """Known second moments [cols, width] of so many rows."""
-        moments = cls(0)
-        moments._sum, moments._total, moments._noise, moments.tokens = matrix, 1.0, noise, tokens
+        moments = cls(0, noise=noise)
+        moments._sum, moments._total, moments.tokens = matrix, 1.0, tokens
         return moments
 
     @classmethod
@@ -138,7 +138,7 @@ class Moments:
 
     def of_outputs(self, basis: FileBasis) -> Moments:
         """The moments of outputs in the order of the file's rows."""
-        return self._mapped(basis.outputs)
+        return self._mapped(basis.outputs) if basis.rope_heads else self
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Moments:
         mapped = torch.zeros_like(self.matrix)

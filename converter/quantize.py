@@ -19,9 +19,10 @@ from .clustering import (
     ITERATIONS_BEFORE_FEEDBACK,
     ITERATIONS_ON_TRELLIS,
     Fit,
-    Gradients,
+    OutputErrors,
     Refinement,
     descend,
+    descend_noting,
     error_feedback,
     fit_codebooks,
     new_fit,
@@ -96,16 +97,20 @@ class Quantized:
         assert self.original is not None
         seen = self.moments if self.moments is not None and self.moments.tokens else None
         error = total = 0.0
-        for original, effective in self._pieces(self.original, n_threads):
+        for original, effective in self._rows_beside(self.original, n_threads):
             difference = original - effective
             for_piece = [seen.output_norm(m) if seen else float(m.square().sum()) for m in (difference, original)]
             error, total = error + for_piece[0], total + for_piece[1]
         return ErrorSums(seen.tokens if seen else 0, error, total)
 
-    def _pieces(self, original: Tensor, n_threads: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The original and what the file stands for, a few rows at a time where they are clustered."""
-        if not self.fits:
-            yield original.flatten(0, -2), self.weight(n_threads).flatten(0, -2)
+    def _rows_beside(self, original: Tensor, n_threads: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The original and what the file stands for, a few rows at a time."""
+        if self.plain is not None:
+            rows = original.reshape(-1, original.shape[-1])
+            stored = self.plain.reshape(len(rows), -1)
+            for begin in range(0, len(rows), PIECE_ROWS):
+                piece = slice(begin, begin + PIECE_ROWS)
+                yield rows[piece], _floats(self.planned, stored[piece])
         for fit, matrix in zip(self.fits, original if original.dim() == 3 else original[None], strict=False):
             for begin in range(0, len(matrix), PIECE_ROWS):
                 end = min(begin + PIECE_ROWS, len(matrix))
@@ -231,16 +236,16 @@ def _cluster(fit: Fit, moments: Moments | None, output: Moments | None, refine: 
         fit_codebooks(rows, n_threads, ITERATIONS_ON_TRELLIS if rows.cq.trellis else ITERATIONS_BEFORE_FEEDBACK)
         error_feedback(rows, moments.factor.numpy(), n_threads)
 
-    def descent(rows: Fit, rounds: int = 1) -> Gradients:
-        return descend(rows, moments.damped.numpy(), n_threads, rounds)
+    def descent(rows: Fit) -> OutputErrors:
+        return descend_noting(rows, moments.damped.numpy(), n_threads, 1)
 
     rounds = refine.descent_rounds if moments.rows_per_column >= DESCENT_ROWS else 0
     if output is None:
         from_scratch(fit)
         if rounds:
-            descent(fit, rounds)
+            descend(fit, moments.damped.numpy(), n_threads, rounds)
         return
-    weight = torch.from_numpy(fit.w.copy())
+    weight = torch.from_numpy(fit.w.copy()) if rounds else None
     cluster_in_turn(fit, output.factor, from_scratch, n_threads)
-    for _ in range(rounds):
+    for _ in range(rounds if weight is not None else 0):
         sweep(fit, weight, output.damped, descent, n_threads)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .clustering import Fit, Gradients, weights_of
+from .clustering import Fit, OutputErrors, weights_of
 from .side_by_side import stop_point
 
 ROWS = 16  # quantized side by side, without feedback among them: a batch of the native library's (docs/decisions.md)
@@ -48,7 +48,7 @@ def relative(weights: Tensor) -> NDArray[np.float32]:
     return (weights / weights.max()).clamp_min(1e-6).numpy().astype(np.float32)
 
 
-def sweep(fit: Fit, weight: Tensor, outputs: Tensor, descend_rows: Callable[[Fit], Gradients], n_threads: int) -> None:
+def sweep(fit: Fit, weight: Tensor, outputs: Tensor, descend_rows: Callable[[Fit], OutputErrors], n_threads: int) -> None:
     """Apply descend_rows to a few rows of the fit after another, at the best targets for the errors of all others.
 
     weight [rows, cols]: what the fit stands for at best; outputs [rows, rows]: second moments, positive definite. The
@@ -65,10 +65,10 @@ def sweep(fit: Fit, weight: Tensor, outputs: Tensor, descend_rows: Callable[[Fit
         block = fit.rows(rows.start, rows.stop)
         before = block.copy()
         block.w[:] = target.numpy()
-        gradients = descend_rows(block)
+        errors = descend_rows(block)
         found = torch.from_numpy(weights_of(block, n_threads))
-        lowered = _loss(own, found - target, gradients.after) < _loss(
-            own, error[rows] + weight[rows] - target, gradients.before
+        lowered = _loss(own, found - target, errors.after) < _loss(
+            own, error[rows] + weight[rows] - target, errors.before
         )
         if lowered:
             error[rows] = found - weight[rows]
@@ -76,6 +76,6 @@ def sweep(fit: Fit, weight: Tensor, outputs: Tensor, descend_rows: Callable[[Fit
             block.take(before)
 
 
-def _loss(outputs: Tensor, delta: Tensor, gradient: NDArray[np.float32]) -> float:
-    """Of deltas [rows, cols] from the targets; gradient: they times the inputs' second moments."""
-    return float(((outputs @ delta) * torch.from_numpy(gradient)).sum(dtype=torch.float64))
+def _loss(outputs: Tensor, delta: Tensor, times_inputs: NDArray[np.float32]) -> float:
+    """Of deltas [rows, cols] from the targets; times_inputs: they times the inputs' second moments."""
+    return float(((outputs @ delta) * torch.from_numpy(times_inputs)).sum(dtype=torch.float64))

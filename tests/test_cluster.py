@@ -11,6 +11,7 @@ from codequant_converter.clustering import (
     Fit,
     Grouping,
     descend,
+    descend_noting,
     error_feedback,
     fit_codebooks,
     new_fit,
@@ -282,3 +283,22 @@ def test_what_the_file_holds_stands_for_the_same_weights():
     for cq in ALL_TYPES:
         fit = fitted(w, np.ones(192, np.float32), cq, Grouping(-1, 64, 8), 1)
         np.testing.assert_array_equal(weights_of(Fit.of(fit.clustered()), 1), weights_of(fit, 1))
+
+
+@pytest.mark.parametrize("width", [64, 192])
+def test_what_descent_notes_is_the_error_times_the_moments(width):
+    """Of 21 rows: a whole batch and a short set; those of a set that did not improve stay as they were."""
+    moments = np.zeros((192, width), np.float32)
+    whole = np.zeros((192, 192), np.float32)
+    for begin in range(0, 192, width):
+        square = correlated(width, seed=begin)
+        moments[begin : begin + width] = whole[begin : begin + width, begin : begin + width] = square
+    w = np.random.default_rng(17).standard_normal((21, 192)).astype(np.float32)
+    w[8:16] = np.sign(w[8:16])  # two values: k-means leaves nothing to improve
+    fit = fitted(w, np.diag(whole).copy(), CQType.CQ4, Grouping(-1, 64, 8), 2)
+    expected = [(weights_of(fit, 2) - w) @ whole]
+    errors = descend_noting(fit, moments, 2, 1)
+    expected.append((weights_of(fit, 2) - w) @ whole)
+    for found, want in zip((errors.before, errors.after), expected, strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-3 * np.abs(expected[0]).max())
+    assert not np.allclose(errors.before, errors.after)

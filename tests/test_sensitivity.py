@@ -12,9 +12,9 @@ from codequant_converter.basis import FileBasis
 from codequant_converter.checkpoint import open_checkpoint
 from codequant_converter.clustering import (
     Fit,
-    Gradients,
     Grouping,
-    descend,
+    OutputErrors,
+    descend_noting,
     error_feedback,
     fit_codebooks,
     new_fit,
@@ -196,17 +196,17 @@ def test_sweeps_over_the_rows_never_raise_the_loss():
     fit_codebooks(fit, 2)
     calls = 0
 
-    def descend_rows(rows: Fit) -> Gradients:
+    def descend_rows(rows: Fit) -> OutputErrors:
         nonlocal calls
         calls += 1
         if calls % 4 == 0:
             rows.scales *= 1.5
-        gradients = descend(rows, inputs.damped.numpy(), 2, 1)
+        errors = descend_noting(rows, inputs.damped.numpy(), 2, 1)
         if calls % 4 == 1:
             rows.indices[0] ^= 1
             found = weights_of(rows, 2) - rows.w
-            gradients.after[:] = found @ inputs.damped.numpy()
-        return gradients
+            errors.after[:] = found @ inputs.damped.numpy()
+        return errors
 
     losses = [weighted_loss(o, h, weights_of(fit, 2).astype(np.float64) - w)]
     for _ in range(3):

@@ -4,12 +4,10 @@
  * 1. Every scale group of a row is divided by its weighted root mean square.
  * 2. Each codebook is solved (kmeans.c) for all rows of its set, weights taken relative to the amplitudes.
  * 3. Centroids become int8. Then group scales, centroids, assignments and the rows' scales are refitted in turn by
- * least squares. A round counts only if the set's loss, measured on the effective int8 weights, falls: it never
- * increases.
+ * least squares. A round counts only if the set's loss, measured on the effective int8 weights, falls.
  *
  * Sets are independent, so the result does not depend on the number of threads. */
 #include "descent.h"
-#include "fit.h"
 #include <math.h>
 #include <omp.h>
 
@@ -213,7 +211,8 @@ static void set_centroids(const cq_clustering *job, workspace *s) {
     for (int32_t i = 0; i < n && job->trellis; i += k) deal_to_parts(centroids + i, k);
 }
 
-/* The columns [begin, end) of all rows. Each row has several of the block's lanes, for a part of the columns each. */
+/* The nearest effective weights that the trellis allows, for columns [begin, end) of all rows together. Each row has
+ * several of the block's lanes, for a part of the columns each. */
 static void assign_block_on_trellis(const cq_clustering *job, workspace *s, int32_t begin, int32_t end) {
     const int32_t parts = CQ_ROWS / s->n;
     cq_column_block block = {.n_cols = cq_ceil_div(end - begin, parts), .n_values = job->n_centroids};
@@ -233,7 +232,6 @@ static void assign_block_on_trellis(const cq_clustering *job, workspace *s, int3
             s->lanes[l % s->n].fit.indices[at] = (uint8_t)block.index[i][l];
 }
 
-/* The nearest effective weights that the trellis allows, for all rows together. */
 static void assign_on_trellis(const cq_clustering *job, workspace *s) {
     for (int32_t begin = 0; begin < job->n_cols; begin += CQ_BLOCK)
         assign_block_on_trellis(job, s, begin, cq_min(begin + CQ_BLOCK, job->n_cols));

@@ -6,6 +6,7 @@
 
 enum { ROW_VECS = CQ_ROWS / CQ_LANES };
 enum { INDEX_BITS = 31 }; /* low bits of a distance that hold the index instead: 2^-18 of it */
+_Static_assert(CQ_MAX_CENTROIDS <= INDEX_BITS + 1, "indices fit their bits");
 
 /* Each lane's smallest distance to its values [first, first + n), and in the low bits which one's: the first of equals.
  * v: which of the ROW_VECS vectors. */

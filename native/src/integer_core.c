@@ -1,4 +1,4 @@
-/* The integer core alone, for tests and cq-bench --kernels: int32 accumulators of a whole matrix, nothing scaled. */
+/* The integer core alone, for tests: int32 accumulators of a whole matrix, nothing scaled. */
 #include "linear.h"
 #include <string.h>
 
