@@ -48,7 +48,9 @@ def relative(weights: Tensor) -> NDArray[np.float32]:
     return (weights / weights.max()).clamp_min(1e-6).numpy().astype(np.float32)
 
 
-def sweep(fit: Fit, weight: Tensor, outputs: Tensor, descend_rows: Callable[[Fit], OutputErrors], n_threads: int) -> None:
+def sweep(
+    fit: Fit, weight: Tensor, outputs: Tensor, descend_rows: Callable[[Fit], OutputErrors], n_threads: int
+) -> None:
     """Apply descend_rows to a few rows of the fit after another, at the best targets for the errors of all others.
 
     weight [rows, cols]: what the fit stands for at best; outputs [rows, rows]: second moments, positive definite. The
