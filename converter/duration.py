@@ -12,8 +12,8 @@ from .checkpoint import Checkpoint
 from .settings import Settings
 
 # Seconds of one thread per weight: by the weights alone, with error feedback, and with all that sensitivity brings:
-# types with a trellis, feedback from row to row, a round of descent.
-NEAREST, FEEDBACK, SENSITIVE = 0.12e-6, 0.22e-6, 1.7e-6
+# types with a trellis, feedback from row to row, descent where tokens suffice.
+NEAREST, FEEDBACK, SENSITIVE = 0.12e-6, 0.22e-6, 0.8e-6
 FLOPS = 60e9  # of one thread, per second
 PASSES = 2  # over the calibration tokens: for the inputs' moments, and behind the quantized layer
 SENSITIVITY_PASSES = 4  # forwards once, backwards the time of three

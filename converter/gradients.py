@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from .architecture import Architecture, Linear
 from .experts import ROWS, Expert, Gradients, Routed, StreamedExperts
-from .moments import NOISE, Moments
+from .moments import INPUTS, OUTPUTS, Moments
 
 INPUT_STRIDE = 4  # every fourth token's inputs are enough to predict what feedback gains
-OUTPUT_NOISE = 1.0  # as moments.NOISE: gradients have heavier tails than inputs
 HALF_BYTES = 2
 MAX_OUTPUTS = 8192  # of a linear whose outputs' moments are kept; the rows of wider ones are taken as independent
 EXPERTS_IN_COMMON = 0.1  # share of an expert's damage that is the mean of all: another text chooses others
@@ -36,7 +35,7 @@ class PackedMoments:
 
     def moments(self) -> Moments:
         """Damped by all of the columns per row."""
-        return Moments.of(self.matrix.float(), self.tokens, OUTPUT_NOISE)
+        return Moments.of(self.matrix.float(), self.tokens, OUTPUTS)
 
 
 def output_moments_bytes(linear: Linear, shape: tuple[int, ...]) -> int:
@@ -74,11 +73,11 @@ class GradientCapture:
         norms = gradient.norm(dim=-1)
         row_energy = weight.square().mean(dim=1)  # errors of the weights relative to their row, independent
         self.energy[linear.name][expert] += float((gradient.square() @ row_energy) @ x.square().sum(dim=-1))
-        inputs = self.inputs.setdefault(linear.name, Moments(x.shape[1], noise=NOISE / INPUT_STRIDE))
+        inputs = self.inputs.setdefault(linear.name, Moments(x.shape[1], damping=INPUTS.of_every(INPUT_STRIDE)))
         inputs.add(x[::INPUT_STRIDE], norms[::INPUT_STRIDE].square())
         if gradient.shape[1] <= MAX_OUTPUTS:
             n_outputs = gradient.shape[1]
-            outputs = self.outputs.setdefault(linear.name, Moments(n_outputs, width=n_outputs, noise=OUTPUT_NOISE))
+            outputs = self.outputs.setdefault(linear.name, Moments(n_outputs, width=n_outputs, damping=OUTPUTS))
             outputs.add(gradient, 1 / norms.clamp_min(torch.finfo(torch.float32).tiny))
         return norms
 

@@ -7,6 +7,7 @@ the columns of i's square. Up to WIDEST columns that is the whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,13 +15,35 @@ from torch import Tensor
 
 from .basis import FileBasis
 
-DAMPING = 0.1  # added to the second moments' diagonal, relative to its mean: lowest held-out error (docs/decisions.md)
-NOISE = 0.5  # and this times the columns per row seen: a covariance of few rows is noise to about that share
 SAMPLE_ROWS = 64  # kept of every batch of rows
 PANEL = 256  # columns summed at a time
 WIDEST = 4096  # columns that a square has at most
 WIDE = 1024  # columns, beyond which factors are computed in float32: half the time and memory
 ALIGN = 64  # columns of squares are a multiple of a packed block
+
+
+@dataclass(frozen=True)
+class Damping:
+    """What is added to the second moments' diagonal, relative to its mean (docs/decisions.md).
+
+    A covariance of few rows is noise to about the share of columns per row: beyond `spared`, `noise` of them are added.
+    """
+
+    least: float = 0.1
+    noise: float = 0.4
+    spared: float = 0.25
+
+    def share(self, cols: int, rows: int) -> float:
+        """For a square of so many columns, of so many rows."""
+        return self.least + self.noise * max(0.0, cols / max(1, rows) - self.spared)
+
+    def of_every(self, stride: int) -> Damping:
+        """For moments of which only every stride-th row was summed."""
+        return Damping(self.least, self.noise / stride, self.spared * stride)
+
+
+INPUTS = Damping()
+OUTPUTS = Damping(noise=1.0, spared=0.0)  # gradients have heavier tails
 
 
 def square_width(cols: int) -> int:
@@ -35,18 +58,18 @@ class Moments:
     tokens: rows seen; sample: some of them as they were, [rows, cols].
     """
 
-    def __init__(self, cols: int, sampled: bool = False, width: int = 0, noise: float = NOISE) -> None:
+    def __init__(self, cols: int, sampled: bool = False, width: int = 0, damping: Damping = INPUTS) -> None:
         """Nothing seen yet. sampled: keep some rows, for output_norm. width: of the squares if not square_width."""
         self._sum = torch.zeros(cols, width or square_width(cols))
         self._sample: list[Tensor] = []
         self._total = 0.0
-        self._noise, self._sampled = noise, sampled
+        self._damping, self._sampled = damping, sampled
         self.tokens = 0
 
     @classmethod
-    def of(cls, matrix: Tensor, tokens: int, noise: float = NOISE) -> Moments:
+    def of(cls, matrix: Tensor, tokens: int, damping: Damping = INPUTS) -> Moments:
         """Known second moments [cols, width] of so many rows."""
-        moments = cls(0, noise=noise)
+        moments = cls(0, damping=damping)
         moments._sum, moments._total, moments.tokens = matrix, 1.0, tokens
         return moments
 
@@ -101,7 +124,7 @@ class Moments:
         matrix = self.matrix.clone()
         diagonals = [square.diagonal() for _, square in self._squares(matrix)]
         mean = sum(float(diagonal.sum()) for diagonal in diagonals) / max(1, len(matrix))
-        share = DAMPING + self._noise * matrix.shape[1] / max(1, self.tokens)
+        share = self._damping.share(matrix.shape[1], self.tokens)
         for diagonal in diagonals:
             diagonal.add_(max(share * mean, torch.finfo(torch.float32).tiny))
         return matrix
@@ -144,7 +167,7 @@ class Moments:
         mapped = torch.zeros_like(self.matrix)
         for (_, square), (_, to) in zip(self._squares(self.matrix), self._squares(mapped), strict=True):
             to.copy_(change(square))
-        return Moments.of(mapped, self.tokens, self._noise)
+        return Moments.of(mapped, self.tokens, self._damping)
 
     def output_norm(self, weight: Tensor) -> float:
         """Mean square of the outputs of a weight [rows, cols] over the sample, summed over the rows."""

@@ -149,4 +149,4 @@ def test_moments_of_wide_inputs_are_squares_of_the_whole(monkeypatch):
             torch.testing.assert_close(factor @ factor.T, damped, rtol=1e-4, atol=1e-2)
         assert own.damped.shape == (320, 128) and not own.damped[256:, 64:].any()
     mean = whole.matrix.diagonal().mean()
-    torch.testing.assert_close(squares.diagonal, whole.matrix.diagonal() + (0.1 + 0.5 * 128 / 300) * mean)
+    torch.testing.assert_close(squares.diagonal, whole.matrix.diagonal() + (0.1 + 0.4 * (128 / 300 - 0.25)) * mean)
