@@ -76,7 +76,7 @@ static void check_column_block(int32_t n_values, int32_t feedback) {
             const double wanted = was.value[i][r] - state[i] / pivot;
             const int32_t chosen = b.index[i][r], best = nearest(&b, r, (float)wanted);
             const double loss = fabs(wanted - b.values[chosen][r]) - fabs(wanted - b.values[best][r]);
-            CHECK(chosen >= 0 && chosen < n_values && loss <= 2e-5, "column %d row %d: index %d", i, r, chosen);
+            CHECK(chosen >= 0 && chosen < n_values && loss <= 1e-5, "column %d row %d: index %d", i, r, chosen);
             const double step = b.values[chosen][r] - was.value[i][r];
             CHECK(fabs(b.change[i][r] - step) <= 1e-5, "column %d row %d: change %g", i, r, (double)b.change[i][r]);
             for (int32_t j = feedback ? i + 1 : 0; j < CQ_BLOCK; j++) state[j] += step * matrix[i * CQ_BLOCK + j];
