@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from .quantize import Quantized, QuantizedExperts, quantize, quantize_plain
 from .report import Tuned, progress
 from .sensitivity import Sensitivity
 from .settings import Settings
+from .shelf import Shelf
 from .side_by_side import Task, run_tasks
 from .stream import LayerStream
 from .transform import TransformedModel
@@ -53,12 +55,16 @@ class _Seen:
 
 @dataclass(frozen=True)
 class LayerQuantizer:
-    """The stage that clusters. Holds one layer at a time, and of its experts those that are being clustered."""
+    """The stage that clusters. Holds one layer at a time, and of its experts those that are being clustered.
+
+    folder: where finished experts lie until their layer is written.
+    """
 
     settings: Settings
     plan: Plan
     model: TransformedModel
     stream: LayerStream
+    folder: Path
     sensitivity: Sensitivity | None = None
     tuner: CentroidTuner | None = None
 
@@ -110,7 +116,7 @@ class LayerQuantizer:
         outputs = seen.sensitivity.outputs if seen.sensitivity else {}
         for linear, tensor in zip(arch.linears, planned[len(arch.plain) :], strict=True):
             if linear.experts:
-                tensors[linear.name] = experts[linear.name] = QuantizedExperts(tensor, [])
+                tensors[linear.name] = experts[linear.name] = self._experts(index, tensor)
                 continue
             packed = outputs.get(linear.name)
             output = packed[0].moments() if packed else None
@@ -154,12 +160,18 @@ class LayerQuantizer:
 
     # ---- experts ----
 
+    def _experts(self, index: int, planned: PlannedTensor) -> QuantizedExperts:
+        """With a place for each: on disk, where nothing changes them once they are finished."""
+        n_experts = self.model.n_experts(index)
+        if self.settings.tunes_centroids:
+            return QuantizedExperts(planned, [Quantized(planned, None, None, [], None)] * n_experts)
+        return QuantizedExperts(planned, Shelf(self.folder, n_experts))
+
     def _expert_tasks(self, index: int, experts: dict[str, QuantizedExperts], seen: _Seen) -> list[Task]:
         """One task per expert: read, calibrate, cluster its linears, forget everything but the result."""
         shared = _shared_outputs(seen.sensitivity, experts)
         cost = 0
         for linear in experts.values():
-            linear.experts += [Quantized(linear.planned, None, None, [], None)] * self.model.n_experts(index)
             *_, rows, cols = linear.planned.shape
             cost += rows * cols * cols
         run = partial(self._cluster_expert, index, experts, seen, shared)

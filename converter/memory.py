@@ -30,7 +30,7 @@ CLUSTERING_STATES = 2  # a layer's input, what its experts get
 LOGITS = 5  # of a batch at the head: logits, probabilities, their running sums, the gradient
 BATCH_ROWS = 6  # a batch's activations inside a layer, in units of its widest
 HEAD = 2.5  # float copies of the head, fitted, or of the embedding, dequantized again
-STORED = 1.1  # times their bits: finished experts, and what of them is being written
+WRITTEN = 2  # times the bits of a linear of all experts: one by one, and as the file holds them together
 
 
 def task_bytes(shapes: list[tuple[int, ...]], settings: Settings, calibrated: bool) -> int:
@@ -70,19 +70,19 @@ def _layer_bytes(checkpoint: Checkpoint, settings: Settings, index: int, n_token
     dense = [shape for linear, shape in shapes.items() if not linear.experts]
     experts = [shape for linear, shape in shapes.items() if linear.experts]
     bits = {None: settings.bits or 5, "f16": 16, "f32": 32}[settings.float_type]
-    stored = int(STORED * bits / 8 * sum(map(prod, experts)))
+    written = int(WRITTEN * bits / 8 * max(map(prod, experts), default=0))
     kept = 2 * FLOAT * sum(map(prod, dense))  # the layer's and its module's
     if not n_tokens:
-        return kept + stored + _tasks_bytes(dense, experts, settings, n_tokens)
+        return kept + max(written, _tasks_bytes(dense, experts, settings, n_tokens))
     if settings.tunes_centroids:
         kept += TUNED * sum(map(prod, shapes.values()))
     states = _states(checkpoint, n_tokens)
     expert = 2 * FLOAT * sum(prod(shape[-2:]) for shape in experts)  # as the file holds it, and in transformers' basis
     widest = max(shape[-1] for shape in shapes.values() if len(shape) == 2)
     batch = FLOAT * BATCH_ROWS * min(n_tokens, BATCH_TOKENS) * widest
-    forward = RUNNING_STATES * states + batch + stored
+    forward = RUNNING_STATES * states + batch
     backward = BACKWARD_STATES * states + batch + expert if settings.measures_sensitivity else 0
-    clustering = CLUSTERING_STATES * states + stored + max(expert, _tasks_bytes(dense, experts, settings, n_tokens))
+    clustering = max(expert, written, _tasks_bytes(dense, experts, settings, n_tokens)) + CLUSTERING_STATES * states
     if settings.measures_sensitivity:
         clustering += sum(output_moments_bytes(*each) for each in shapes.items() if each[0].measured)
     return kept + max(forward, backward, clustering)

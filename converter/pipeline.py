@@ -65,7 +65,7 @@ class Needs:
 def needs(settings: Settings, checkpoint: Checkpoint, plan: Plan) -> Needs:
     """From shapes alone; plan: types may still change."""
     n_tokens = settings.calibration_tokens if settings.calibration else 0
-    disk = plan.nbytes
+    disk = plan.nbytes + max(sum(tensor.nbytes for tensor in layer) for layer in plan.layers)  # and finished experts
     if n_tokens:
         disk += folder_bytes(checkpoint, n_tokens, settings.measures_sensitivity)
     seconds = estimated_seconds(checkpoint, settings, n_tokens)
@@ -202,7 +202,7 @@ class _Job:
         tuner = None  # the published method's; what `full` does instead follows from the second moments
         if written.original_hidden is not None:
             tuner = CentroidTuner(written.original_hidden, self.settings.router_weight, self.settings.seed)
-        quantizer = LayerQuantizer(self.settings, self.plan, self.model, self.stream, sensitivity, tuner)
+        quantizer = LayerQuantizer(self.settings, self.plan, self.model, self.stream, work.path, sensitivity, tuner)
         for layer in quantizer.layers(written.hidden, written.n_layers):
             for quantized in layer.tensors.values():
                 self._write_tensor(file, quantized)

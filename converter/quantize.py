@@ -31,6 +31,7 @@ from .clustering import (
 from .moments import Moments
 from .plan import PlannedTensor
 from .row_feedback import cluster_in_turn, sweep
+from .shelf import Shelf
 from .side_by_side import Task
 
 F16_MAX = 65504.0
@@ -130,10 +131,10 @@ class Quantized:
 
 @dataclass
 class QuantizedExperts:
-    """A linear of all experts of a layer, one Quantized each."""
+    """A linear of all experts of a layer, one Quantized each; finished ones may lie on a shelf."""
 
     planned: PlannedTensor
-    experts: list[Quantized]
+    experts: list[Quantized] | Shelf[Quantized]
 
     @property
     def fits(self) -> list[Fit]:

@@ -34,7 +34,7 @@ class Layer:
         checkpoint, plan = plan_conversion(chosen)
         model = TransformedModel(checkpoint, random_rotation(checkpoint.config.hidden_size, 1))
         stream = LayerStream(checkpoint)
-        quantizer = LayerQuantizer(chosen, plan, model, stream)
+        quantizer = LayerQuantizer(chosen, plan, model, stream, folder)
         self.quantized = next(iter(quantizer.layers(None)))
         tokens = torch.randint(0, 3, (12, 48), generator=torch.Generator().manual_seed(2))
         self.hidden = model.embedding()[tokens]

@@ -11,6 +11,7 @@ import torch
 from codequant_converter import cli, memory, moments, pipeline
 from codequant_converter.basis import FileBasis
 from codequant_converter.checkpoint import open_checkpoint
+from codequant_converter.clustering import Fit
 from codequant_converter.moments import Moments
 from codequant_converter.transform import TransformedModel
 from safetensors.torch import load_file, save_file
@@ -61,6 +62,29 @@ def test_experts_are_in_memory_a_few_at_a_time(model, monkeypatch, options):
     calibration = ("--calibration", str(model / "text.txt"), "--calibration-tokens", "512", "--threads", "2")
     pipeline.convert(settings(model, *calibration, *options))
     assert 0 < most <= 3 * 4 < 3 * N_EXPERTS  # three linears of two tasks' experts, each beside the one before
+
+
+def test_finished_experts_lie_on_disk(model, monkeypatch):
+    alive, finished, most = 0, 0, 0
+    original = Fit.clustered
+
+    def forget() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def clustered(self: Fit):
+        nonlocal alive, finished, most
+        packed = original(self)
+        weakref.finalize(packed, forget)
+        alive, finished = alive + 1, finished + 1
+        most = max(most, alive)
+        return packed
+
+    monkeypatch.setattr(Fit, "clustered", clustered)
+    calibration = ("--calibration", str(model / "text.txt"), "--calibration-tokens", "512", "--threads", "2")
+    pipeline.convert(settings(model, *calibration, "--no-sensitivity"))
+    assert finished >= 3 * N_EXPERTS  # of three layers the down projections, whose columns fill blocks
+    assert most <= 4  # of two tasks, each beside the one before
 
 
 def test_memory_grows_with_what_is_asked_for(model):

@@ -21,19 +21,27 @@ static inline void cq_pause(void) {
 #endif
 }
 
-/* Returns when all n_threads have called it; what they wrote before is then visible to all. */
-static inline void cq_barrier_wait(cq_barrier *barrier, int32_t n_threads) {
+/* True for the last of n_threads, at once: it alone goes on, and opens the barrier. False for the others, once it has;
+ * what all of them wrote before is then visible to them. */
+static inline int cq_barrier_arrive(cq_barrier *barrier, int32_t n_threads) {
     const int32_t phase = __atomic_load_n(&barrier->phase, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&barrier->arrived, 1, __ATOMIC_ACQ_REL) == n_threads) {
-        __atomic_store_n(&barrier->arrived, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&barrier->phase, phase + 1, __ATOMIC_RELEASE);
-        return;
-    }
+    if (__atomic_add_fetch(&barrier->arrived, 1, __ATOMIC_ACQ_REL) == n_threads) return 1;
     for (int32_t spins = 0; __atomic_load_n(&barrier->phase, __ATOMIC_ACQUIRE) == phase;)
         if (spins < CQ_BARRIER_SPINS) {
             cq_pause();
             spins++;
         } else
             sched_yield();
+    return 0;
+}
+
+static inline void cq_barrier_open(cq_barrier *barrier) {
+    __atomic_store_n(&barrier->arrived, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&barrier->phase, barrier->phase + 1, __ATOMIC_RELEASE);
+}
+
+/* Returns when all n_threads have called it; what they wrote before is then visible to all. */
+static inline void cq_barrier_wait(cq_barrier *barrier, int32_t n_threads) {
+    if (cq_barrier_arrive(barrier, n_threads)) cq_barrier_open(barrier);
 }
 #endif

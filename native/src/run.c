@@ -1,4 +1,5 @@
-/* The program executor: one team of threads walks the operations, with a barrier before those that ask for one. */
+/* The program executor: one team of threads walks the operations, with a barrier before those that ask for one. What is
+ * a single row, as between two linear layers where one token is decoded, the last thread to arrive there computes. */
 #include "worker.h"
 #include <float.h>
 #include <math.h>
@@ -197,6 +198,41 @@ static void run_op(const cq_worker *worker, const cq_op *op) {
     }
 }
 
+/* The end of the operations from `begin` on that have one row, which threads cannot share out. */
+static int32_t end_of_single_rows(const cq_op *ops, int32_t n_ops, int32_t begin, const cq_step *step) {
+    int32_t end = begin;
+    while (end < n_ops && ops[end].code != CQ_OP_LINEAR && ops[end].code != CQ_OP_ATTENTION &&
+           cq_row_count(ops + end, step) == 1)
+        end++;
+    return end;
+}
+
+static void run_alone(const cq_worker *worker, const cq_op *ops, int32_t n_ops) {
+    cq_barrier own = {0, 0};
+    cq_worker alone = *worker;
+    alone.thread = 0;
+    alone.n_threads = 1;
+    alone.barrier = &own;
+    for (int32_t i = 0; i < n_ops; i++) run_op(&alone, ops + i);
+}
+
+static void run_all(cq_worker *worker, const cq_op *ops, int32_t n_ops, int32_t *counters) {
+    for (int32_t i = 0; i < n_ops; i++) {
+        const int32_t end = ops[i].waits ? end_of_single_rows(ops, n_ops, i, worker->step) : i;
+        if (end > i) {
+            if (cq_barrier_arrive(worker->barrier, worker->n_threads)) {
+                run_alone(worker, ops + i, end - i);
+                cq_barrier_open(worker->barrier);
+            }
+            i = end;
+            if (i == n_ops) return;
+        } else if (ops[i].waits)
+            cq_wait_for_all(worker);
+        worker->counter = counters + i;
+        run_op(worker, ops + i);
+    }
+}
+
 static int64_t thread_scratch_bytes(const cq_op *ops, int32_t n_ops) {
     int64_t most = 0;
     for (int32_t i = 0; i < n_ops; i++) {
@@ -242,11 +278,7 @@ int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step) {
         worker.n_threads = omp_get_num_threads();
         worker.parts = (float *)(step->scratch + counted_bytes(n_ops));
         worker.scratch = step->scratch + shared + worker.thread * part;
-        for (int32_t i = 0; i < n_ops; i++) {
-            if (ops[i].waits) cq_wait_for_all(&worker);
-            worker.counter = counters + i;
-            run_op(&worker, ops + i);
-        }
+        run_all(&worker, ops, n_ops, counters);
     }
     return CQ_OK;
 }
