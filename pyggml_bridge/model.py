@@ -12,7 +12,6 @@ from pyggml_bridge.cpu import CPUBackend
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.program import LongRope, Program
 from pyggml_bridge.reader import GGUFFile
-from pyggml_bridge.split import gpu_backend
 
 
 class Model:
@@ -40,6 +39,8 @@ class Model:
         self.n_ctx, self.vocab_size = program.n_ctx, program.vocab_size
         try:
             if cuda:
+                from pyggml_bridge.split import gpu_backend  # here: a start on the CPU need not wait for it
+
                 self.gpu_layers = program.n_layers if gpu_layers is None else min(gpu_layers, program.n_layers)
                 self._backend: Backend = gpu_backend(program, n_batch, n_threads, self.gpu_layers)
             else:

@@ -109,6 +109,18 @@ class GGUFFile:
         start = self._take(length)
         return self._map[start : start + length].decode("utf-8")
 
+    def _strings(self, count: int) -> list[str]:
+        """So many of them, in one loop: tokenizers have hundreds of thousands, half of the time that a start takes."""
+        data, size, length_at, prefix = self._map, self.size, _U64.unpack_from, _U64.size
+        strings, start = [], self._offset
+        for _ in range(count):
+            end = start + prefix + length_at(data, start)[0]
+            if end > size:
+                raise ValueError(f"a string up to byte {end}, the file ends at {size}")
+            strings.append(data[start + prefix : end].decode("utf-8"))
+            self._offset = start = end
+        return strings
+
     # ---- header ----
 
     def _parse(self) -> None:
@@ -146,7 +158,7 @@ class GGUFFile:
         if item is GGUFValueType.STRING:
             if count > (self.size - self._offset) // _U64.size:
                 raise ValueError(f"an array of {count} strings does not fit")
-            return [self._string() for _ in range(count)]
+            return self._strings(count)
         size = _SCALARS[item].size
         start = self._take(count * size)
         values: list[Any] = np.frombuffer(self._map, _SCALARS[item].format, count, start).tolist()

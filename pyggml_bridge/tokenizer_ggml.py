@@ -173,6 +173,6 @@ def _ids(tokens: list[str]) -> dict[str, int]:
 
 def _string_array(metadata: dict[str, Any], key: str) -> list[str]:
     value = metadata.get(key)
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, list) or not value or set(map(type, value)) != {str}:
         raise CQError(f"{key}: missing, or not an array of strings")
     return value

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from pyggml_bridge.cuda import require_device
 from pyggml_bridge.errors import CQError
 
 EXIT_BAD_INPUT = 2
@@ -41,6 +40,8 @@ def check_cuda(args: argparse.Namespace) -> None:
     if args.gpu_layers is not None and args.gpu_layers < 0:
         raise CQError(f"--gpu-layers: {args.gpu_layers} is below 0")
     if args.cuda:
+        from pyggml_bridge.cuda import require_device  # here: a start on the CPU need not wait for it
+
         require_device()
 
 
