@@ -12,8 +12,7 @@ from pyggml_bridge.format import BLOCK, Clustered, CQType, pack, unpack
 from pyggml_bridge.native import aligned_empty, ffi, lib, pointer
 
 ITERATIONS = 8
-ITERATIONS_BEFORE_FEEDBACK = 4  # which chooses the indices anew
-ITERATIONS_ON_TRELLIS = 6  # k-means of as many centroids is a worse start there
+ITERATIONS_BEFORE_FEEDBACK = 6  # which chooses the indices anew
 DESCENT_ROUNDS = 1
 CODEBOOK_ROWS = 8  # the command line's default
 

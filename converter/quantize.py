@@ -17,7 +17,6 @@ from pyggml_bridge.format import Clustered
 
 from .clustering import (
     ITERATIONS_BEFORE_FEEDBACK,
-    ITERATIONS_ON_TRELLIS,
     Fit,
     OutputErrors,
     Refinement,
@@ -234,7 +233,7 @@ def _cluster(fit: Fit, moments: Moments | None, output: Moments | None, refine: 
         return
 
     def from_scratch(rows: Fit) -> None:
-        fit_codebooks(rows, n_threads, ITERATIONS_ON_TRELLIS if rows.cq.trellis else ITERATIONS_BEFORE_FEEDBACK)
+        fit_codebooks(rows, n_threads, ITERATIONS_BEFORE_FEEDBACK)
         error_feedback(rows, moments.factor.numpy(), n_threads)
 
     def descent(rows: Fit) -> OutputErrors:

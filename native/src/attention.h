@@ -273,6 +273,8 @@ static void attention_head(const cq_attention *op, int32_t head, int32_t positio
     const int32_t dim = op->value_dim, end = position + n_queries;
     const int64_t stride = (int64_t)op->n_heads * dim, kv_head = head / (op->n_heads / op->n_kv_heads);
     const attention_tile a = carve_scratch(op, position, n_queries, scratch);
+    for (int32_t i = 0; i < n_queries; i++) /* outputs of a head are far apart */
+        for (int32_t d = 0; d < dim; d += 16) __builtin_prefetch(out + i * stride + d, 1);
     transpose_queries(&a, q);
     for (int32_t i = 0; i < n_queries; i++) memset(out + i * stride, 0, sizeof(float) * (size_t)dim);
     for (int32_t first = cq_first_key(op, position); first < end; first += CQ_KEY_TILE) {

@@ -143,6 +143,23 @@ static void swiglu(const float *gate, const float *up, float *out, int32_t n) {
     memcpy(out + i, rest[0], sizeof(float) * (size_t)(n - i));
 }
 
+/* The distance between the two of a pair as a constant, so that loops become vectors. */
+CQ_INLINE void rotate_pairs(float *x, const float *cos_sin, int32_t half, const int32_t step, int32_t distance) {
+#pragma omp simd
+    for (int32_t i = 0; i < half; i++) {
+        const float a = x[i * step], b = x[i * step + distance], c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
+        x[i * step] = a * c - b * s;
+        x[i * step + distance] = b * c + a * s;
+    }
+}
+
+static void rope(float *x, const float *cos_sin, int32_t n_rot, int32_t interleaved) {
+    if (interleaved)
+        rotate_pairs(x, cos_sin, n_rot / 2, 2, 1);
+    else
+        rotate_pairs(x, cos_sin, n_rot / 2, 1, n_rot / 2);
+}
+
 /* Each lane beside the one whose index differs in the bit `half`, a power of two known to the compiler. */
 CQ_INLINE vec swap_lanes(vec v, int32_t half) {
 #ifdef __clang__
@@ -291,6 +308,6 @@ static void dot_f16(const uint16_t *w, const float *const *x, int32_t n_tokens, 
 #include "kmeans_layer.h"
 
 #define CQ_FLOAT_KERNELS                                                                                               \
-    rms_norm, quantize, swiglu, hadamard, axpy, scale_acc, dot_f32, dot_f16, f16_to_f32, f32_to_f16, attention_head,   \
-        attention_chunk, kmeans_layer, nearest_block, descend_block, rank_update, sum_by_centroid
+    rms_norm, quantize, swiglu, rope, hadamard, axpy, scale_acc, dot_f32, dot_f16, f16_to_f32, f32_to_f16,             \
+        attention_head, attention_chunk, kmeans_layer, nearest_block, descend_block, rank_update, sum_by_centroid
 #endif

@@ -71,6 +71,9 @@ typedef struct cq_kernels {
     void (*rms_norm)(const float *x, const float *weight, float *out, int32_t n, float eps);
     void (*quantize)(const float *x, int32_t n, int32_t bits, int32_t group, int8_t *q, float *scales, int32_t *sums);
     void (*swiglu)(const float *gate, const float *up, float *out, int32_t n);
+    /* Rotates the pairs of x[n_rot] in place: (2i, 2i + 1) if interleaved, else (i, i + n_rot / 2); cos_sin as pairs.
+     */
+    void (*rope)(float *x, const float *cos_sin, int32_t n_rot, int32_t interleaved);
     void (*hadamard)(float *x, int32_t n, int32_t block);       /* in place, each block of columns */
     void (*axpy)(float a, const float *x, float *y, int32_t n); /* y += a x */
     void (*scale_acc)(const int32_t *acc, const float *row_scales, float token_scale, float *out, int32_t n,

@@ -28,22 +28,12 @@ static void run_quantize(const cq_worker *worker, const cq_quantize *op, int32_t
                                   op->out->scales + t * n_scales, op->out->sums + t * n_scales);
 }
 
-static void rotate_head(float *x, const float *cos_sin, int32_t n_rot, int32_t interleaved) {
-    int32_t half = n_rot / 2, step = interleaved ? 2 : 1, distance = interleaved ? 1 : half;
-    for (int32_t i = 0; i < half; i++) {
-        float *a = x + i * step, *b = a + distance;
-        float c = cos_sin[2 * i], s = cos_sin[2 * i + 1], rotated = *a * c - *b * s;
-        *b = *b * c + *a * s;
-        *a = rotated;
-    }
-}
-
 static void run_rope(const cq_worker *worker, const cq_rope *op, int32_t n_rows) {
     cq_range range = cq_share(worker, n_rows);
     for (int64_t t = range.begin; t < range.end; t++)
         for (int64_t h = 0; h < op->n_heads; h++)
-            rotate_head(op->x + (t * op->n_heads + h) * op->head_dim,
-                        op->cos_sin + (worker->step->position + t) * op->n_rot, op->n_rot, op->interleaved);
+            worker->kernels->rope(op->x + (t * op->n_heads + h) * op->head_dim,
+                                  op->cos_sin + (worker->step->position + t) * op->n_rot, op->n_rot, op->interleaved);
 }
 
 static void run_swiglu(const cq_worker *worker, const cq_swiglu *op, int32_t n_rows) {

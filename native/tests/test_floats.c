@@ -111,6 +111,24 @@ static void check_swiglu_extremes(void) {
     CHECK(out[4] == 88.5f && fabsf(out[5]) < 1e-30f && out[6] == 0 && isnan(out[7]), "swiglu extremes");
 }
 
+static void check_rope(int32_t n_rot, int32_t interleaved) {
+    guarded mx, mc;
+    float *x = random_floats(&mx, n_rot, 3), *before = malloc((size_t)n_rot * 4);
+    const float *cos_sin = random_floats(&mc, n_rot, 1);
+    const int32_t step = interleaved ? 2 : 1, distance = interleaved ? 1 : n_rot / 2;
+    memcpy(before, x, (size_t)n_rot * 4);
+    cq_kernels_current()->rope(x, cos_sin, n_rot, interleaved);
+    for (int32_t i = 0; i < n_rot / 2; i++) {
+        const int32_t first = i * step, second = first + distance;
+        const double a = before[first], b = before[second], c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
+        CHECK(fabs(x[first] - (a * c - b * s)) <= 2 * EPS * (fabs(a * c) + fabs(b * s)), "rope %d [%d]", n_rot, first);
+        CHECK(fabs(x[second] - (b * c + a * s)) <= 2 * EPS * (fabs(b * c) + fabs(a * s)), "rope %d [%d]", n_rot,
+              second);
+    }
+    free(before);
+    guarded_free(mx), guarded_free(mc);
+}
+
 static void check_linear_ops(int32_t n) {
     guarded mx, my, ms, ma = guarded_new((size_t)n * 4);
     float *x = random_floats(&mx, n, 3), *y = random_floats(&my, n, 3), *before = malloc((size_t)n * 4);
@@ -166,6 +184,7 @@ void test_floats(void) {
         const int32_t n = sizes[i];
         check_rms_norm(n), check_linear_ops(n);
         check_swiglu(n, 10), check_swiglu(n, 86);
+        check_rope(2 * n, 0), check_rope(2 * n, 1);
         for (int32_t bits = 4; bits <= 8; bits += 4) {
             check_quantize(n, bits, 0, 5), check_quantize(n, bits, 0, 0), check_quantize(n, bits, 0, 1e-40f);
             if (n % 32 == 0) check_quantize(n, bits, 32, 5);
