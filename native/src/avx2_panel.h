@@ -39,10 +39,18 @@ static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t 
     }
 }
 
-static void pack_panel(const int8_t *rows, int32_t n_cols, uint8_t *panel) {
-    for (int32_t r = 0; r < PANEL_ROWS; r++)
-        for (int32_t k = 0; k < n_cols; k++)
-            panel[k / 4 * PANEL_STEP + 4 * r + k % 4] = (uint8_t)(rows[r * n_cols + k] + OFFSET);
+static void pack_panel(const int8_t *rows, int64_t stride, int32_t n_rows, int32_t n_cols, uint8_t *panel) {
+    uint8_t part[PANEL_ROWS * 32] __attribute__((aligned(32)));
+    memset(part, OFFSET, sizeof part);
+    for (int32_t k = 0; k < n_cols; k += 32)
+        for (int32_t half = 0; half < 2; half++) {
+            uint8_t *eight = part + half * HALF_ROWS * 32;
+            for (int32_t r = half * HALF_ROWS; r < cq_min(n_rows, (half + 1) * HALF_ROWS); r++)
+                _mm256_store_si256((__m256i *)(part + r * 32),
+                                   _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(rows + r * stride + k)),
+                                                    _mm256_set1_epi8((char)OFFSET)));
+            transpose_block(eight, 32, panel + k / 4 * PANEL_STEP + 4 * half * HALF_ROWS);
+        }
 }
 
 /* Eight floats of one token from its accumulators. */

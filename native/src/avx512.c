@@ -36,6 +36,7 @@ static inline float sum_lanes(vec v) { return _mm512_reduce_add_ps(v); }
 
 #include "float_ops.h"
 #include "avx512_panel.h"
+#include "avx512_blocks.h"
 
 /* Where tables come from: one for the whole row; a scale per block or per two blocks, under codebooks that change only
  * between groups of four blocks; anything else. */
@@ -262,8 +263,9 @@ static int supported(void) {
            __builtin_cpu_supports("f16c");
 }
 
-const cq_kernels cq_kernels_avx512 = {"avx512",   supported,         gemv,     PANEL_ROWS, decode_panel,    pack_panel,
-                                      gemm_panel, gemm_panel_scaled, dot_q8_0, peak_macs,  CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_avx512 = {"avx512",     supported,  gemv,       PANEL_ROWS,
+                                      decode_panel, pack_panel, gemm_panel, gemm_panel_scaled,
+                                      gemm_blocks,  dot_q8_0,   peak_macs,  CQ_FLOAT_KERNELS};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

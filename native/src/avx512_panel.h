@@ -39,14 +39,18 @@ static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t 
     }
 }
 
-static void pack_panel(const int8_t *rows, int32_t n_cols, uint8_t *panel) {
-    for (int32_t r = 0; r < PANEL_ROWS; r++)
-        for (int32_t k = 0; k < n_cols; k += 4) {
-            uint32_t four;
-            memcpy(&four, rows + r * n_cols + k, 4);
-            four ^= 0x80808080;
-            memcpy(panel + k * PANEL_ROWS + 4 * r, &four, 4);
-        }
+/* 32 columns at a time: row r beside row r + 16, so that one transposition takes both halves. */
+static void pack_panel(const int8_t *rows, int64_t stride, int32_t n_rows, int32_t n_cols, uint8_t *panel) {
+    uint8_t pairs[HALF_ROWS * 64] __attribute__((aligned(64))), lines[16 * PANEL_STEP] __attribute__((aligned(64)));
+    memset(pairs, 128, sizeof pairs);
+    for (int32_t k = 0; k < n_cols; k += 32, panel += 8 * PANEL_STEP) {
+        for (int32_t r = 0; r < n_rows; r++)
+            _mm256_store_si256(
+                (__m256i *)(pairs + r % HALF_ROWS * 64 + r / HALF_ROWS * 32),
+                _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(rows + r * stride + k)), _mm256_set1_epi8(-128)));
+        transpose_block(pairs, 64, lines);
+        for (int32_t i = 0; i < 16; i++) memcpy(panel + i % 8 * PANEL_STEP + i / 8 * 64, lines + i * PANEL_STEP, 64);
+    }
 }
 
 typedef struct {

@@ -36,6 +36,20 @@ typedef struct {
     int32_t n_rows, accumulate;
 } cq_scaling;
 
+/* Q8_0: a panel [n_blocks] of 32 columns each, and float scales [n_blocks][panel_rows]. */
+typedef struct {
+    const uint8_t *weights;
+    const float *scales;
+    int32_t n_blocks;
+} cq_block_panel;
+
+/* Tokens quantized per 32 columns: for each a pointer to its columns, and to its blocks' scales and sums. */
+typedef struct {
+    const int8_t *const *q;
+    const float *const *scales;
+    const int32_t *const *sums;
+} cq_block_tokens;
+
 typedef struct cq_kernels {
     const char *name;
     int (*supported)(void);
@@ -49,8 +63,8 @@ typedef struct cq_kernels {
     int32_t panel_rows;
     void (*decode_panel)(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel);
 
-    /* The same panel of int8 [panel_rows][n_cols]; n_cols is a multiple of 16. */
-    void (*pack_panel)(const int8_t *rows, int32_t n_cols, uint8_t *panel);
+    /* The same panel of int8 rows that are `stride` bytes apart, as zeros beyond n_rows; n_cols is a multiple of 32. */
+    void (*pack_panel)(const int8_t *rows, int64_t stride, int32_t n_rows, int32_t n_cols, uint8_t *panel);
 
     /* acc[n_tokens][panel_rows], any n_tokens; n_cols a multiple of 16; x: a pointer per token, x_sum: a sum per token.
      */
@@ -60,6 +74,9 @@ typedef struct cq_kernels {
     /* The same without a way through memory, acc being scratch as large; NULL: gemm_panel, then scale_acc. */
     void (*gemm_panel_scaled)(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
                               int32_t n_tokens, int32_t *acc, const cq_scaling *to);
+
+    /* dots[n_tokens][panel_rows], any n_tokens; NULL: gemm_panel of a block, then scale_acc, block after block. */
+    void (*gemm_blocks)(const cq_block_panel *panel, const cq_block_tokens *tokens, int32_t n_tokens, float *dots);
 
     /* One row of Q8_0 blocks (F16 scale, 32 int8) times activations quantized per 32 columns. */
     float (*dot_q8_0)(const uint8_t *blocks, const int8_t *q, const float *scales, int32_t n_cols);

@@ -30,39 +30,51 @@ static void dot_rows(const cq_worker *worker, const cq_items *it, int64_t row, i
 /* n_rows <= panel_rows rows; those beyond are zero. */
 static void pack_rows(const cq_kernels *kernels, const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel,
                       float *scales) {
-    int8_t block[CQ_MAX_PANEL_ROWS * CQ_Q8_0_COLS];
+    const int64_t stride = cq_row_bytes(w);
+    const uint8_t *block = w->data + row * stride;
     uint16_t halves[CQ_MAX_PANEL_ROWS] = {0};
-    memset(block, 0, sizeof block);
-    for (int32_t b = 0; b < w->n_cols / CQ_Q8_0_COLS; b++) {
-        for (int32_t r = 0; r < n_rows; r++) {
-            const uint8_t *from = w->data + (row + r) * cq_row_bytes(w) + (int64_t)b * CQ_Q8_0_BYTES;
-            memcpy(halves + r, from, 2);
-            memcpy(block + r * CQ_Q8_0_COLS, from + 2, CQ_Q8_0_COLS);
-        }
-        kernels->pack_panel(block, CQ_Q8_0_COLS, panel + (int64_t)b * CQ_Q8_0_COLS * kernels->panel_rows);
-        kernels->f16_to_f32(halves, scales + (int64_t)b * kernels->panel_rows, kernels->panel_rows);
+    for (int32_t b = 0; b < w->n_cols / CQ_Q8_0_COLS; b++, block += CQ_Q8_0_BYTES) {
+        for (int32_t r = 0; r < n_rows; r++) memcpy(halves + r, block + r * stride, 2);
+        kernels->pack_panel((const int8_t *)block + 2, stride, n_rows, CQ_Q8_0_COLS, panel);
+        kernels->f16_to_f32(halves, scales, kernels->panel_rows);
+        panel += (int64_t)CQ_Q8_0_COLS * kernels->panel_rows;
+        scales += kernels->panel_rows;
+    }
+}
+
+/* What gemm_blocks does, for instruction sets without it. */
+static void multiply_blocks(const cq_kernels *kernels, const cq_block_panel *p, const cq_block_tokens *tokens,
+                            int32_t n_tokens, float *dots) {
+    const int32_t rows = kernels->panel_rows;
+    int32_t acc[CQ_TOKEN_TILE * CQ_MAX_PANEL_ROWS] __attribute__((aligned(64))), sums[CQ_TOKEN_TILE];
+    const int8_t *x[CQ_TOKEN_TILE];
+    for (int32_t b = 0; b < p->n_blocks; b++) {
+        for (int32_t i = 0; i < n_tokens; i++) x[i] = tokens->q[i] + b * CQ_Q8_0_COLS, sums[i] = tokens->sums[i][b];
+        kernels->gemm_panel(p->weights + (int64_t)b * rows * CQ_Q8_0_COLS, CQ_Q8_0_COLS, x, sums, n_tokens, acc);
+        for (int32_t i = 0; i < n_tokens; i++)
+            kernels->scale_acc(acc + i * rows, p->scales + b * rows, tokens->scales[i][b], dots + i * rows, rows,
+                               b > 0);
     }
 }
 
 /* dots[n_tokens][panel_rows] of one panel with items first .. first + n_tokens - 1. */
-static void multiply_panel(const cq_worker *worker, const cq_items *it, int32_t first, int32_t n_tokens,
-                           const uint8_t *panel, const float *scales, float *dots) {
-    const cq_kernels *kernels = worker->kernels;
+static void multiply_panel(const cq_kernels *kernels, const cq_items *it, int32_t first, int32_t n_tokens,
+                           const cq_block_panel *panel, float *dots) {
     const cq_activation *act = it->op->act;
-    const int32_t n_cols = it->op->w->n_cols, n_blocks = n_cols / CQ_Q8_0_COLS, rows = kernels->panel_rows;
-    int32_t acc[CQ_TOKEN_TILE * CQ_MAX_PANEL_ROWS] __attribute__((aligned(64))), sums[CQ_TOKEN_TILE];
-    int64_t in[CQ_TOKEN_TILE];
-    const int8_t *x[CQ_TOKEN_TILE];
-    for (int32_t i = 0; i < n_tokens; i++) in[i] = cq_input_row(it, first + i);
-    for (int32_t b = 0; b < n_blocks; b++, panel += (int64_t)rows * CQ_Q8_0_COLS, scales += rows) {
-        for (int32_t i = 0; i < n_tokens; i++) {
-            x[i] = act->q + in[i] * n_cols + b * CQ_Q8_0_COLS;
-            sums[i] = act->sums[in[i] * n_blocks + b];
-        }
-        kernels->gemm_panel(panel, CQ_Q8_0_COLS, x, sums, n_tokens, acc);
-        for (int32_t i = 0; i < n_tokens; i++)
-            kernels->scale_acc(acc + i * rows, scales, act->scales[in[i] * n_blocks + b], dots + i * rows, rows, b > 0);
+    const int8_t *q[CQ_TOKEN_TILE];
+    const float *scales[CQ_TOKEN_TILE];
+    const int32_t *sums[CQ_TOKEN_TILE];
+    for (int32_t i = 0; i < n_tokens; i++) {
+        const int64_t in = cq_input_row(it, first + i);
+        q[i] = act->q + in * panel->n_blocks * CQ_Q8_0_COLS;
+        scales[i] = act->scales + in * panel->n_blocks;
+        sums[i] = act->sums + in * panel->n_blocks;
     }
+    const cq_block_tokens tokens = {q, scales, sums};
+    if (kernels->gemm_blocks)
+        kernels->gemm_blocks(panel, &tokens, n_tokens, dots);
+    else
+        multiply_blocks(kernels, panel, &tokens, n_tokens, dots);
 }
 
 static void gemm_rows(const cq_worker *worker, const cq_items *it, int64_t row, int32_t n_rows, int32_t out_col) {
@@ -70,12 +82,13 @@ static void gemm_rows(const cq_worker *worker, const cq_items *it, int64_t row, 
     const int32_t panel_rows = worker->kernels->panel_rows;
     float *scales = (float *)(worker->scratch + cq_align64((int64_t)panel_rows * op->w->n_cols));
     float dots[CQ_TOKEN_TILE * CQ_MAX_PANEL_ROWS];
+    const cq_block_panel panel = {worker->scratch, scales, op->w->n_cols / CQ_Q8_0_COLS};
     for (int32_t done = 0; done < n_rows; done += panel_rows) {
         const int32_t n = cq_min(panel_rows, n_rows - done);
         pack_rows(worker->kernels, op->w, row + done, n, worker->scratch, scales);
         for (int32_t first = 0; first < it->n; first += CQ_TOKEN_TILE) {
             const int32_t n_tokens = cq_min(CQ_TOKEN_TILE, it->n - first);
-            multiply_panel(worker, it, first, n_tokens, worker->scratch, scales, dots);
+            multiply_panel(worker->kernels, it, first, n_tokens, &panel, dots);
             for (int32_t i = 0; i < n_tokens; i++) {
                 float *out = cq_output(it, first + i, out_col + done);
                 for (int32_t r = 0; r < n; r++) out[r] = (op->accumulate ? out[r] : 0.0f) + dots[i * panel_rows + r];

@@ -170,10 +170,11 @@ static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_
     }
 }
 
-static void pack_panel(const int8_t *rows, int32_t n_cols, uint8_t *panel) {
-    for (int32_t r = 0; r < PANEL_ROWS; r++) {
+static void pack_panel(const int8_t *rows, int64_t stride, int32_t n_rows, int32_t n_cols, uint8_t *panel) {
+    memset(panel, 0, (size_t)PANEL_ROWS * n_cols);
+    for (int32_t r = 0; r < n_rows; r++) {
         uint8_t *out = panel + r / QUAD_ROWS * QUAD_ROWS * n_cols + r % QUAD_ROWS * 4;
-        for (int32_t k = 0; k < n_cols; k += 4) memcpy(out + k * QUAD_ROWS, rows + r * n_cols + k, 4);
+        for (int32_t k = 0; k < n_cols; k += 4) memcpy(out + k * QUAD_ROWS, rows + r * stride + k, 4);
     }
 }
 
@@ -205,10 +206,10 @@ static int has_neon(void) { return 1; }
 #pragma GCC pop_options
 #endif
 
-const cq_kernels cq_kernels_neon = {"neon",        has_neon,       gemv_base,       PANEL_ROWS,
-                                    decode_panel,  pack_panel,     gemm_panel_base, NULL,
-                                    dot_q8_0_base, peak_macs_base, CQ_FLOAT_KERNELS};
-const cq_kernels cq_kernels_neon_dotprod = {"neon-dotprod",   has_dotprod,       gemv_dotprod,       PANEL_ROWS,
-                                            decode_panel,     pack_panel,        gemm_panel_dotprod, NULL,
-                                            dot_q8_0_dotprod, peak_macs_dotprod, CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_neon = {"neon",       has_neon,      gemv_base,       PANEL_ROWS,
+                                    decode_panel, pack_panel,    gemm_panel_base, NULL,
+                                    NULL,         dot_q8_0_base, peak_macs_base,  CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_neon_dotprod = {"neon-dotprod", has_dotprod,      gemv_dotprod,       PANEL_ROWS,
+                                            decode_panel,   pack_panel,       gemm_panel_dotprod, NULL,
+                                            NULL,           dot_q8_0_dotprod, peak_macs_dotprod,  CQ_FLOAT_KERNELS};
 #endif

@@ -112,8 +112,9 @@ static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_
     memset(panel + (int64_t)n_rows * w->n_cols, 0, (size_t)(PANEL_ROWS - n_rows) * w->n_cols);
 }
 
-static void pack_panel(const int8_t *rows, int32_t n_cols, uint8_t *panel) {
-    memcpy(panel, rows, (size_t)PANEL_ROWS * n_cols);
+static void pack_panel(const int8_t *rows, int64_t stride, int32_t n_rows, int32_t n_cols, uint8_t *panel) {
+    memset(panel, 0, (size_t)PANEL_ROWS * n_cols);
+    for (int32_t r = 0; r < n_rows; r++) memcpy(panel + (int64_t)r * n_cols, rows + r * stride, (size_t)n_cols);
 }
 
 static void gemm_panel(const uint8_t *panel, int32_t n_cols, const int8_t *const *x, const int32_t *x_sum,
@@ -146,5 +147,5 @@ static int64_t peak_macs(int32_t iterations) {
 
 static int supported(void) { return 1; }
 
-const cq_kernels cq_kernels_portable = {"scalar",   supported, gemv,     PANEL_ROWS, decode_panel,    pack_panel,
-                                        gemm_panel, NULL,      dot_q8_0, peak_macs,  CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_portable = {"scalar",   supported, gemv, PANEL_ROWS, decode_panel, pack_panel,
+                                        gemm_panel, NULL,      NULL, dot_q8_0,   peak_macs,    CQ_FLOAT_KERNELS};

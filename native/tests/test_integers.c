@@ -106,11 +106,10 @@ static void check_gemv(const sample *s, const int8_t *x, int32_t x_sum) {
 /* Packing what a panel's bytes mean gives the same panel. */
 static void check_pack(const sample *s, int32_t first, int32_t n, const uint8_t *panel) {
     const size_t bytes = (size_t)cq_kernels_current()->panel_rows * s->w.n_cols;
-    guarded rows = guarded_new(bytes);
+    guarded rows = guarded_new((size_t)n * s->w.n_cols);
     uint8_t *packed = aligned_alloc(64, bytes);
-    memset(rows.data, 0, bytes);
     memcpy(rows.data, s->weights + (int64_t)first * s->w.n_cols, (size_t)n * s->w.n_cols);
-    cq_kernels_current()->pack_panel(rows.data, s->w.n_cols, packed);
+    cq_kernels_current()->pack_panel(rows.data, s->w.n_cols, n, s->w.n_cols, packed);
     CHECK(memcmp(packed, panel, bytes) == 0, "pack_panel differs from decode_panel: type %d, %d rows from %d",
           s->w.type, n, first);
     guarded_free(rows), free(packed);
