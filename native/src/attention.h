@@ -285,8 +285,10 @@ static void attention_head(const cq_attention *op, int32_t head, int32_t positio
         load_values(&a, kv_head, first, n_keys);
         add_batch_values(&a, first, n_keys, out);
     }
-    for (int32_t i = 0; i < n_queries; i++)
-        for (int32_t d = 0; d < dim; d++) out[i * stride + d] /= a.sum[i];
+    for (int32_t i = 0; i < n_queries; i++) {
+        const float share = 1.0f / a.sum[i];
+        for (int32_t d = 0; d < dim; d++) out[i * stride + d] *= share;
+    }
 }
 
 static void attention_chunk(const cq_attention *op, int32_t head, int32_t n_heads, int32_t first, int32_t end,

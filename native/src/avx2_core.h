@@ -16,6 +16,7 @@ typedef __m256 vec;
 static inline vec repeat_four(const float *p) { return _mm256_broadcast_ps((const __m128 *)p); }
 static inline vec min_vec(vec a, vec b) { return _mm256_min_ps(a, b); }
 static inline vec max_vec(vec a, vec b) { return _mm256_max_ps(a, b); }
+static inline vec reciprocal(vec v) { return 1.0f / v; }
 static inline float sum_lanes(vec v) { return sum_f32(v); }
 
 #include "float_ops.h"

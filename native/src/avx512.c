@@ -32,6 +32,11 @@ typedef __m512 vec;
 static inline vec repeat_four(const float *p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 static inline vec min_vec(vec a, vec b) { return _mm512_min_ps(a, b); }
 static inline vec max_vec(vec a, vec b) { return _mm512_max_ps(a, b); }
+/* By a step of Newton's: half of the time of a division. */
+static inline vec reciprocal(vec v) {
+    const vec near = _mm512_rcp14_ps(v);
+    return near * (2.0f - v * near);
+}
 static inline float sum_lanes(vec v) { return _mm512_reduce_add_ps(v); }
 
 #include "float_ops.h"

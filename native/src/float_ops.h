@@ -5,6 +5,7 @@
  *   sum_lanes(vec)    their sum
  *   repeat_four(p)    four floats at p, over and over
  *   min_vec, max_vec  elementwise; where the second operand is NaN, NaN
+ *   reciprocal(v)     1 / v within 2 ulp
  *   f16_to_f32, f32_to_f16   as in cq_kernels
  *   CQ_TILE_VECS, CQ_SCORE_KEYS, CQ_SCORE_VECS   register tiles of attention.h
  * and lists CQ_FLOAT_KERNELS at the end of its cq_kernels. */
@@ -129,7 +130,7 @@ static void quantize(const float *x, int32_t n, int32_t bits, int32_t group, int
 /* silu(gate) * up. exp saturates, so a very negative gate needs its own bound to reach zero instead of -inf * tiny. */
 CQ_INLINE vec swiglu_vec(vec gate, vec up) {
     gate = max_vec(all_lanes(-100.0f), gate);
-    return gate / (1.0f + exp_vec(-gate)) * up;
+    return gate * reciprocal(1.0f + exp_vec(-gate)) * up;
 }
 
 static void swiglu(const float *gate, const float *up, float *out, int32_t n) {

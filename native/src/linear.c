@@ -49,28 +49,50 @@ static void multiply_panel(const cq_kernels *kernels, const uint8_t *panel, int3
                            to->n_rows, to->accumulate);
 }
 
+/* Of some tokens: their activations with sums and scales, and where their outputs go. */
+typedef struct {
+    const int8_t *x[CQ_TOKEN_TILE];
+    float *out[CQ_TOKEN_TILE], scales[CQ_TOKEN_TILE];
+    int32_t sums[CQ_TOKEN_TILE];
+} token_tile;
+
+/* Once for every panel of a matrix, so tokens in a row, as they are without experts, have a shorter way. */
+static void point_at_tokens(const cq_items *it, int32_t first, int32_t n, int32_t out_col, token_tile *tile) {
+    const cq_activation *act = it->op->act;
+    const int64_t n_cols = it->op->w->n_cols, n_rows = it->op->w->n_rows;
+    if (!it->slots && it->step == 1) {
+        const int64_t begin = it->first + first;
+        for (int64_t i = 0; i < n; i++) {
+            tile->x[i] = act->q + (begin + i) * n_cols;
+            tile->out[i] = it->op->out + (begin + i) * n_rows + out_col;
+        }
+        memcpy(tile->sums, act->sums + begin, sizeof(int32_t) * (size_t)n);
+        memcpy(tile->scales, act->scales + begin, sizeof(float) * (size_t)n);
+        return;
+    }
+    for (int32_t i = 0; i < n; i++) {
+        const int64_t in = cq_input_row(it, first + i);
+        tile->x[i] = act->q + in * n_cols;
+        tile->sums[i] = act->sums[in];
+        tile->scales[i] = act->scales[in];
+        tile->out[i] = cq_output(it, first + i, out_col);
+    }
+}
+
 static void clustered_gemm(const cq_worker *worker, const cq_items *it, int64_t row, int32_t n_rows, int32_t out_col) {
     const cq_linear *op = it->op;
     const cq_matrix *w = op->w;
     const cq_kernels *kernels = worker->kernels;
-    const int8_t *x[CQ_TOKEN_TILE];
-    int32_t sums[CQ_TOKEN_TILE];
-    float *out[CQ_TOKEN_TILE], scales[CQ_TOKEN_TILE];
+    token_tile tile;
     for (int32_t done = 0; done < n_rows; done += kernels->panel_rows) {
         int32_t n = n_rows - done < kernels->panel_rows ? n_rows - done : kernels->panel_rows;
         kernels->decode_panel(w, row + done, n, worker->scratch);
         for (int32_t first = 0; first < it->n; first += CQ_TOKEN_TILE) {
-            int32_t n_tokens = it->n - first < CQ_TOKEN_TILE ? it->n - first : CQ_TOKEN_TILE;
-            for (int32_t i = 0; i < n_tokens; i++) {
-                int32_t in = cq_input_row(it, first + i);
-                x[i] = op->act->q + (int64_t)in * w->n_cols;
-                sums[i] = op->act->sums[in];
-                scales[i] = op->act->scales[in];
-                out[i] = cq_output(it, first + i, out_col + done);
-            }
-            const cq_scaling to = {out, w->scales + row + done, scales, n, op->accumulate};
-            multiply_panel(kernels, worker->scratch, w->n_cols, x, sums, n_tokens, &to);
-            for (int32_t i = 0; i < n_tokens; i++) cq_add_bias(op, row + done, n, out[i]);
+            const int32_t n_tokens = cq_min(CQ_TOKEN_TILE, it->n - first);
+            point_at_tokens(it, first, n_tokens, out_col + done, &tile);
+            const cq_scaling to = {tile.out, w->scales + row + done, tile.scales, n, op->accumulate};
+            multiply_panel(kernels, worker->scratch, w->n_cols, tile.x, tile.sums, n_tokens, &to);
+            for (int32_t i = 0; op->bias && i < n_tokens; i++) cq_add_bias(op, row + done, n, tile.out[i]);
         }
     }
 }

@@ -18,6 +18,7 @@ typedef float32x4_t vec;
 static inline vec repeat_four(const float *p) { return vld1q_f32(p); }
 static inline vec min_vec(vec a, vec b) { return vminq_f32(a, b); } /* NaN if either is */
 static inline vec max_vec(vec a, vec b) { return vmaxq_f32(a, b); }
+static inline vec reciprocal(vec v) { return 1.0f / v; }
 static inline float sum_lanes(vec v) { return vaddvq_f32(v); }
 
 static void f16_to_f32(const uint16_t *x, float *out, int32_t n) {

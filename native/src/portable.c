@@ -17,6 +17,7 @@ static inline vec max_vec(vec a, vec b) {
     for (int32_t i = 0; i < CQ_LANES; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
     return b;
 }
+static inline vec reciprocal(vec v) { return 1.0f / v; }
 static inline float sum_lanes(vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
 static float f16_value(uint16_t half) {
