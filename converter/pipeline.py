@@ -19,7 +19,7 @@ from .check import check_file
 from .checkpoint import GGUF_BIASES, HEAD_BIAS, Checkpoint, open_checkpoint
 from .duration import estimated_seconds
 from .layers import LayerQuantizer
-from .memory import peak_bytes, require_memory
+from .memory import peak_bytes, require_memory, return_what_is_freed
 from .metadata import metadata
 from .moments import Moments
 from .observe import Observation, observe
@@ -76,6 +76,7 @@ def convert(settings: Settings) -> Report:
     """Convert as the settings say; the output appears under its name only when complete and checked."""
     started = time.perf_counter()
     torch.set_num_threads(settings.threads)
+    return_what_is_freed()
     checkpoint, plan = plan_conversion(settings)
     check_output(settings.out, settings.overwrite, plan.nbytes)
     require_memory(needs(settings, checkpoint, plan).memory, settings)
