@@ -50,7 +50,8 @@ CQ_INLINE void block_tile(const int32_t N, const cq_block_panel *p, const cq_blo
 CQ_BLOCK_TILE(1)
 CQ_BLOCK_TILE(2)
 CQ_BLOCK_TILE(3)
-CQ_BLOCK_TILE(4) CQ_BLOCK_TILE(5) CQ_BLOCK_TILE(6)
+CQ_BLOCK_TILE(4)
+CQ_BLOCK_TILE(5) CQ_BLOCK_TILE(6)
 
     /* Tokens are dealt evenly, as in gemm_panel_scaled. */
     static void gemm_blocks(const cq_block_panel *p, const cq_block_tokens *tokens, int32_t n_tokens, float *dots) {

@@ -7,7 +7,7 @@
 
 static const cq_kernels *const table[] = {
 #if defined(__x86_64__)
-    &cq_kernels_avx512,
+    &cq_kernels_avx512vbmi, &cq_kernels_avx512,
 #ifdef CQ_AVX_VNNI
     &cq_kernels_avxvnni,
 #endif
@@ -21,7 +21,7 @@ static const cq_kernels *const table[] = {
 enum { N_SETS = sizeof table / sizeof *table };
 
 /* Every name --isa knows, so that one of another architecture is "not supported here" and not "unknown". */
-static const char *const names[] = {"avx512", "avxvnni", "avx2", "neon-dotprod", "neon", "scalar"};
+static const char *const names[] = {"avx512vbmi", "avx512", "avxvnni", "avx2", "neon-dotprod", "neon", "scalar"};
 
 static _Atomic(const cq_kernels *) current;
 

@@ -1,5 +1,5 @@
-/* What one instruction set provides. Each of portable.c, avx2.c, avxvnni.c, avx512.c and neon.c defines one cq_kernels;
- * dispatch.c lists them. Adding an instruction set is adding one such file and one line there.
+/* What one instruction set provides. Each of portable.c, avx2.c, avxvnni.c, avx512.c, avx512vbmi.c and neon.c defines
+ * one cq_kernels; dispatch.c lists them. Adding an instruction set is adding one such file and one line there.
  *
  * The effective weight is an int8: W = centroid, or (centroid * group_scale + 64) >> 7 where the matrix has group
  * scales. With |W| <= 128 and |x| <= 127, a sum over n_cols <= CQ_MAX_COLS stays inside int32, also in the offset form
@@ -119,8 +119,8 @@ typedef struct cq_kernels {
     void (*sum_by_centroid)(const struct cq_centroid_columns *columns, float (*sums)[CQ_BLOCK]);
 } cq_kernels;
 
-extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avxvnni, cq_kernels_avx512, cq_kernels_neon,
-    cq_kernels_neon_dotprod;
+extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avxvnni, cq_kernels_avx512,
+    cq_kernels_avx512vbmi, cq_kernels_neon, cq_kernels_neon_dotprod;
 
 const cq_kernels *cq_kernels_current(void);
 

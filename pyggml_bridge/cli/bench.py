@@ -48,7 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (physical cores)")
     parser.add_argument("-d", "--n-depth", type=int, default=0, metavar="N", help="tokens in the KV cache before (0)")
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md", help="table or JSON")
-    parser.add_argument("--isa", metavar="NAME", help="scalar, avx2, avxvnni, avx512 or neon: can only lower")
+    parser.add_argument("--isa", metavar="NAME", help="scalar, avx2, avxvnni, avx512, avx512vbmi, neon: only lowers")
     parser.add_argument("--kernels", action="store_true", help="the GEMV and GEMM alone on the model's shapes")
     add_cuda_arguments(parser)
     parser.add_argument("--json", action="store_true", help="same as -o json")

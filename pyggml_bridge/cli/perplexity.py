@@ -34,7 +34,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("-c", "--ctx", type=int, default=512, metavar="N", help="tokens per chunk (512)")
     parser.add_argument("--chunks", type=int, metavar="N", help="stop after N chunks")
     parser.add_argument("--threads", "-t", type=int, metavar="N", help="threads (physical cores)")
-    parser.add_argument("--isa", metavar="NAME", help="scalar, avx2, avxvnni, avx512 or neon: can only lower")
+    parser.add_argument("--isa", metavar="NAME", help="scalar, avx2, avxvnni, avx512, avx512vbmi, neon: only lowers")
     parser.add_argument(
         "--base", metavar="MODEL", help="original: a GGUF, or what cq-convert accepts (needs [convert])"
     )

@@ -56,7 +56,7 @@ def _arguments() -> argparse.Namespace:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--ctx", "-c", type=int, metavar="N", help="context size (the model's, at most 8192)")
     machine.add_argument("--threads", "-t", type=int, metavar="N", help="threads (physical cores)")
-    machine.add_argument("--isa", metavar="NAME", help="scalar, avx2, avxvnni, avx512 or neon: can only lower")
+    machine.add_argument("--isa", metavar="NAME", help="scalar, avx2, avxvnni, avx512, avx512vbmi, neon: only lowers")
     add_cuda_arguments(machine)
     return parser.parse_intermixed_args()  # so that `-` may stand anywhere
 

@@ -1,0 +1,23 @@
+/* AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later), whose vpermb looks up bytes across lanes. */
+#if defined(__x86_64__)
+#if defined(__clang__)
+#include <immintrin.h>
+#pragma clang attribute push(                                                                                          \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c"))),                 \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c,prefer-vector-width=512")
+#include <immintrin.h>
+#endif
+#define CQ_VBMI
+#include "avx512_core.h"
+
+static int supported(void) { return has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi"); }
+
+const cq_kernels cq_kernels_avx512vbmi = {"avx512vbmi", supported,  gemv,       PANEL_ROWS,
+                                          decode_panel, pack_panel, gemm_panel, gemm_panel_scaled,
+                                          gemm_blocks,  dot_q8_0,   peak_macs,  CQ_FLOAT_KERNELS};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
