@@ -1,4 +1,4 @@
-/* Q8_0 in avx512.c: a panel in blocks of 32 columns, each with scales of its own. A tile keeps a block's sums in
+/* Q8_0 in avx512_core.h: a panel in blocks of 32 columns, each with scales of its own. A tile keeps a block's sums in
  * registers, and the floats that they are added to: two registers of each for a token, and two of weights. */
 #ifndef CQ_AVX512_BLOCKS_H
 #define CQ_AVX512_BLOCKS_H
@@ -51,7 +51,8 @@ CQ_BLOCK_TILE(1)
 CQ_BLOCK_TILE(2)
 CQ_BLOCK_TILE(3)
 CQ_BLOCK_TILE(4)
-CQ_BLOCK_TILE(5) CQ_BLOCK_TILE(6)
+CQ_BLOCK_TILE(5)
+CQ_BLOCK_TILE(6)
 
     /* Tokens are dealt evenly, as in gemm_panel_scaled. */
     static void gemm_blocks(const cq_block_panel *p, const cq_block_tokens *tokens, int32_t n_tokens, float *dots) {

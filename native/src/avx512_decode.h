@@ -1,4 +1,4 @@
-/* The part of avx512.c that decodes rows into panels, for many tokens. */
+/* The part of avx512_core.h that decodes rows into panels, for many tokens. */
 #ifndef CQ_AVX512_DECODE_H
 #define CQ_AVX512_DECODE_H
 

@@ -1,5 +1,5 @@
-/* The GEMV half of avx512.c. Four rows at once, where they share their codebooks: one codebook in registers serves all
- * four, their independent sums hide latency, and with a trellis three of four find the row above already loaded. */
+/* The GEMV half of avx512_core.h. Four rows at once, where they share their codebooks: one codebook in registers serves
+ * all four, their independent sums hide latency, and with a trellis three of four find the row above already loaded. */
 #ifndef CQ_AVX512_GEMV_H
 #define CQ_AVX512_GEMV_H
 

@@ -1,4 +1,4 @@
-/* The panel half of avx512.c: transposing decoded rows into a panel, and multiplying it with tokens.
+/* The panel half of avx512_core.h: transposing decoded rows into a panel, and multiplying it with tokens.
  *
  * A panel is uint8 [n_cols / 4][PANEL_ROWS][4], W + 128: one vpdpbusd multiplies four columns of 16 rows with four
  * columns of a token, broadcast. */

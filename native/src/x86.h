@@ -1,4 +1,4 @@
-/* What avx2.c, avxvnni.c and avx512.c share: codebook loads, F16C conversion, Q8_0. Included after the target pragma.
+/* What the x86 sets share: codebook loads, F16C conversion, Q8_0. Included after the target pragma.
  */
 #ifndef CQ_X86_H
 #define CQ_X86_H
