@@ -1,8 +1,9 @@
 /* The attention operation: new keys and values into the cache, then units of work for the team.
  *
- * Many tokens: a unit is a tile of queries of one head. One token has too few of those, and heads that share keys and
- * values would each read them anew: a unit is a group of such heads and a chunk of keys, and a head's parts are joined
- * afterwards. How keys are cut into chunks depends on their number only, so that results do not depend on the team. */
+ * Many tokens: a unit is a tile of queries of a few heads that share keys and values. One token has too few of those,
+ * and heads that share keys and values would each read them anew: a unit is a group of such heads and a chunk of keys,
+ * and a head's parts are joined afterwards. How keys are cut into chunks depends on their number only, so that results
+ * do not depend on the team. */
 #include "worker.h"
 #include <float.h>
 #include <math.h>
@@ -29,13 +30,16 @@ static void append_to_cache(const cq_worker *worker, const cq_attention *op) {
 
 static void attend_batch(const cq_worker *worker, const cq_attention *op) {
     const int32_t n_tokens = worker->step->n_tokens, tiles = cq_ceil_div(n_tokens, CQ_QUERY_TILE);
-    for (int32_t unit; (unit = cq_next_unit(worker)) < tiles * op->n_heads;) {
+    const int32_t group = op->n_heads / op->n_kv_heads, pieces = cq_ceil_div(group, CQ_TILE_HEADS);
+    const int32_t units = pieces * op->n_kv_heads; /* of a tile */
+    for (int32_t unit; (unit = cq_next_unit(worker)) < tiles * units;) {
         /* The last queries see the most keys, so they go first. */
-        const int32_t head = unit % op->n_heads, first = (tiles - 1 - unit / op->n_heads) * CQ_QUERY_TILE;
+        const int32_t first = (tiles - 1 - unit / units) * CQ_QUERY_TILE, begin = unit % pieces * CQ_TILE_HEADS;
+        const int32_t head = unit % units / pieces * group + begin;
         const int64_t row = (int64_t)first * op->n_heads + head;
-        worker->kernels->attention_head(op, head, worker->step->position + first,
-                                        cq_min(n_tokens - first, CQ_QUERY_TILE), op->q + row * op->head_dim,
-                                        op->out + row * op->value_dim, (float *)worker->scratch);
+        worker->kernels->attention_heads(op, head, cq_min(group - begin, CQ_TILE_HEADS), worker->step->position + first,
+                                         cq_min(n_tokens - first, CQ_QUERY_TILE), op->q + row * op->head_dim,
+                                         op->out + row * op->value_dim, (float *)worker->scratch);
     }
 }
 

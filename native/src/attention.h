@@ -257,45 +257,61 @@ static void load_values(const attention_tile *a, int64_t kv_head, int32_t first,
     if (a->op->v_cache) f16_to_f32(a->op->v_cache + (kv_head * a->op->n_ctx + first) * dim, a->tile, n_keys * dim);
 }
 
-static attention_tile carve_scratch(const cq_attention *op, int32_t position, int32_t n_queries, float *scratch) {
+/* Of the number-th head of those that go together; two tiles, of keys and values, and scores are common to all. */
+static attention_tile carve_scratch(const cq_attention *op, int32_t number, int32_t position, int32_t n_queries,
+                                    float *scratch) {
     attention_tile a = {.op = op, .position = position, .n_queries = n_queries, .tile = scratch};
-    a.queries = a.tile + CQ_KEY_TILE * cq_attention_tile_width(op);
-    a.scores = a.queries + CQ_QUERY_TILE * op->head_dim;
-    a.max = a.scores + CQ_KEY_TILE * CQ_QUERY_TILE;
+    a.scores = scratch + 2 * CQ_KEY_TILE * cq_attention_tile_width(op);
+    a.max = a.scores + CQ_KEY_TILE * CQ_QUERY_TILE + (int64_t)number * CQ_QUERY_TILE * (op->head_dim + 3);
     a.sum = a.max + CQ_QUERY_TILE;
     a.shrink = a.sum + CQ_QUERY_TILE;
+    a.queries = a.shrink + CQ_QUERY_TILE;
     for (int32_t i = 0; i < CQ_QUERY_TILE; i++) a.max[i] = CQ_HIDDEN, a.sum[i] = 0;
     return a;
 }
 
-static void attention_head(const cq_attention *op, int32_t head, int32_t position, int32_t n_queries, const float *q,
-                           float *out, float *scratch) {
+static attention_tile begin_head(const cq_attention *op, int32_t number, int32_t position, int32_t n_queries,
+                                 const float *q, float *out, float *scratch) {
+    const int64_t stride = (int64_t)op->n_heads * op->value_dim;
+    for (int32_t i = 0; i < n_queries; i++) /* outputs of a head are far apart */
+        for (int32_t d = 0; d < op->value_dim; d += 16) __builtin_prefetch(out + i * stride + d, 1);
+    const attention_tile a = carve_scratch(op, number, position, n_queries, scratch);
+    transpose_queries(&a, q);
+    for (int32_t i = 0; i < n_queries; i++) memset(out + i * stride, 0, sizeof(float) * (size_t)op->value_dim);
+    return a;
+}
+
+static void attention_heads(const cq_attention *op, int32_t head, int32_t n_heads, int32_t position, int32_t n_queries,
+                            const float *q, float *out, float *scratch) {
     const int32_t dim = op->value_dim, end = position + n_queries;
     const int64_t stride = (int64_t)op->n_heads * dim, kv_head = head / (op->n_heads / op->n_kv_heads);
-    const attention_tile a = carve_scratch(op, position, n_queries, scratch);
-    for (int32_t i = 0; i < n_queries; i++) /* outputs of a head are far apart */
-        for (int32_t d = 0; d < dim; d += 16) __builtin_prefetch(out + i * stride + d, 1);
-    transpose_queries(&a, q);
-    for (int32_t i = 0; i < n_queries; i++) memset(out + i * stride, 0, sizeof(float) * (size_t)dim);
+    attention_tile heads[CQ_TILE_HEADS], values;
+    for (int32_t h = 0; h < n_heads; h++)
+        heads[h] = begin_head(op, h, position, n_queries, q + h * op->head_dim, out + h * dim, scratch);
     for (int32_t first = cq_first_key(op, position); first < end; first += CQ_KEY_TILE) {
         const int32_t n_keys = cq_min(end - first, CQ_KEY_TILE);
-        load_keys(&a, kv_head, first, n_keys);
-        batch_scores(&a, first, n_keys);
-        batch_softmax(&a, first, n_keys);
-        load_values(&a, kv_head, first, n_keys);
-        add_batch_values(&a, first, n_keys, out);
+        load_keys(heads, kv_head, first, n_keys);
+        for (int32_t h = 0; h < n_heads; h++) {
+            batch_scores(&heads[h], first, n_keys);
+            batch_softmax(&heads[h], first, n_keys);
+            values = heads[h];
+            if (op->v_cache) values.tile += CQ_KEY_TILE * cq_attention_tile_width(op);
+            if (h == 0) load_values(&values, kv_head, first, n_keys);
+            add_batch_values(&values, first, n_keys, out + h * dim);
+        }
     }
-    for (int32_t i = 0; i < n_queries; i++) {
-        const float share = 1.0f / a.sum[i];
-        for (int32_t d = 0; d < dim; d++) out[i * stride + d] *= share;
-    }
+    for (int32_t h = 0; h < n_heads; h++)
+        for (int32_t i = 0; i < n_queries; i++) {
+            const float share = 1.0f / heads[h].sum[i];
+            for (int32_t d = 0; d < dim; d++) out[i * stride + h * dim + d] *= share;
+        }
 }
 
 static void attention_chunk(const cq_attention *op, int32_t head, int32_t n_heads, int32_t first, int32_t end,
                             const float *q, float *parts, int64_t stride, float *scratch) {
     const int32_t dim = op->value_dim;
     const int64_t kv_head = head / (op->n_heads / op->n_kv_heads);
-    const attention_tile a = carve_scratch(op, 0, n_heads, scratch);
+    const attention_tile a = carve_scratch(op, 0, 0, n_heads, scratch);
     for (int32_t i = 0; i < n_heads; i++) memset(parts + i * stride, 0, sizeof(float) * (size_t)dim);
     for (; first < end; first += CQ_KEY_TILE) {
         const int32_t n_keys = cq_min(end - first, CQ_KEY_TILE);

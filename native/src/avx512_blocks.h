@@ -54,8 +54,8 @@ CQ_BLOCK_TILE(4)
 CQ_BLOCK_TILE(5)
 CQ_BLOCK_TILE(6)
 
-    /* Tokens are dealt evenly, as in gemm_panel_scaled. */
-    static void gemm_blocks(const cq_block_panel *p, const cq_block_tokens *tokens, int32_t n_tokens, float *dots) {
+/* Tokens are dealt evenly, as in gemm_panel_scaled. */
+static void gemm_blocks(const cq_block_panel *p, const cq_block_tokens *tokens, int32_t n_tokens, float *dots) {
     static void (*const block_tiles[BLOCK_TOKENS])(const cq_block_panel *, const cq_block_tokens *, int32_t,
                                                    float *) = {block_tile_1, block_tile_2, block_tile_3,
                                                                block_tile_4, block_tile_5, block_tile_6};

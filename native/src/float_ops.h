@@ -310,5 +310,5 @@ static void dot_f16(const uint16_t *w, const float *const *x, int32_t n_tokens, 
 
 #define CQ_FLOAT_KERNELS                                                                                               \
     rms_norm, quantize, swiglu, rope, hadamard, axpy, scale_acc, dot_f32, dot_f16, f16_to_f32, f32_to_f16,             \
-        attention_head, attention_chunk, kmeans_layer, nearest_block, descend_block, rank_update, sum_by_centroid
+        attention_heads, attention_chunk, kmeans_layer, nearest_block, descend_block, rank_update, sum_by_centroid
 #endif

@@ -100,10 +100,10 @@ typedef struct cq_kernels {
     void (*dot_f16)(const uint16_t *w, const float *const *x, int32_t n_tokens, int32_t n_cols, float *dot);
     void (*f16_to_f32)(const uint16_t *x, float *out, int32_t n);
     void (*f32_to_f16)(const float *x, uint16_t *out, int32_t n);
-    /* Attention of n_queries consecutive positions of one head, the first at position `position`; q and out are
-     * strided. */
-    void (*attention_head)(const cq_attention *op, int32_t head, int32_t position, int32_t n_queries, const float *q,
-                           float *out, float *scratch);
+    /* Attention of n_queries consecutive positions, the first at position `position`, of n_heads <= CQ_TILE_HEADS heads
+     * from `head` on that share keys and values; q and out are those of the first head, strided. */
+    void (*attention_heads)(const cq_attention *op, int32_t head, int32_t n_heads, int32_t position, int32_t n_queries,
+                            const float *q, float *out, float *scratch);
     /* One token's queries q[n_heads][head_dim] of heads `head` .. that share keys and values, over keys first .. end
      * - 1. parts, `stride` floats per head: sum of 2^(score - m) * value [value_dim], the largest score m, sum of
      * 2^(score - m); scores are times log2 e. At most CQ_QUERY_TILE heads. */
@@ -141,12 +141,12 @@ static inline int32_t cq_first_key(const cq_attention *op, int32_t position) {
 }
 
 /* Floats that attention needs for scratch. */
-enum { CQ_QUERY_TILE = 32, CQ_KEY_TILE = 64 };
+enum { CQ_QUERY_TILE = 32, CQ_KEY_TILE = 64, CQ_TILE_HEADS = 4 };
 static inline int32_t cq_attention_tile_width(const cq_attention *op) {
     return op->head_dim > op->value_dim ? op->head_dim : op->value_dim;
 }
 static inline size_t cq_attention_scratch_floats(const cq_attention *op) {
-    return (size_t)CQ_KEY_TILE * cq_attention_tile_width(op) + (size_t)CQ_QUERY_TILE * op->head_dim +
-           (size_t)CQ_QUERY_TILE * CQ_KEY_TILE + 3 * CQ_QUERY_TILE;
+    return 2 * (size_t)CQ_KEY_TILE * cq_attention_tile_width(op) + (size_t)CQ_QUERY_TILE * CQ_KEY_TILE +
+           CQ_TILE_HEADS * (size_t)CQ_QUERY_TILE * (op->head_dim + 3);
 }
 #endif
