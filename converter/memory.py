@@ -20,7 +20,7 @@ from .settings import Settings
 from .stream import BATCH_TOKENS
 
 FLOAT = 4
-PROGRAM = 1100 << 20  # Python, torch, transformers, and what allocators keep to themselves
+PROGRAM = 800 << 20  # Python, torch, transformers, and what allocators keep to themselves
 FITTED = 1.25  # of a float weight while its codebooks are made: in the file's order, and a byte per index
 ROW_FEEDBACK = 3  # more, where rows make up for each other's errors: targets, originals, errors
 SQUARES = 3  # float32 [cols, width] of a linear: moments, damped, factor
