@@ -10,8 +10,9 @@
 #endif
 #include "avx2_core.h"
 
-const cq_kernels cq_kernels_avx2 = {"avx2",     has_avx2,          gemv, PANEL_ROWS, decode_panel, pack_panel,
-                                    gemm_panel, gemm_panel_scaled, NULL, dot_q8_0,   peak_macs,    CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_avx2 = {"avx2",          has_avx2,     gemv,       PANEL_ROWS,      PANEL_HEAD,
+                                    PANEL_COL_BYTES, decode_panel, pack_panel, gemm_panel,      gemm_panel_scaled,
+                                    gemm_blocks,     dot_q8_0,     peak_macs,  CQ_FLOAT_KERNELS};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,7 +1,6 @@
 /* AVX2 kernels, compiled twice: by avx2.c, and by avxvnni.c with a dot product of bytes.
  *
- * Tables are 16 bytes in both lanes for vpshufb; vpmulhrsw of a centroid and scale * 256 is (c * scale * 256 + 16384)
- * >> 15 = (c * scale + 64) >> 7, the format's rounding. Only bytes of the matrix are read. */
+ * Only bytes of the matrix are read. */
 #ifndef CQ_AVX2_CORE_H
 #define CQ_AVX2_CORE_H
 #include "indices.h"
@@ -18,57 +17,66 @@ static inline vec min_vec(vec a, vec b) { return _mm256_min_ps(a, b); }
 static inline vec max_vec(vec a, vec b) { return _mm256_max_ps(a, b); }
 static inline vec reciprocal(vec v) { return 1.0f / v; }
 static inline float sum_lanes(vec v) { return sum_f32(v); }
+static inline void store_low_bytes(int8_t *out, vec v) {
+    const __m256i first = _mm256_set1_epi32(0x0c080400), bytes = _mm256_shuffle_epi8(_mm256_castps_si256(v), first);
+    _mm_storel_epi64((__m128i *)out,
+                     _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+}
 
 #include "float_ops.h"
 
-/* With a dot product of unsigned and signed bytes (CQ_DPBUSD) weights are W + 128, else W: what that adds to a sum is
- * 128 times the sum of the activations. */
-#ifdef CQ_DPBUSD
-enum { OFFSET = 128 };
-#else
-enum { OFFSET = 0 };
-#endif
-
-/* sum + the products of 32 weights and activations, four to a lane. */
-CQ_INLINE __m256i add_products(__m256i sum, __m256i weights, __m256i x) {
-#ifdef CQ_DPBUSD
-    return CQ_DPBUSD(sum, weights, x);
-#else
-    return _mm256_add_epi32(sum, multiply_i8(weights, x));
-#endif
-}
-
-/* Sixteen entries: centroids as int16, or a table for vpshufb. high: entries 16 to 31, unused by smaller codebooks. */
+/* Two tables of sixteen bytes, in both lanes, for vpshufb; codebooks are two of sixteen int16. Of 32 entries `high` is
+ * what the second half changes in the first, bit by bit; smaller ones do not use it. */
 typedef struct {
     __m256i low, high;
 } entries;
 
+/* Centroids times 256: vpmulhrsw with a scale is (256 c * scale + 16384) >> 15 = (c * scale + 64) >> 7, the format's
+ * rounding, and NO_SCALE leaves the centroid. */
+enum { NO_SCALE = 128 };
+
+CQ_INLINE __m256i load_sixteen(const int8_t *centroids, int32_t bits) {
+    return _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_centroids(centroids, bits)), 8);
+}
+
 CQ_INLINE entries load_codebook(const int8_t *centroids, const int32_t type) {
     const int32_t bits = cq_index_bits(type);
-    const __m256i low = _mm256_cvtepi8_epi16(load_centroids(centroids, bits));
-    return (entries){low, bits == 5 ? _mm256_cvtepi8_epi16(load_centroids(centroids + 16, bits)) : low};
+    const __m256i low = load_sixteen(centroids, bits);
+    return (entries){low, bits == 5 ? load_sixteen(centroids + 16, bits) : low};
 }
 
-/* scale: NULL for none. The byte in every position, with the lower half of each int16 cleared, is the scale times 256.
- */
-CQ_INLINE __m256i scaled_table(__m256i codebook, const int8_t *scale) {
-    const __m256i upper = _mm256_set1_epi16((short)0xff00);
-    if (scale) codebook = _mm256_mulhrs_epi16(codebook, _mm256_and_si256(_mm256_set1_epi8(*scale), upper));
-    /* packing leaves the two halves in qwords 0 and 2 */
-    const __m256i table = _mm256_permute4x64_epi64(_mm256_packs_epi16(codebook, codebook), 0x88);
-    return OFFSET ? _mm256_xor_si256(table, _mm256_set1_epi8((char)0x80)) : table;
+/* Packing leaves the halves of a in qwords 0 and 2, those of b in 1 and 3. offset: 0x80 adds 128, 0 nothing. */
+CQ_INLINE entries two_tables(__m256i a, __m256i b, const char offset) {
+    const __m256i packed = _mm256_xor_si256(_mm256_packs_epi16(a, b), _mm256_set1_epi8(offset));
+    return (entries){_mm256_permute4x64_epi64(packed, 0x88), _mm256_permute4x64_epi64(packed, 0xdd)};
 }
 
-CQ_INLINE entries table_of(entries codebook, const int32_t type, const int8_t *scale) {
-    const __m256i low = scaled_table(codebook.low, scale);
-    return (entries){low, cq_index_bits(type) == 5 ? scaled_table(codebook.high, scale) : low};
+/* table[N]: of N rows that share a codebook; scale: each row's, as int16 in all lanes. */
+CQ_INLINE void make_tables(const int32_t N, const int32_t type, entries codebook, const __m256i *scale,
+                           const char offset, entries *table) {
+    if (cq_index_bits(type) == 5) {
+#pragma GCC unroll 4
+        for (int32_t r = 0; r < N; r++) {
+            table[r] = two_tables(_mm256_mulhrs_epi16(codebook.low, scale[r]),
+                                  _mm256_mulhrs_epi16(codebook.high, scale[r]), offset);
+            table[r].high = _mm256_xor_si256(table[r].low, table[r].high);
+        }
+        return;
+    }
+#pragma GCC unroll 4
+    for (int32_t r = 0; r < N; r += 2) {
+        const int32_t second = r + 1 < N ? r + 1 : r;
+        const entries pair = two_tables(_mm256_mulhrs_epi16(codebook.low, scale[r]),
+                                        _mm256_mulhrs_epi16(codebook.low, scale[second]), offset);
+        table[r].low = pair.low, table[second].low = second > r ? pair.high : pair.low;
+    }
 }
 
 typedef struct {
     __m256i first, second;
 } indices64, weights64;
 
-typedef indices64 halves64; /* the top bit of each byte */
+typedef indices64 halves64; /* bytes of ones or zeros */
 
 CQ_INLINE __m256i load32(const uint8_t *block) { return _mm256_loadu_si256((const __m256i *)block); }
 
@@ -110,15 +118,16 @@ CQ_INLINE indices64 two_bits_on_trellis(const uint8_t *block, const uint8_t *abo
 CQ_INLINE halves64 halves_of_plane(uint64_t plane) {
     const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
     const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
-    const __m256i first = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)plane), spread);
-    const __m256i second = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)(plane >> 32)), spread);
+    const __m256i bytes = _mm256_set1_epi64x((long long)plane), four = _mm256_set1_epi8(4);
+    const __m256i first = _mm256_shuffle_epi8(bytes, spread);
+    const __m256i second = _mm256_shuffle_epi8(bytes, _mm256_or_si256(spread, four));
     return (halves64){_mm256_cmpeq_epi8(_mm256_and_si256(first, bit), bit),
                       _mm256_cmpeq_epi8(_mm256_and_si256(second, bit), bit)};
 }
 
 CQ_INLINE halves64 halves_of_fours(const uint8_t *above) {
-    const __m256i bytes = load32(above);
-    return (halves64){_mm256_slli_epi16(bytes, 4), bytes};
+    const __m256i bytes = load32(above), zero = _mm256_setzero_si256();
+    return (halves64){_mm256_cmpgt_epi8(zero, _mm256_slli_epi16(bytes, 4)), _mm256_cmpgt_epi8(zero, bytes)};
 }
 
 CQ_INLINE indices64 add_bit(indices64 index, uint64_t plane, const char value) {
@@ -132,22 +141,25 @@ CQ_INLINE weights64 look_up(entries table, indices64 index) {
 }
 
 CQ_INLINE weights64 look_up_32(entries table, indices64 index, halves64 halves) {
-    const weights64 low = look_up(table, index);
-    return (weights64){_mm256_blendv_epi8(low.first, _mm256_shuffle_epi8(table.high, index.first), halves.first),
-                       _mm256_blendv_epi8(low.second, _mm256_shuffle_epi8(table.high, index.second), halves.second)};
+    const weights64 low = look_up(table, index), change = look_up((entries){table.high, table.high}, index);
+    return (weights64){_mm256_xor_si256(low.first, _mm256_and_si256(change.first, halves.first)),
+                       _mm256_xor_si256(low.second, _mm256_and_si256(change.second, halves.second))};
 }
 
 #include "decode.h"
 
 #include "avx2_gemv.h"
 #include "avx2_panel.h"
+#include "block_tiles.h"
 
 /* Blocks [begin, end) of a row -> bytes at out; the span moves on with them. */
 CQ_INLINE void decode_blocks(const int32_t type, const cq_row *row, cq_span *span, int32_t begin, int32_t end,
                              uint8_t *out) {
     for (int32_t b = begin; b < end;) {
         if (b == span->end) cq_next_span(row, type, span);
-        const entries table = table_of(load_codebook(span->centroids, type), type, span->group_scale);
+        const __m256i scale = _mm256_set1_epi16(span->group_scale ? *span->group_scale : NO_SCALE);
+        entries table;
+        make_tables(1, type, load_codebook(span->centroids, type), &scale, (char)PANEL_OFFSET, &table);
         for (const int32_t stop = cq_min(end, span->end); b < stop; b++, out += CQ_BLOCK) {
             const weights64 weights = decode_row_block(row, type, b, table);
             _mm256_store_si256((__m256i *)out, weights.first);
@@ -156,27 +168,31 @@ CQ_INLINE void decode_blocks(const int32_t type, const cq_row *row, cq_span *spa
     }
 }
 
-CQ_INLINE void decode_half(const int32_t type, const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
+/* Rows of one half of a panel. */
+CQ_INLINE void decode_half(const int32_t type, const cq_matrix *w, int64_t row, int32_t n_rows, int32_t half,
+                           uint8_t *panel) {
     enum { CHUNK = CHUNK_BLOCKS * CQ_BLOCK };
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
     uint8_t decoded[HALF_ROWS * CHUNK] __attribute__((aligned(32)));
     cq_row rows[HALF_ROWS];
     cq_span spans[HALF_ROWS];
-    memset(decoded, OFFSET, sizeof decoded); /* rows beyond the matrix: weight zero */
+    memset(decoded, PANEL_OFFSET, sizeof decoded); /* rows beyond the matrix: weight zero */
     for (int32_t r = 0; r < n_rows; r++) rows[r] = cq_row_at(w, row + r), spans[r] = cq_first_span(&rows[r]);
     for (int32_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
         const int32_t end = cq_min(n_blocks, b + CHUNK_BLOCKS);
         for (int32_t r = 0; r < n_rows; r++) decode_blocks(type, &rows[r], &spans[r], b, end, decoded + r * CHUNK);
         for (int32_t col = 0; col < (end - b) * CQ_BLOCK; col += 32)
-            transpose_block(decoded + col, CHUNK, panel + ((int64_t)b * CQ_BLOCK + col) * PANEL_ROWS);
+            transpose_block(decoded + col, CHUNK,
+                            panel + PANEL_HEAD + ((int64_t)b * CQ_BLOCK + col) * PANEL_COL_BYTES + 32 * half,
+                            panel + 32 * half);
     }
 }
 
-/* Two halves of eight rows. */
 static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
+    memset(panel, 0, PANEL_HEAD);
     for (int32_t half = 0; half < 2; half++) {
         const int32_t first = half * HALF_ROWS, n = cq_min(n_rows - first, HALF_ROWS) * (n_rows > first);
-        CQ_WITH_TYPE(w, decode_half, w, row + first, n, panel + 4 * first)
+        CQ_WITH_TYPE(w, decode_half, w, row + first, n, half, panel)
     }
 }
 

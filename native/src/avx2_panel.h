@@ -1,22 +1,36 @@
 /* The panel half of avx2_core.h: transposing decoded rows into a panel, and multiplying it with tokens.
  *
- * A panel is bytes [n_cols / 4][PANEL_ROWS][4], W + OFFSET. */
+ * With a dot product of unsigned and signed bytes a panel is bytes [n_cols / 4][PANEL_ROWS][4], W + 128. Without one
+ * vpmaddubsw multiplies |W| with an x that has W's sign, but for a one: x ^ m = -x - 1 where m is -1. An exclusive or
+ * may run on any vector unit, a negation only on those that multiply. So for every four columns there are |W| and then
+ * m, and before all columns what that one takes from a row, as int32 [PANEL_ROWS]: the sum of |W| where W < 0. A pair
+ * is at most 2 * 128 * 127 and at least 2 * 128 * -128, which int16 holds. */
 #ifndef CQ_AVX2_PANEL_H
 #define CQ_AVX2_PANEL_H
 
-enum { PANEL_ROWS = 16, HALF_ROWS = 8, PANEL_STEP = 4 * PANEL_ROWS, CHUNK_BLOCKS = 4, TILE_COLS = 1024 /* 16 KiB */ };
-
-/* Of a tile; accumulators, weights (and their magnitudes) and an activation fill 16 registers. */
+/* Of a tile: accumulators, weights (and their signs), an activation and a product fill 16 registers. */
 #ifdef CQ_DPBUSD
-enum { TILE_TOKENS = 6 };
+enum { PANEL_OFFSET = 128, TILE_TOKENS = 6, BLOCK_TOKENS = 6, PLANES = 1 };
 #else
-enum { TILE_TOKENS = 4 };
+enum { PANEL_OFFSET = 0, TILE_TOKENS = 4, BLOCK_TOKENS = 4, PLANES = 2 };
 #endif
+enum { PANEL_ROWS = 16, HALF_ROWS = 8, PLANE = 4 * PANEL_ROWS, PANEL_STEP = PLANES * PLANE };
+enum { PANEL_HEAD = PLANES == 2 ? 4 * PANEL_ROWS : 0, PANEL_COL_BYTES = PLANES * PANEL_ROWS };
+enum { CHUNK_BLOCKS = 4, TILE_COLS = 1024 /* 16 or 32 KiB */ };
 
 #include "panel_tiles.h"
 
-/* out[k * PANEL_STEP] = dword k of each of 8 rows, for k < 8: a transposition of 8 x 8 dwords. */
-static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t *out) {
+/* Four columns of eight rows. Returns, in pairs of columns as int16, what their signs take from the rows. */
+CQ_INLINE __m256i store_weights(__m256i w, uint8_t *out) {
+    const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), w), magnitude = _mm256_abs_epi8(w);
+    _mm256_store_si256((__m256i *)out, PLANES == 2 ? magnitude : w);
+    if (PLANES == 2) _mm256_store_si256((__m256i *)(out + PLANE), negative);
+    return _mm256_maddubs_epi16(_mm256_and_si256(magnitude, negative), _mm256_set1_epi8(1));
+}
+
+/* Eight rows, of which out holds the first half or the second: 32 columns, a transposition of 8 x 8 dwords, and what
+ * their signs take is added to head. */
+static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t *out, uint8_t *head) {
     __m256i a[8], b[8];
 #pragma GCC unroll 8
     for (int32_t i = 0; i < 8; i++) a[i] = _mm256_load_si256((const __m256i *)(rows + i * stride));
@@ -32,54 +46,54 @@ static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t 
         a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
         a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
+    __m256i taken = _mm256_setzero_si256();
 #pragma GCC unroll 4
     for (int32_t j = 0; j < 4; j++) {
-        _mm256_store_si256((__m256i *)(out + j * PANEL_STEP), _mm256_permute2x128_si256(a[j], a[4 + j], 0x20));
-        _mm256_store_si256((__m256i *)(out + (4 + j) * PANEL_STEP), _mm256_permute2x128_si256(a[j], a[4 + j], 0x31));
+        const __m256i low = _mm256_permute2x128_si256(a[j], a[4 + j], 0x20);
+        const __m256i high = _mm256_permute2x128_si256(a[j], a[4 + j], 0x31);
+        taken = _mm256_add_epi16(taken, store_weights(low, out + j * PANEL_STEP));
+        taken = _mm256_add_epi16(taken, store_weights(high, out + (4 + j) * PANEL_STEP));
     }
+    if (PANEL_HEAD == 0) return;
+    const __m256i sums = _mm256_madd_epi16(taken, _mm256_set1_epi16(1));
+    _mm256_store_si256((__m256i *)head, _mm256_add_epi32(_mm256_load_si256((const __m256i *)head), sums));
 }
 
 static void pack_panel(const int8_t *rows, int64_t stride, int32_t n_rows, int32_t n_cols, uint8_t *panel) {
     uint8_t part[PANEL_ROWS * 32] __attribute__((aligned(32)));
-    memset(part, OFFSET, sizeof part);
+    memset(part, PANEL_OFFSET, sizeof part);
+    memset(panel, 0, PANEL_HEAD);
     for (int32_t k = 0; k < n_cols; k += 32)
         for (int32_t half = 0; half < 2; half++) {
             uint8_t *eight = part + half * HALF_ROWS * 32;
             for (int32_t r = half * HALF_ROWS; r < cq_min(n_rows, (half + 1) * HALF_ROWS); r++)
                 _mm256_store_si256((__m256i *)(part + r * 32),
                                    _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(rows + r * stride + k)),
-                                                    _mm256_set1_epi8((char)OFFSET)));
-            transpose_block(eight, 32, panel + k / 4 * PANEL_STEP + 4 * half * HALF_ROWS);
+                                                    _mm256_set1_epi8((char)PANEL_OFFSET)));
+            transpose_block(eight, 32, panel + PANEL_HEAD + k / 4 * PANEL_STEP + 32 * half, panel + 32 * half);
         }
 }
 
-/* Eight floats of one token from its accumulators. */
-CQ_INLINE void scale_half(__m256i sum, const cq_scaling *to, int32_t t, int32_t half) {
-    const __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(to->row_scales + 8 * half), _mm256_set1_ps(to->token_scales[t]));
-    const __m256 value = _mm256_cvtepi32_ps(sum);
-    float *out = to->out[t] + 8 * half;
-    _mm256_storeu_ps(out, to->accumulate ? _mm256_fmadd_ps(value, scale, _mm256_loadu_ps(out))
-                                         : _mm256_mul_ps(value, scale));
+typedef struct {
+    __m256i half[2];
+} tile_sums;
+
+/* What a token's sums start from. */
+CQ_INLINE tile_sums first_sums(const uint8_t *panel, int32_t x_sum) {
+    const __m256i *head = (const __m256i *)panel, offset = _mm256_set1_epi32(-PANEL_OFFSET * x_sum);
+    return PANEL_HEAD ? (tile_sums){{_mm256_load_si256(head), _mm256_load_si256(head + 1)}}
+                      : (tile_sums){{offset, offset}};
 }
 
-/* A panel times N tokens. N is a constant and everything is unrolled. Sums start from acc, at the first column from
- * what the weights' offset adds to them. */
-CQ_INLINE void tile(const int32_t N, const tile_columns *c, const int8_t *const *tokens, const int32_t *x_sum,
-                    int32_t first_token, int32_t *acc) {
-    __m256i sum[TILE_TOKENS][2];
-    const int8_t *x[TILE_TOKENS];
-#pragma GCC unroll 6
-    for (int32_t t = 0; t < N; t++) {
-        const __m256i *from = (const __m256i *)(acc + t * PANEL_ROWS), start = _mm256_set1_epi32(-OFFSET * x_sum[t]);
-        x[t] = tokens[t] + c->col;
-        sum[t][0] = c->col ? _mm256_loadu_si256(from) : start;
-        sum[t][1] = c->col ? _mm256_loadu_si256(from + 1) : start;
-    }
-    const __m256i *step = (const __m256i *)(c->panel + (int64_t)c->col * PANEL_ROWS);
-    for (int32_t k = 0; k < c->n_cols; k += 4, step += 2) {
+/* sum[N] += columns of a panel times columns of N tokens. N is a constant and everything is unrolled, else the compiler
+ * keeps the sums in memory. */
+CQ_INLINE void add_columns(const int32_t N, const uint8_t *columns, int32_t n_cols, const int8_t *const *x,
+                           tile_sums *sum) {
+    for (int32_t k = 0; k < n_cols; k += 4, columns += PANEL_STEP) {
+        const __m256i *step = (const __m256i *)columns;
         const __m256i w0 = _mm256_load_si256(step), w1 = _mm256_load_si256(step + 1);
 #ifndef CQ_DPBUSD
-        const __m256i m0 = _mm256_abs_epi8(w0), m1 = _mm256_abs_epi8(w1), ones = _mm256_set1_epi16(1);
+        const __m256i m0 = _mm256_load_si256(step + 2), m1 = _mm256_load_si256(step + 3), ones = _mm256_set1_epi16(1);
 #endif
 #pragma GCC unroll 6
         for (int32_t t = 0; t < N; t++) {
@@ -87,26 +101,52 @@ CQ_INLINE void tile(const int32_t N, const tile_columns *c, const int8_t *const 
             memcpy(&four, x[t] + k, 4);
             const __m256i activation = _mm256_set1_epi32(four);
 #ifdef CQ_DPBUSD
-            sum[t][0] = CQ_DPBUSD(sum[t][0], w0, activation);
-            sum[t][1] = CQ_DPBUSD(sum[t][1], w1, activation);
+            sum[t].half[0] = CQ_DPBUSD(sum[t].half[0], w0, activation);
+            sum[t].half[1] = CQ_DPBUSD(sum[t].half[1], w1, activation);
 #else
-            const __m256i p0 = _mm256_maddubs_epi16(m0, _mm256_sign_epi8(activation, w0));
-            const __m256i p1 = _mm256_maddubs_epi16(m1, _mm256_sign_epi8(activation, w1));
-            sum[t][0] = _mm256_add_epi32(sum[t][0], _mm256_madd_epi16(p0, ones));
-            sum[t][1] = _mm256_add_epi32(sum[t][1], _mm256_madd_epi16(p1, ones));
+            const __m256i p0 = _mm256_maddubs_epi16(w0, _mm256_xor_si256(activation, m0));
+            const __m256i p1 = _mm256_maddubs_epi16(w1, _mm256_xor_si256(activation, m1));
+            sum[t].half[0] = _mm256_add_epi32(sum[t].half[0], _mm256_madd_epi16(p0, ones));
+            sum[t].half[1] = _mm256_add_epi32(sum[t].half[1], _mm256_madd_epi16(p1, ones));
 #endif
         }
     }
+}
+
+/* Floats of one token from the sums of all rows of a panel. */
+CQ_INLINE void scale_token(const tile_sums sum, const cq_scaling *to, int32_t t) {
+    const __m256 token_scale = _mm256_set1_ps(to->token_scales[t]);
+    for (int32_t h = 0; h < 2; h++) {
+        const __m256 scale = _mm256_mul_ps(_mm256_loadu_ps(to->row_scales + 8 * h), token_scale);
+        const __m256 value = _mm256_cvtepi32_ps(sum.half[h]);
+        float *out = to->out[t] + 8 * h;
+        _mm256_storeu_ps(out, to->accumulate ? _mm256_fmadd_ps(value, scale, _mm256_loadu_ps(out))
+                                             : _mm256_mul_ps(value, scale));
+    }
+}
+
+/* Columns of a panel times N tokens: sums start from acc, at the first column from first_sums. */
+CQ_INLINE void tile(const int32_t N, const tile_columns *c, const int8_t *const *tokens, const int32_t *x_sum,
+                    int32_t first_token, int32_t *acc) {
+    tile_sums sum[TILE_TOKENS];
+    const int8_t *x[TILE_TOKENS];
+#pragma GCC unroll 6
+    for (int32_t t = 0; t < N; t++) {
+        const __m256i *from = (const __m256i *)(acc + t * PANEL_ROWS);
+        x[t] = tokens[t] + c->col;
+        sum[t] = c->col ? (tile_sums){{_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)}}
+                        : first_sums(c->panel, x_sum[t]);
+    }
+    add_columns(N, c->panel + PANEL_HEAD + (int64_t)c->col * PANEL_COL_BYTES, c->n_cols, x, sum);
     const int in_registers = c->to && c->to->n_rows == PANEL_ROWS;
 #pragma GCC unroll 6
     for (int32_t t = 0; t < N; t++) {
         if (in_registers) {
-            scale_half(sum[t][0], c->to, first_token + t, 0);
-            scale_half(sum[t][1], c->to, first_token + t, 1);
+            scale_token(sum[t], c->to, first_token + t);
             continue;
         }
-        _mm256_storeu_si256((__m256i *)(acc + t * PANEL_ROWS), sum[t][0]);
-        _mm256_storeu_si256((__m256i *)(acc + t * PANEL_ROWS) + 1, sum[t][1]);
+        _mm256_storeu_si256((__m256i *)(acc + t * PANEL_ROWS), sum[t].half[0]);
+        _mm256_storeu_si256((__m256i *)(acc + t * PANEL_ROWS) + 1, sum[t].half[1]);
         if (!c->to) continue;
         const cq_scaling *to = c->to;
         scale_acc(acc + t * PANEL_ROWS, to->row_scales, to->token_scales[first_token + t], to->out[first_token + t],

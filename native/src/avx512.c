@@ -10,9 +10,9 @@
 #endif
 #include "avx512_core.h"
 
-const cq_kernels cq_kernels_avx512 = {"avx512",     has_avx512_vnni, gemv,       PANEL_ROWS,
-                                      decode_panel, pack_panel,      gemm_panel, gemm_panel_scaled,
-                                      gemm_blocks,  dot_q8_0,        peak_macs,  CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_avx512 = {"avx512",    has_avx512_vnni, gemv,       PANEL_ROWS,      0,
+                                      PANEL_ROWS,  decode_panel,    pack_panel, gemm_panel,      gemm_panel_scaled,
+                                      gemm_blocks, dot_q8_0,        peak_macs,  CQ_FLOAT_KERNELS};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -30,10 +30,13 @@ static inline vec reciprocal(vec v) {
     return near * (2.0f - v * near);
 }
 static inline float sum_lanes(vec v) { return _mm512_reduce_add_ps(v); }
+static inline void store_low_bytes(int8_t *out, vec v) {
+    _mm_storeu_si128((__m128i *)out, _mm512_cvtepi32_epi8(_mm512_castps_si512(v)));
+}
 
 #include "float_ops.h"
 #include "avx512_panel.h"
-#include "avx512_blocks.h"
+#include "block_tiles.h"
 
 /* Where tables come from: one for the whole row; a scale per block or per two blocks, under codebooks that change only
  * between groups of four blocks; anything else. */
@@ -75,7 +78,7 @@ CQ_INLINE entries span_table(const cq_span *span, const int32_t type) {
 #pragma GCC unroll 2
     for (int32_t i = 0; i < n_halves(type); i++) {
         __m256i wide = _mm256_cvtepi8_epi16(load_centroids(span->centroids + 16 * i, cq_index_bits(type)));
-        if (span->group_scale) wide = _mm256_mulhrs_epi16(wide, _mm256_set1_epi16((short)(*span->group_scale << 8)));
+        if (span->group_scale) wide = _mm256_mulhrs_epi16(wide, _mm256_set1_epi16((short)(*span->group_scale * 256)));
         const __m512i lanes = _mm512_broadcast_i32x4(_mm256_cvtepi16_epi8(wide));
         table.half[i] = _mm512_xor_si512(lanes, _mm512_set1_epi8(-128));
     }

@@ -5,7 +5,8 @@
 #ifndef CQ_AVX512_PANEL_H
 #define CQ_AVX512_PANEL_H
 
-enum { PANEL_ROWS = 32, HALF_ROWS = 16, PANEL_STEP = 4 * PANEL_ROWS, TILE_TOKENS = 12, TILE_COLS = 4096 /* 128 KiB */ };
+enum { PANEL_ROWS = 32, PANEL_HEAD = 0, PANEL_COL_BYTES = PANEL_ROWS, HALF_ROWS = 16, PANEL_STEP = 4 * PANEL_ROWS };
+enum { TILE_TOKENS = 12, BLOCK_TOKENS = 6, TILE_COLS = 4096 /* 128 KiB */ };
 
 #include "panel_tiles.h"
 
@@ -73,23 +74,19 @@ CQ_INLINE void scale_token(const tile_sums sum, const cq_scaling *to, int32_t t)
     }
 }
 
-/* Columns [col, col + n_cols) of a panel times N tokens: 2 N accumulators, two weight registers, one broadcast. N is a
- * constant and everything is unrolled, else the compiler keeps the accumulators in memory. They start from acc, at the
- * first column from what the weights' offset of 128 adds to them, and end in acc, or scaled where `to` is given. */
-CQ_INLINE void tile(const int32_t N, const tile_columns *c, const int8_t *const *tokens, const int32_t *x_sum,
-                    int32_t first_token, int32_t *acc) {
-    tile_sums sum[TILE_TOKENS];
-    const int8_t *x[TILE_TOKENS];
-#pragma GCC unroll 12
-    for (int32_t t = 0; t < N; t++) {
-        x[t] = tokens[t] + c->col;
-        for (int32_t h = 0; h < 2; h++)
-            sum[t].half[h] =
-                c->col ? _mm512_loadu_si512(acc + t * PANEL_ROWS + 16 * h) : _mm512_set1_epi32(-128 * x_sum[t]);
-    }
-    const uint8_t *panel = c->panel + (int64_t)c->col * PANEL_ROWS;
-    for (int32_t k = 0; k < c->n_cols; k += 4, panel += PANEL_STEP) {
-        const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
+/* What a token's sums start from: what the weights' offset adds to them. */
+CQ_INLINE tile_sums first_sums(const uint8_t *panel, int32_t x_sum) {
+    const __m512i offset = _mm512_set1_epi32(-128 * x_sum);
+    (void)panel;
+    return (tile_sums){{offset, offset}};
+}
+
+/* sum[N] += columns of a panel times columns of N tokens: 2 N accumulators, two weight registers, one broadcast. N is a
+ * constant and everything is unrolled, else the compiler keeps the sums in memory. */
+CQ_INLINE void add_columns(const int32_t N, const uint8_t *columns, int32_t n_cols, const int8_t *const *x,
+                           tile_sums *sum) {
+    for (int32_t k = 0; k < n_cols; k += 4, columns += PANEL_STEP) {
+        const __m512i w0 = _mm512_load_si512(columns), w1 = _mm512_load_si512(columns + 64);
 #pragma GCC unroll 12
         for (int32_t t = 0; t < N; t++) {
             int32_t four;
@@ -99,6 +96,22 @@ CQ_INLINE void tile(const int32_t N, const tile_columns *c, const int8_t *const 
             sum[t].half[1] = _mm512_dpbusd_epi32(sum[t].half[1], w1, activation);
         }
     }
+}
+
+/* Columns of a panel times N tokens. Sums start from acc, at the first column from first_sums, and end in acc, or
+ * scaled where `to` is given. */
+CQ_INLINE void tile(const int32_t N, const tile_columns *c, const int8_t *const *tokens, const int32_t *x_sum,
+                    int32_t first_token, int32_t *acc) {
+    tile_sums sum[TILE_TOKENS];
+    const int8_t *x[TILE_TOKENS];
+#pragma GCC unroll 12
+    for (int32_t t = 0; t < N; t++) {
+        const int32_t *from = acc + t * PANEL_ROWS;
+        x[t] = tokens[t] + c->col;
+        sum[t] = c->col ? (tile_sums){{_mm512_loadu_si512(from), _mm512_loadu_si512(from + 16)}}
+                        : first_sums(c->panel, x_sum[t]);
+    }
+    add_columns(N, c->panel + (int64_t)c->col * PANEL_COL_BYTES, c->n_cols, x, sum);
 #pragma GCC unroll 12
     for (int32_t t = 0; t < N; t++) {
         if (c->to) {

@@ -14,9 +14,9 @@
 
 static int supported(void) { return has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi"); }
 
-const cq_kernels cq_kernels_avx512vbmi = {"avx512vbmi", supported,  gemv,       PANEL_ROWS,
-                                          decode_panel, pack_panel, gemm_panel, gemm_panel_scaled,
-                                          gemm_blocks,  dot_q8_0,   peak_macs,  CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_avx512vbmi = {"avx512vbmi", supported,    gemv,       PANEL_ROWS,      0,
+                                          PANEL_ROWS,   decode_panel, pack_panel, gemm_panel,      gemm_panel_scaled,
+                                          gemm_blocks,  dot_q8_0,     peak_macs,  CQ_FLOAT_KERNELS};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -17,8 +17,9 @@ static int supported(void) {
     return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
 }
 
-const cq_kernels cq_kernels_avxvnni = {"avxvnni",  supported,         gemv, PANEL_ROWS, decode_panel, pack_panel,
-                                       gemm_panel, gemm_panel_scaled, NULL, dot_q8_0,   peak_macs,    CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_avxvnni = {"avxvnni",       supported,    gemv,       PANEL_ROWS,      PANEL_HEAD,
+                                       PANEL_COL_BYTES, decode_panel, pack_panel, gemm_panel,      gemm_panel_scaled,
+                                       gemm_blocks,     dot_q8_0,     peak_macs,  CQ_FLOAT_KERNELS};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

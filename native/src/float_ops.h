@@ -6,6 +6,7 @@
  *   repeat_four(p)    four floats at p, over and over
  *   min_vec, max_vec  elementwise; where the second operand is NaN, NaN
  *   reciprocal(v)     1 / v within 2 ulp
+ *   store_low_bytes(out, v)  the lowest byte of each float
  *   f16_to_f32, f32_to_f16   as in cq_kernels
  *   CQ_TILE_VECS, CQ_SCORE_KEYS, CQ_SCORE_VECS   register tiles of attention.h
  * and lists CQ_FLOAT_KERNELS at the end of its cq_kernels. */
@@ -89,14 +90,12 @@ static float max_magnitude(const float *x, int32_t n) {
     return magnitude;
 }
 
-typedef int8_t byte_vec __attribute__((vector_size(CQ_LANES), aligned(1), may_alias));
+enum { INTEGER_BITS = 0x4b400000 }; /* 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits */
 
-/* round(x * inverse), to [-top, top]; NaN, which is 0 * inf where the scale is subnormal, to 0. Adding 1.5 * 2^23
- * rounds to an integer and leaves it in the low bits. */
-CQ_INLINE int_vec quantize_vec(vec x, float inverse, float top) {
-    vec v = min_vec(all_lanes(top), max_vec(all_lanes(-top), x * inverse));
-    v = (vec)((int_vec)v & (v == v));
-    return (int_vec)(v + 12582912.0f) - 0x4b400000;
+/* round(x * inverse), to [-top, top], + 1.5 * 2^23; NaN, which is 0 * inf where the scale is subnormal, as 0. */
+CQ_INLINE vec quantize_vec(vec x, float inverse, float top) {
+    const vec v = min_vec(all_lanes(top), max_vec(all_lanes(-top), x * inverse));
+    return (vec)((int_vec)v & (v == v)) + 12582912.0f;
 }
 
 static int32_t quantize_group(const float *x, int32_t n, float top, int8_t *q, float *scale) {
@@ -105,17 +104,18 @@ static int32_t quantize_group(const float *x, int32_t n, float top, int8_t *q, f
     int_vec sums = {0};
     int32_t i = 0, sum = 0;
     for (; i + CQ_LANES <= n; i += CQ_LANES) {
-        const int_vec integers = quantize_vec(load_vec(x + i), inverse, top);
-        *(byte_vec *)(q + i) = __builtin_convertvector(integers, byte_vec);
-        sums += integers;
+        const vec shifted = quantize_vec(load_vec(x + i), inverse, top);
+        store_low_bytes(q + i, shifted);
+        sums += (int_vec)shifted - INTEGER_BITS;
     }
     if (i < n) {
         float rest[CQ_LANES] = {0};
+        int8_t bytes[CQ_LANES];
         memcpy(rest, x + i, sizeof(float) * (size_t)(n - i));
-        const int_vec integers = quantize_vec(load_vec(rest), inverse, top);
-        const byte_vec bytes = __builtin_convertvector(integers, byte_vec);
-        memcpy(q + i, &bytes, (size_t)(n - i));
-        sums += integers;
+        const vec shifted = quantize_vec(load_vec(rest), inverse, top);
+        store_low_bytes(bytes, shifted);
+        memcpy(q + i, bytes, (size_t)(n - i));
+        sums += (int_vec)shifted - INTEGER_BITS;
     }
     for (int32_t lane = 0; lane < CQ_LANES; lane++) sum += sums[lane];
     return sum;

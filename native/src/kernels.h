@@ -59,8 +59,8 @@ typedef struct cq_kernels {
     /* acc[n_rows]: rows row .. row + n_rows - 1 (counted over all experts) times x[n_cols]; x_sum = sum of x. */
     void (*gemv)(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc);
 
-    /* Decode n_rows <= panel_rows rows into a panel of panel_rows * n_cols bytes in an order private to the file. */
-    int32_t panel_rows;
+    /* Decode n_rows <= panel_rows rows into a panel of cq_panel_bytes, in an order private to the file. */
+    int32_t panel_rows, panel_head_bytes, panel_col_bytes;
     void (*decode_panel)(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel);
 
     /* The same panel of int8 rows that are `stride` bytes apart, as zeros beyond n_rows; n_cols is a multiple of 32. */
@@ -134,6 +134,9 @@ static inline int cq_is_clustered(int32_t type) {
 }
 static inline int32_t cq_min(int32_t a, int32_t b) { return a < b ? a : b; }
 static inline int32_t cq_ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+static inline int64_t cq_panel_bytes(const cq_kernels *kernels, int32_t n_cols) {
+    return kernels->panel_head_bytes + (int64_t)kernels->panel_col_bytes * n_cols;
+}
 static inline int64_t cq_align64(int64_t bytes) { return (bytes + 63) & ~(int64_t)63; }
 
 static inline int32_t cq_first_key(const cq_attention *op, int32_t position) {

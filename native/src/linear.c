@@ -10,7 +10,7 @@ enum { CQ_UNIT_BYTES = 65536 }; /* at most: the first rows of a unit come from m
 
 int64_t cq_linear_scratch_bytes(const cq_kernels *kernels, const cq_matrix *w) {
     if (w->type == CQ_Q8_0) return cq_q8_0_scratch_bytes(kernels, w);
-    return cq_is_clustered(w->type) ? (int64_t)kernels->panel_rows * w->n_cols : 0;
+    return cq_is_clustered(w->type) ? cq_panel_bytes(kernels, w->n_cols) : 0;
 }
 
 static void clustered_gemv(const cq_worker *worker, const cq_items *it, int64_t row, int32_t n_rows, int32_t out_col) {

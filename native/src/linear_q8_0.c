@@ -5,10 +5,13 @@
 #include "linear.h"
 #include <string.h>
 
+static int64_t weight_bytes(const cq_kernels *kernels, const cq_matrix *w) {
+    return cq_align64(w->n_cols / CQ_Q8_0_COLS * cq_panel_bytes(kernels, CQ_Q8_0_COLS));
+}
+
 /* The panels of all blocks of columns, then their scales [n_cols / 32][panel_rows]. */
 int64_t cq_q8_0_scratch_bytes(const cq_kernels *kernels, const cq_matrix *w) {
-    const int64_t weights = (int64_t)kernels->panel_rows * w->n_cols;
-    return cq_align64(weights) + weights / CQ_Q8_0_COLS * (int64_t)sizeof(float);
+    return weight_bytes(kernels, w) + w->n_cols / CQ_Q8_0_COLS * kernels->panel_rows * (int64_t)sizeof(float);
 }
 
 static void dot_rows(const cq_worker *worker, const cq_items *it, int64_t row, int32_t n_rows, int32_t out_col) {
@@ -37,7 +40,7 @@ static void pack_rows(const cq_kernels *kernels, const cq_matrix *w, int64_t row
         for (int32_t r = 0; r < n_rows; r++) memcpy(halves + r, block + r * stride, 2);
         kernels->pack_panel((const int8_t *)block + 2, stride, n_rows, CQ_Q8_0_COLS, panel);
         kernels->f16_to_f32(halves, scales, kernels->panel_rows);
-        panel += (int64_t)CQ_Q8_0_COLS * kernels->panel_rows;
+        panel += cq_panel_bytes(kernels, CQ_Q8_0_COLS);
         scales += kernels->panel_rows;
     }
 }
@@ -50,7 +53,8 @@ static void multiply_blocks(const cq_kernels *kernels, const cq_block_panel *p, 
     const int8_t *x[CQ_TOKEN_TILE];
     for (int32_t b = 0; b < p->n_blocks; b++) {
         for (int32_t i = 0; i < n_tokens; i++) x[i] = tokens->q[i] + b * CQ_Q8_0_COLS, sums[i] = tokens->sums[i][b];
-        kernels->gemm_panel(p->weights + (int64_t)b * rows * CQ_Q8_0_COLS, CQ_Q8_0_COLS, x, sums, n_tokens, acc);
+        kernels->gemm_panel(p->weights + b * cq_panel_bytes(kernels, CQ_Q8_0_COLS), CQ_Q8_0_COLS, x, sums, n_tokens,
+                            acc);
         for (int32_t i = 0; i < n_tokens; i++)
             kernels->scale_acc(acc + i * rows, p->scales + b * rows, tokens->scales[i][b], dots + i * rows, rows,
                                b > 0);
@@ -80,7 +84,7 @@ static void multiply_panel(const cq_kernels *kernels, const cq_items *it, int32_
 static void gemm_rows(const cq_worker *worker, const cq_items *it, int64_t row, int32_t n_rows, int32_t out_col) {
     const cq_linear *op = it->op;
     const int32_t panel_rows = worker->kernels->panel_rows;
-    float *scales = (float *)(worker->scratch + cq_align64((int64_t)panel_rows * op->w->n_cols));
+    float *scales = (float *)(worker->scratch + weight_bytes(worker->kernels, op->w));
     float dots[CQ_TOKEN_TILE * CQ_MAX_PANEL_ROWS];
     const cq_block_panel panel = {worker->scratch, scales, op->w->n_cols / CQ_Q8_0_COLS};
     for (int32_t done = 0; done < n_rows; done += panel_rows) {

@@ -20,6 +20,11 @@ static inline vec min_vec(vec a, vec b) { return vminq_f32(a, b); } /* NaN if ei
 static inline vec max_vec(vec a, vec b) { return vmaxq_f32(a, b); }
 static inline vec reciprocal(vec v) { return 1.0f / v; }
 static inline float sum_lanes(vec v) { return vaddvq_f32(v); }
+static inline void store_low_bytes(int8_t *out, vec v) {
+    const uint8x16_t bytes = vreinterpretq_u8_f32(v), even = vuzp1q_u8(bytes, bytes);
+    const uint32_t four = vgetq_lane_u32(vreinterpretq_u32_u8(vuzp1q_u8(even, even)), 0);
+    memcpy(out, &four, 4);
+}
 
 static void f16_to_f32(const uint16_t *x, float *out, int32_t n) {
     int32_t i = 0;
@@ -55,7 +60,7 @@ CQ_INLINE int8x16_t scaled(int8x16_t codebook, int16x8_t factor) {
 
 CQ_INLINE entries table_of(entries codebook, const int32_t type, const int8_t *scale) { /* NULL for none */
     if (!scale) return codebook;
-    const int16x8_t factor = vdupq_n_s16((int16_t)(*scale << 8));
+    const int16x8_t factor = vdupq_n_s16((int16_t)(*scale * 256));
     const int large = cq_index_bits(type) == 5;
     return (entries){{scaled(codebook.val[0], factor), large ? scaled(codebook.val[1], factor) : codebook.val[1]}};
 }
@@ -207,10 +212,11 @@ static int has_neon(void) { return 1; }
 #pragma GCC pop_options
 #endif
 
-const cq_kernels cq_kernels_neon = {"neon",       has_neon,      gemv_base,       PANEL_ROWS,
-                                    decode_panel, pack_panel,    gemm_panel_base, NULL,
-                                    NULL,         dot_q8_0_base, peak_macs_base,  CQ_FLOAT_KERNELS};
-const cq_kernels cq_kernels_neon_dotprod = {"neon-dotprod", has_dotprod,      gemv_dotprod,       PANEL_ROWS,
-                                            decode_panel,   pack_panel,       gemm_panel_dotprod, NULL,
-                                            NULL,           dot_q8_0_dotprod, peak_macs_dotprod,  CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_neon = {"neon",     has_neon,      gemv_base,      PANEL_ROWS,      0,
+                                    PANEL_ROWS, decode_panel,  pack_panel,     gemm_panel_base, NULL,
+                                    NULL,       dot_q8_0_base, peak_macs_base, CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_neon_dotprod = {
+    "neon-dotprod", has_dotprod,      gemv_dotprod,      PANEL_ROWS,         0,
+    PANEL_ROWS,     decode_panel,     pack_panel,        gemm_panel_dotprod, NULL,
+    NULL,           dot_q8_0_dotprod, peak_macs_dotprod, CQ_FLOAT_KERNELS};
 #endif

@@ -19,6 +19,11 @@ static inline vec max_vec(vec a, vec b) {
 }
 static inline vec reciprocal(vec v) { return 1.0f / v; }
 static inline float sum_lanes(vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+static inline void store_low_bytes(int8_t *out, vec v) {
+    int32_t bits[CQ_LANES];
+    memcpy(bits, &v, sizeof bits);
+    for (int32_t i = 0; i < CQ_LANES; i++) out[i] = (int8_t)bits[i];
+}
 
 static float f16_value(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
@@ -148,5 +153,6 @@ static int64_t peak_macs(int32_t iterations) {
 
 static int supported(void) { return 1; }
 
-const cq_kernels cq_kernels_portable = {"scalar",   supported, gemv, PANEL_ROWS, decode_panel, pack_panel,
-                                        gemm_panel, NULL,      NULL, dot_q8_0,   peak_macs,    CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_portable = {"scalar",   supported,    gemv,       PANEL_ROWS,      0,
+                                        PANEL_ROWS, decode_panel, pack_panel, gemm_panel,      NULL,
+                                        NULL,       dot_q8_0,     peak_macs,  CQ_FLOAT_KERNELS};

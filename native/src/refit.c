@@ -62,9 +62,13 @@ static void add_square(const cq_batch *b, int32_t begin, int32_t end) {
             float sums[CQ_MAX_CENTROIDS][CQ_BLOCK];
             cq_descent_lane *s = b->lanes + r, *set = s - r % b->job->codebook_rows;
             if (!s->active) continue;
-            cq_centroid_columns columns = {b->job->n_centroids, block - begin, block_end - begin, first[r]};
-            columns.columns = s->columns, columns.step = s->step + begin,
-            columns.rows = (const float (*)[CQ_BLOCK])rows;
+            const cq_centroid_columns columns = {b->job->n_centroids,
+                                                 block - begin,
+                                                 block_end - begin,
+                                                 first[r],
+                                                 s->columns,
+                                                 s->step + begin,
+                                                 (const float (*)[CQ_BLOCK])rows};
             b->kernels->sum_by_centroid(&columns, sums);
             add_to_equations(b, set, s, block, block_end, (const float (*)[CQ_BLOCK])sums);
         }

@@ -46,7 +46,7 @@ static sample sample_new(int32_t type, int32_t n_rows, int32_t n_cols, int32_t c
     for (int32_t i = 0; i < n_experts * expert_books * k; i++)
         centroids[i] = (int8_t)(content == RANDOM ? random_between(-128, 127) : content == LARGEST ? 127 : -128);
     for (int32_t i = 0; i < n_rows * n_groups; i++)
-        scales[i] = (int8_t)(content == RANDOM && random_u32() % 8 ? random_between(0, 127) : 127);
+        scales[i] = (int8_t)(content == RANDOM && random_u32() % 8 ? random_between(-127, 127) : 127);
     if (n_groups) scales[n_rows * n_groups - 1] = content == RANDOM ? 0 : 127;
     memset(s.data.data, 0, (size_t)n_rows * n_cols / 8 * bits);
     uint8_t *stored = malloc((size_t)n_rows * n_cols); /* [n_cols][n_rows] */
@@ -105,7 +105,7 @@ static void check_gemv(const sample *s, const int8_t *x, int32_t x_sum) {
 
 /* Packing what a panel's bytes mean gives the same panel. */
 static void check_pack(const sample *s, int32_t first, int32_t n, const uint8_t *panel) {
-    const size_t bytes = (size_t)cq_kernels_current()->panel_rows * s->w.n_cols;
+    const size_t bytes = (size_t)cq_panel_bytes(cq_kernels_current(), s->w.n_cols);
     guarded rows = guarded_new((size_t)n * s->w.n_cols);
     uint8_t *packed = aligned_alloc(64, bytes);
     memcpy(rows.data, s->weights + (int64_t)first * s->w.n_cols, (size_t)n * s->w.n_cols);
@@ -152,14 +152,15 @@ static void check_scaled(const uint8_t *panel, int32_t n_cols, const int8_t *con
 static void check_gemm(const sample *s, const int8_t *const *x, const int32_t *x_sum, int32_t n_tokens) {
     const cq_kernels *kernels = cq_kernels_current();
     const int32_t panel_rows = kernels->panel_rows, n_rows = s->w.n_experts * s->w.n_rows;
-    uint8_t *panel = aligned_alloc(64, (size_t)panel_rows * s->w.n_cols + 64);
+    const size_t panel_bytes = (size_t)cq_panel_bytes(kernels, s->w.n_cols);
+    uint8_t *panel = aligned_alloc(64, panel_bytes + 64);
     int32_t *acc = malloc(sizeof(int32_t) * (size_t)(n_tokens * panel_rows + 1));
     for (int32_t first = 0; first < n_rows; first += panel_rows) {
         const int32_t n = n_rows - first < panel_rows ? n_rows - first : panel_rows;
-        memset(panel, 99, (size_t)panel_rows * s->w.n_cols + 64);
+        memset(panel, 99, panel_bytes + 64);
         acc[n_tokens * panel_rows] = 12345;
         kernels->decode_panel(&s->w, first, n, panel);
-        CHECK(panel[(size_t)panel_rows * s->w.n_cols] == 99, "decode_panel wrote past the panel");
+        CHECK(panel[panel_bytes] == 99, "decode_panel wrote past the panel");
         check_pack(s, first, n, panel);
         kernels->gemm_panel(panel, s->w.n_cols, x, x_sum, n_tokens, acc);
         for (int32_t t = 0; t < n_tokens; t++)
