@@ -1,7 +1,7 @@
 """GGUF file -> metadata and checked tensor views over a memory map.
 
 gguf-py's GGUFReader trusts what it reads and builds an array object per string; this reader checks every count, length,
-offset, type and shape before using it, and opens a 49152-token vocabulary in a tenth of a second (docs/decisions.md).
+offset, type and shape before using it, and leaves the strings of a vocabulary undecoded until someone asks for them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -66,8 +67,41 @@ class Tensor:
         return self.data.nbytes
 
 
+class StringArray(Sequence[str]):
+    """An array of strings in the map, decoded when read; CQError then if one is not UTF-8.
+
+    A tokenizer has hundreds of thousands, which a file with tokenizer.huggingface.json never needs.
+    """
+
+    def __init__(self, path: Path, data: mmap.mmap, starts: list[int]) -> None:
+        """starts: where each string begins, its length first, and where the last one ends."""
+        self._path, self._data, self._starts = path, data, starts
+
+    def __len__(self) -> int:
+        """Number of strings."""
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        """One string, or a list of them."""
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[str]:
+        """In order."""
+        for start, end in pairwise(self._starts):
+            try:
+                yield self._data[start + _U64.size : end].decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise CQError(f"{self._path}: damaged string near byte {start}: {error}") from error
+
+    def __eq__(self, other: object) -> bool:
+        """As a list of the strings."""
+        return list(self) == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class GGUFFile:
-    """An open GGUF file. metadata: key -> int, float, bool, str or list of these. tensors: name -> Tensor.
+    """An open GGUF file. metadata: key -> int, float, bool, str, list of these or StringArray. tensors: name -> Tensor.
 
     Raises CQError naming the file for anything truncated, inconsistent or of an unknown version or type.
     """
@@ -109,17 +143,18 @@ class GGUFFile:
         start = self._take(length)
         return self._map[start : start + length].decode("utf-8")
 
-    def _strings(self, count: int) -> list[str]:
-        """So many of them, in one loop: tokenizers have hundreds of thousands, half of the time that a start takes."""
+    def _strings(self, count: int) -> StringArray:
+        """So many of them, in one loop: walking them was half of the time that a start takes."""
         data, size, length_at, prefix = self._map, self.size, _U64.unpack_from, _U64.size
-        strings, start = [], self._offset
+        start = self._offset
+        starts = [start]
         for _ in range(count):
-            end = start + prefix + length_at(data, start)[0]
-            if end > size:
-                raise ValueError(f"a string up to byte {end}, the file ends at {size}")
-            strings.append(data[start + prefix : end].decode("utf-8"))
-            self._offset = start = end
-        return strings
+            start += prefix + length_at(data, start)[0]
+            if start > size:
+                raise ValueError(f"a string up to byte {start}, the file ends at {size}")
+            starts.append(start)
+        self._offset = start
+        return StringArray(self.path, data, starts)
 
     # ---- header ----
 
@@ -151,7 +186,7 @@ class GGUFFile:
             return self._string()
         return self._scalar(_SCALARS[kind])
 
-    def _array(self, item: GGUFValueType) -> list[Any]:
+    def _array(self, item: GGUFValueType) -> Sequence[Any]:
         count = self._scalar(_U64)
         if item is GGUFValueType.ARRAY:
             raise ValueError("arrays of arrays are not supported")

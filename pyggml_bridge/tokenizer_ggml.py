@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.reader import StringArray
 
 # tokenizer.ggml.token_type
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
@@ -173,6 +174,7 @@ def _ids(tokens: list[str]) -> dict[str, int]:
 
 def _string_array(metadata: dict[str, Any], key: str) -> list[str]:
     value = metadata.get(key)
-    if not isinstance(value, list) or not value or set(map(type, value)) != {str}:
+    strings = list(value) if isinstance(value, list | StringArray) else []
+    if not strings or set(map(type, strings)) != {str}:
         raise CQError(f"{key}: missing, or not an array of strings")
-    return value
+    return strings

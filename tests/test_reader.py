@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
+from pyggml_bridge.cli.info import describe
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.models import load_model
@@ -121,6 +122,27 @@ def test_absurd_dimensions_are_refused_before_anything_is_allocated(tiny, tmp_pa
     for count_at in (8, 16):  # numbers of tensors and keys
         with pytest.raises(CQError, match="do not fit"):
             GGUFFile(damaged(tmp_path, data[:count_at] + struct.pack("<Q", 2**60) + data[count_at + 8 :]))
+
+
+def test_strings_are_decoded_when_they_are_read(tmp_path):
+    path = tmp_path / "strings.gguf"
+    words = ["", "näher", "last"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_array("words", words)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    strings = GGUFFile(path).metadata["words"]
+    assert (list(strings), len(strings), strings[-1], strings[:2]) == (words, 3, "last", words[:2])
+    assert strings == words and strings != words[:2]
+    data = path.read_bytes()
+    broken = damaged(tmp_path, data.replace("ä".encode(), b"\xc3\x28"))
+    with pytest.raises(CQError, match="damaged string near byte"):
+        describe(GGUFFile(broken))
+    longer = data.replace(struct.pack("<Q", 4) + b"last", struct.pack("<Q", 2**40) + b"last")
+    with pytest.raises(CQError, match="the file ends at"):
+        GGUFFile(damaged(tmp_path, longer))
 
 
 def test_overlapping_tensors_are_refused(tmp_path):

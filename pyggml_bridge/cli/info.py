@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from pyggml_bridge.cli.common import ArgumentParser, print_json, run_main
-from pyggml_bridge.reader import GGUFFile
+from pyggml_bridge.reader import GGUFFile, StringArray
 from pyggml_bridge.sizes import bits_per_weight, tensor_sizes
 
 MAX_SHOWN = 60
@@ -47,8 +47,8 @@ def describe(file: GGUFFile) -> dict[str, Any]:
 
 
 def _shorten(value: Any) -> Any:
-    if isinstance(value, list) and len(value) > 16:
-        return f"[{len(value)} values]"
+    if isinstance(value, list | StringArray):
+        return f"[{len(value)} values]" if len(value) > 16 else list(value)
     if isinstance(value, str) and len(value) > MAX_SHOWN:
         return value[: MAX_SHOWN - 1] + "…" if "\n" not in value else f"[{len(value)} characters]"
     return value
