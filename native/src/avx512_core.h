@@ -114,15 +114,12 @@ CQ_INLINE cursor cursor_at(const cq_matrix *w, int64_t row, const int32_t type, 
     return c;
 }
 
-/* Four tables in the four lanes. Lane i takes the high byte of its int16 from scale i, or i / 2: the scale times 256.
- */
-CQ_INLINE lanes_of_entries four_tables(const codebook *book, const int8_t *group_scales, const int32_t type,
-                                       const enum table_source source, int32_t b, const int32_t n) {
-    const int32_t blocks_per_scale = source == PAIR_SCALES ? 2 : 1, step = source == PAIR_SCALES ? 0 : 0x01000100;
-    const int32_t lane1 = 0x00ff00ff + step, lane2 = source == PAIR_SCALES ? 0x01ff01ff : 0x02ff02ff,
-                  lane3 = lane2 + step;
-    int32_t scales = 0;
-    memcpy(&scales, group_scales + b / blocks_per_scale, (size_t)cq_ceil_div(n, blocks_per_scale));
+/* Four tables in the four lanes, of the four bytes of scales or, with PAIR_SCALES, the first two, twice each. A lane
+ * takes the high byte of its int16 from its scale: the scale times 256. */
+CQ_INLINE lanes_of_entries four_tables(const codebook *book, int32_t scales, const int32_t type,
+                                       const enum table_source source) {
+    const int32_t step = source == PAIR_SCALES ? 0 : 0x01000100, lane1 = 0x00ff00ff + step,
+                  lane2 = source == PAIR_SCALES ? 0x01ff01ff : 0x02ff02ff, lane3 = lane2 + step;
     const __m512i spread = _mm512_set_epi32(lane3, lane3, lane3, lane3, lane2, lane2, lane2, lane2, lane1, lane1, lane1,
                                             lane1, 0x00ff00ff, 0x00ff00ff, 0x00ff00ff, 0x00ff00ff);
     const __m512i scale = _mm512_shuffle_epi8(_mm512_set1_epi32(scales), spread);
@@ -136,15 +133,22 @@ CQ_INLINE lanes_of_entries four_tables(const codebook *book, const int8_t *group
     return four;
 }
 
+CQ_INLINE void split_tables(const lanes_of_entries *four, const int32_t type, entries tables[4]) {
+    tables[0] = table_of_lane(four, type, 0);
+    tables[1] = table_of_lane(four, type, 1);
+    tables[2] = table_of_lane(four, type, 2);
+    tables[3] = table_of_lane(four, type, 3);
+}
+
 /* Tables of blocks b .. b + n - 1: n <= 4 from a multiple of 4, or one. */
 CQ_INLINE void tables_at(cursor *c, const codebook *book, const int32_t type, const enum table_source source, int32_t b,
                          const int32_t n, entries tables[4]) {
     if (scales_codebook(source)) {
-        const lanes_of_entries four = four_tables(book, c->row.group_scales, type, source, b, n);
-        tables[0] = table_of_lane(&four, type, 0);
-        tables[1] = table_of_lane(&four, type, 1);
-        tables[2] = table_of_lane(&four, type, 2);
-        tables[3] = table_of_lane(&four, type, 3);
+        const int32_t blocks_per_scale = source == PAIR_SCALES ? 2 : 1;
+        int32_t scales = 0;
+        memcpy(&scales, c->row.group_scales + b / blocks_per_scale, (size_t)cq_ceil_div(n, blocks_per_scale));
+        const lanes_of_entries four = four_tables(book, scales, type, source);
+        split_tables(&four, type, tables);
         return;
     }
 #pragma GCC unroll 4

@@ -43,6 +43,27 @@ CQ_INLINE void gemv_step(const int32_t N, const int32_t type, const enum table_s
     }
 }
 
+/* One block of four rows, whose tables are the four lanes. */
+CQ_INLINE void gemv_last(const int32_t type, const enum table_source source, row_group *g, int32_t b, const int8_t *x,
+                         __m512i *sum) {
+    const int32_t at_scale = source == PAIR_SCALES ? b / 2 : b;
+    const int64_t at = (int64_t)b * 8 * cq_stored_bits(type);
+    uint32_t scales = 0;
+    entries tables[4];
+    move_codebook(&g->book, &g->c[0].row, type, b);
+#pragma GCC unroll 4
+    for (int32_t r = 0; r < 4; r++) scales |= (uint32_t)(uint8_t)g->c[r].row.group_scales[at_scale] << 8 * r;
+    const lanes_of_entries four = four_tables(&g->book, (int32_t)scales, type, BLOCK_SCALES);
+    split_tables(&four, type, tables);
+    const __m512i activations = _mm512_loadu_si512(x + b * CQ_BLOCK);
+#pragma GCC unroll 4
+    for (int32_t r = 0; r < 4; r++) {
+        const weights64 weights =
+            decode_block(g->stored[2 + r] + at, g->stored[1 + r] + at, g->stored[r] + at, type, tables[r]);
+        sum[r] = _mm512_dpbusd_epi32(sum[r], weights, activations);
+    }
+}
+
 /* sum[N]: of (W + 128) x. */
 CQ_INLINE void gemv_rows(const int32_t N, const int32_t type, const enum table_source source, const cq_matrix *w,
                          int64_t row, const int8_t *x, __m512i *sum) {
@@ -63,7 +84,12 @@ CQ_INLINE void gemv_rows(const int32_t N, const int32_t type, const enum table_s
                 _mm_prefetch((const char *)g.stored[2 + r] + at + line, _MM_HINT_T0);
         gemv_step(N, type, source, &g, b, 4, x, sum);
     }
-    for (; b < n_blocks; b++) gemv_step(N, type, source, &g, b, 1, x, sum);
+    for (; b < n_blocks; b++) {
+        if (N == 4 && scales_codebook(source))
+            gemv_last(type, source, &g, b, x, sum);
+        else
+            gemv_step(N, type, source, &g, b, 1, x, sum);
+    }
 }
 
 /* The sums of the lanes of four registers, less `offset`. */
