@@ -29,9 +29,8 @@ CQ_INLINE __m256i add_products(__m256i sum, __m256i weights, __m256i x, const in
 /* Consecutive rows that share their codebooks. */
 typedef struct {
     cq_row first;
-    const uint8_t *stored[2 + GEMV_ROWS];   /* indices of the two rows above the first in its ring, then of the rows */
-    int32_t scales[GEMV_ROWS * MAX_BLOCKS]; /* [row][block], twice as int16 */
-    __m256i sum[GEMV_ROWS];
+    const uint8_t *stored[2 + CQ_MAX_RING]; /* indices of the two rows above the first in its ring, then of the rows */
+    int32_t scales[CQ_MAX_RING * MAX_BLOCKS]; /* [row][block], twice as int16 */
 } row_group;
 
 static inline void spread_eight(__m128i eight, int32_t *scales) {
@@ -57,24 +56,24 @@ static inline void spread_scales(const cq_row *first, int32_t n_rows, int32_t *s
         }
 }
 
-CQ_INLINE void group_at(const int32_t N, const int32_t type, const cq_matrix *w, int64_t row, row_group *g) {
+static inline void group_at(const cq_matrix *w, int64_t row, int32_t n_rows, row_group *g) {
+    const int64_t row_bytes = (int64_t)w->n_cols / 8 * cq_stored_bits(w->type);
     g->first = cq_row_at(w, row);
     g->stored[0] = g->first.above2, g->stored[1] = g->first.above;
-#pragma GCC unroll 4
-    for (int32_t r = 0; r < N; r++) {
-        g->stored[2 + r] = g->first.indices + (int64_t)r * g->first.n_blocks * 8 * cq_stored_bits(type);
-    }
-    spread_scales(&g->first, N, g->scales);
+    for (int32_t r = 0; r < n_rows; r++) g->stored[2 + r] = g->first.indices + r * row_bytes;
+    spread_scales(&g->first, n_rows, g->scales);
     g->first.scale_blocks = g->first.n_blocks; /* spans are those of the codebook alone */
 }
 
-/* g->sum[N]: of N rows that share their codebooks. scaled: whether there are group scales; ahead: bytes to prefetch. */
-CQ_INLINE void gemv_rows(const int32_t N, const int32_t type, const int32_t scaled, const cq_matrix *w, int64_t row,
-                         const int8_t *x, int64_t ahead, row_group *g) {
-    __m256i sum[GEMV_ROWS];
-    group_at(N, type, w, row, g);
+/* sum[N]: of N rows of the group, from its row r on. scaled: whether there are group scales; ahead: bytes to prefetch.
+ */
+CQ_INLINE void gemv_rows(const int32_t N, const int32_t type, const int32_t scaled, const row_group *g, int32_t r,
+                         const int8_t *x, int64_t ahead, __m256i *sum) {
+    const int32_t n_blocks = g->first.n_blocks;
+    const int32_t *scales = g->scales + r * n_blocks;
+    const uint8_t *const *stored = g->stored + r;
 #pragma GCC unroll 4
-    for (int32_t r = 0; r < N; r++) sum[r] = _mm256_setzero_si256();
+    for (int32_t i = 0; i < N; i++) sum[i] = _mm256_setzero_si256();
     for (cq_span span = cq_first_span(&g->first);; cq_next_span(&g->first, type, &span)) {
         const entries codebook = load_codebook(span.centroids, type);
         for (int32_t b = span.begin; b < span.end; b++) {
@@ -84,21 +83,26 @@ CQ_INLINE void gemv_rows(const int32_t N, const int32_t type, const int32_t scal
             __m256i scale[GEMV_ROWS];
             entries table[GEMV_ROWS];
 #pragma GCC unroll 4
-            for (int32_t r = 0; r < N; r++) scale[r] = _mm256_set1_epi32(g->scales[r * g->first.n_blocks + b]);
+            for (int32_t i = 0; i < N; i++) scale[i] = _mm256_set1_epi32(scales[i * n_blocks + b]);
             make_tables(N, type, codebook, scale, (char)GEMV_OFFSET, table);
 #pragma GCC unroll 4
-            for (int32_t r = 0; r < N; r++) {
-                const uint8_t *const *stored = g->stored + r;
-                _mm_prefetch((const char *)stored[2] + at + ahead, _MM_HINT_T0);
-                const weights64 weights = decode_block(stored[2] + at, stored[1] + at, stored[0] + at, type, table[r]);
-                sum[r] =
-                    add_products(add_products(sum[r], weights.first, first, scaled), weights.second, second, scaled);
+            for (int32_t i = 0; i < N; i++) {
+                _mm_prefetch((const char *)stored[2 + i] + at + ahead, _MM_HINT_T0);
+                const weights64 weights =
+                    decode_block(stored[2 + i] + at, stored[1 + i] + at, stored[i] + at, type, table[i]);
+                sum[i] =
+                    add_products(add_products(sum[i], weights.first, first, scaled), weights.second, second, scaled);
             }
         }
-        if (span.end == g->first.n_blocks) break;
+        if (span.end == n_blocks) return;
     }
-#pragma GCC unroll 4
-    for (int32_t r = 0; r < N; r++) g->sum[r] = sum[r];
+}
+
+/* The sums of the lanes of four registers. */
+CQ_INLINE __m128i sum_four(const __m256i *sum) {
+    const __m256i pairs = _mm256_hadd_epi32(sum[0], sum[1]), others = _mm256_hadd_epi32(sum[2], sum[3]);
+    const __m256i fours = _mm256_hadd_epi32(pairs, others);
+    return _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
 }
 
 CQ_INLINE void gemv_scaled(const int32_t type, const int32_t scaled, const cq_matrix *w, int64_t row, int32_t n_rows,
@@ -106,17 +110,18 @@ CQ_INLINE void gemv_scaled(const int32_t type, const int32_t scaled, const cq_ma
     const int32_t group_bytes = GEMV_ROWS * (w->n_cols / 8 * cq_stored_bits(type));
     const int64_t ahead = (int64_t)group_bytes * cq_ceil_div(PREFETCH_BYTES, group_bytes);
     row_group g;
-    for (int32_t r = 0; r < n_rows;) {
-        if (r + GEMV_ROWS <= n_rows && cq_share_codebooks(w, row + r, GEMV_ROWS)) {
-            gemv_rows(GEMV_ROWS, type, scaled, w, row + r, x, ahead, &g);
-            const __m256i pairs = _mm256_hadd_epi32(g.sum[0], g.sum[1]), others = _mm256_hadd_epi32(g.sum[2], g.sum[3]);
-            const __m256i fours = _mm256_hadd_epi32(pairs, others);
-            const __m128i all = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
-            _mm_storeu_si128((__m128i *)(acc + r), _mm_sub_epi32(all, _mm_set1_epi32(offset)));
-            r += GEMV_ROWS;
-        } else {
-            gemv_rows(1, type, scaled, w, row + r, x, ahead, &g);
-            acc[r++] = sum_i32(g.sum[0]) - offset;
+    for (int32_t done = 0, n; done < n_rows; done += n) {
+        __m256i sum[GEMV_ROWS];
+        int32_t r = 0;
+        n = cq_min(n_rows - done, cq_sharing_rows(w, row + done));
+        group_at(w, row + done, n, &g);
+        for (; r + GEMV_ROWS <= n; r += GEMV_ROWS) {
+            gemv_rows(GEMV_ROWS, type, scaled, &g, r, x, ahead, sum);
+            _mm_storeu_si128((__m128i *)(acc + done + r), _mm_sub_epi32(sum_four(sum), _mm_set1_epi32(offset)));
+        }
+        for (; r < n; r++) {
+            gemv_rows(1, type, scaled, &g, r, x, ahead, sum);
+            acc[done + r] = sum_i32(sum[0]) - offset;
         }
     }
 }

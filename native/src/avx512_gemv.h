@@ -106,7 +106,7 @@ CQ_INLINE void gemv_all(const int32_t type, const enum table_source source, cons
                         int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc) {
     __m512i sum[GEMV_ROWS];
     for (int32_t r = 0; r < n_rows;) {
-        if (r + GEMV_ROWS <= n_rows && cq_share_codebooks(w, row + r, GEMV_ROWS)) {
+        if (r + GEMV_ROWS <= n_rows && cq_sharing_rows(w, row + r) >= GEMV_ROWS) {
             gemv_rows(GEMV_ROWS, type, source, w, row + r, x, sum);
             _mm_storeu_si128((__m128i *)(acc + r), sum_four(sum, 128 * x_sum));
             r += GEMV_ROWS;

@@ -44,10 +44,11 @@ static inline int64_t cq_codebook_row(const cq_matrix *w, int64_t row) {
     return expert * cq_ceil_div(w->n_rows, w->codebook_rows) + ((row - expert * w->n_rows) >> shift);
 }
 
-/* Whether n rows (a power of two) from this one on share their codebooks, one after the other in a ring. */
-static inline int cq_share_codebooks(const cq_matrix *w, int64_t row, int32_t n) {
+/* How many rows from this one on share its codebooks, those of its ring: at least one. */
+static inline int32_t cq_sharing_rows(const cq_matrix *w, int64_t row) {
     const int64_t in_expert = w->n_experts == 1 || cq_full_rings(w) ? row : row % w->n_rows;
-    return w->codebook_rows >= n && (in_expert & (n - 1)) == 0 && (cq_full_rings(w) || in_expert + n <= w->n_rows);
+    const int32_t in_ring = w->codebook_rows - (int32_t)(in_expert & (w->codebook_rows - 1));
+    return cq_full_rings(w) ? in_ring : cq_min(in_ring, (int32_t)(w->n_rows - in_expert));
 }
 
 /* The row `up` rows above (1 or 2), in the ring of rows that share their codebooks: the first row follows the last. */
