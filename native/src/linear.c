@@ -6,7 +6,7 @@
 #include "linear.h"
 #include <string.h>
 
-enum { CQ_UNIT_BYTES = 65536 }; /* at most: the first rows of a unit come from memory without a prefetch */
+enum { CQ_UNIT_BYTES = 131072 }; /* at most: the first rows of a unit come from memory without a prefetch */
 
 int64_t cq_linear_scratch_bytes(const cq_kernels *kernels, const cq_matrix *w) {
     if (w->type == CQ_Q8_0) return cq_q8_0_scratch_bytes(kernels, w);
