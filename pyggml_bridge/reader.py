@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -83,15 +83,19 @@ class StringArray(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         """One string, or a list of them."""
-        return list(self)[index]
+        at = range(len(self))[index]
+        return self._decode(at) if isinstance(at, int) else [self._decode(i) for i in at]
 
-    def __iter__(self) -> Iterator[str]:
-        """In order."""
-        for start, end in pairwise(self._starts):
-            try:
-                yield self._data[start + _U64.size : end].decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise CQError(f"{self._path}: damaged string near byte {start}: {error}") from error
+    def __repr__(self) -> str:
+        """For error messages, so without decoding."""
+        return f"an array of {len(self)} strings"
+
+    def _decode(self, at: int) -> str:
+        start = self._starts[at]
+        try:
+            return self._data[start + _U64.size : self._starts[at + 1]].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CQError(f"{self._path}: damaged string near byte {start}: {error}") from error
 
     def __eq__(self, other: object) -> bool:
         """As a list of the strings."""
@@ -149,6 +153,7 @@ class GGUFFile:
         start = self._offset
         starts = [start]
         for _ in range(count):
+            self._offset = start
             start += prefix + length_at(data, start)[0]
             if start > size:
                 raise ValueError(f"a string up to byte {start}, the file ends at {size}")

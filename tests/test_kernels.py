@@ -108,6 +108,15 @@ def test_each_column_reads_its_own_index(cq: CQType) -> None:
         np.testing.assert_array_equal(got, w.weights_i8().T)
 
 
+def test_rings_of_more_rows_are_refused() -> None:
+    w = random_clustered(np.random.default_rng(1), CQType.CQ4, 16, 64, codebook_rows=8)
+    native, x, sums, acc = NativeMatrix(w), np.zeros((1, 64), np.int8), np.zeros(1, np.int32), np.zeros(16, np.int32)
+    arguments = (pointer(x, "const int8_t *"), pointer(sums, "const int32_t *"), 1, pointer(acc, "int32_t *"), 1)
+    assert lib.cq_gemv_i32(native.struct, *arguments) == lib.CQ_OK
+    native.struct.codebook_rows = 16
+    assert lib.cq_gemv_i32(native.struct, *arguments) == lib.CQ_ERR_ARGUMENT
+
+
 def run(code: int, field: str, arguments: dict[str, Any], n_tokens: int, position: int = 0) -> None:
     """One operation on n_tokens rows."""
     op = ffi.new("cq_op[1]", [{"code": code, "rows": lib.CQ_ROWS_TOKENS, "top_k": 1, "u": {field: arguments}}])

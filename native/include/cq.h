@@ -20,12 +20,12 @@ enum cq_type {
 /* Weights [n_experts][n_rows][n_cols] as they lie in the memory map (docs/format.md). */
 typedef struct {
     int32_t type, n_experts, n_rows, n_cols;
-    int32_t codebook_rows;      /* consecutive rows of an expert that share their codebooks, a power of two */
+    int32_t codebook_rows;      /* consecutive rows of an expert that share their codebooks: 1, 2, 4 or 8 */
     int32_t codebook_cols;      /* columns that share a codebook, a multiple of 64; n_cols: all */
     int32_t scale_cols;         /* columns that share a group scale, a multiple of 64; 0: no group scales */
     const uint8_t *data;        /* packed indices, or F32, F16, Q8_0 elements */
     const int8_t *centroids;    /* [n_experts][n_rows / codebook_rows][n_cols / codebook_cols][K], rounded up */
-    const int8_t *group_scales; /* [n_experts][n_rows][n_cols / scale_cols, rounded up], 0..127 */
+    const int8_t *group_scales; /* [n_experts][n_rows][n_cols / scale_cols, rounded up] */
     const float *scales;        /* [n_experts][n_rows] */
     const int32_t *experts;     /* [n_experts]: which of a routing's experts these are; NULL: all of them in order */
 } cq_matrix;

@@ -1,5 +1,6 @@
-/* AVX2 with FMA and F16C (Haswell, Zen and later). Bytes are multiplied by vpmaddubsw, unsigned by signed: |W| times x
- * with W's sign (multiply_i8 in x86.h, with its bound). */
+/* AVX2 with FMA and F16C (Haswell, Zen and later). Bytes are multiplied by vpmaddubsw, unsigned by signed: the
+ * magnitude of one factor times the other with its sign. Which is which: avx2_gemv.h, avx2_panel.h, multiply_i8 in
+ * x86.h. */
 #if defined(__x86_64__)
 #if defined(__clang__)
 #include <immintrin.h>

@@ -25,8 +25,8 @@ static inline void store_low_bytes(int8_t *out, vec v) {
 
 #include "float_ops.h"
 
-/* Two tables of sixteen bytes, in both lanes, for vpshufb; codebooks are two of sixteen int16. Of 32 entries `high` is
- * what the second half changes in the first, bit by bit; smaller ones do not use it. */
+/* Two tables of sixteen bytes, in both lanes, for vpshufb, or a codebook: two of sixteen int16. Of 32 entries `high` is
+ * the codebook's second half, and in tables what that changes in the first, bit by bit; smaller ones do not use it. */
 typedef struct {
     __m256i low, high;
 } entries;

@@ -13,8 +13,8 @@ enum { GEMV_OFFSET = 128 };
 enum { GEMV_OFFSET = 0 };
 #endif
 
-/* sum + the products of 32 weights and activations, four to a lane. A group scale, 127 at most, leaves no W of -128:
- * then W may take the sign of x, whose magnitude serves all rows. */
+/* sum + the products of 32 weights and activations, four to a lane. With a group scale no W is -128 (-128 * 127 rounds
+ * to -127): then W may take the sign of x, whose magnitude serves all rows. */
 CQ_INLINE __m256i add_products(__m256i sum, __m256i weights, __m256i x, const int32_t scaled) {
 #ifdef CQ_DPBUSD
     (void)scaled;
@@ -65,7 +65,8 @@ static inline void group_at(const cq_matrix *w, int64_t row, int32_t n_rows, row
     g->first.scale_blocks = g->first.n_blocks; /* spans are those of the codebook alone */
 }
 
-/* sum[N]: of N rows of the group, from its row r on. scaled: whether there are group scales; ahead: bytes to prefetch.
+/* sum[N]: of N rows of the group, from its row r on. scaled: whether there are group scales; ahead: how far to
+ * prefetch, in bytes.
  */
 CQ_INLINE void gemv_rows(const int32_t N, const int32_t type, const int32_t scaled, const row_group *g, int32_t r,
                          const int8_t *x, int64_t ahead, __m256i *sum) {
@@ -113,7 +114,7 @@ CQ_INLINE void gemv_scaled(const int32_t type, const int32_t scaled, const cq_ma
     for (int32_t done = 0, n; done < n_rows; done += n) {
         __m256i sum[GEMV_ROWS];
         int32_t r = 0;
-        n = cq_min(n_rows - done, cq_sharing_rows(w, row + done));
+        n = cq_min(cq_min(n_rows - done, CQ_MAX_RING), cq_sharing_rows(w, row + done));
         group_at(w, row + done, n, &g);
         for (; r + GEMV_ROWS <= n; r += GEMV_ROWS) {
             gemv_rows(GEMV_ROWS, type, scaled, &g, r, x, ahead, sum);

@@ -4,7 +4,8 @@
 
 static int arguments_ok(const cq_matrix *w, int32_t n_tokens, int32_t n_threads) {
     return cq_is_clustered(w->type) && n_tokens > 0 && n_threads > 0 && w->n_cols % CQ_BLOCK == 0 &&
-           w->n_cols <= CQ_MAX_COLS && w->codebook_rows > 0 && (w->codebook_rows & (w->codebook_rows - 1)) == 0;
+           w->n_cols <= CQ_MAX_COLS && w->codebook_rows > 0 && w->codebook_rows <= CQ_MAX_RING &&
+           (w->codebook_rows & (w->codebook_rows - 1)) == 0;
 }
 
 int cq_gemv_i32(const cq_matrix *w, const int8_t *x, const int32_t *sums, int32_t n_tokens, int32_t *acc,

@@ -11,8 +11,8 @@ typedef struct {
     const cq_scaling *to;
 } tile_columns;
 
-/* Some tokens times columns of a panel: sums start from acc [tokens][PANEL_ROWS], at column 0 from what the weights'
- * offset adds to them. */
+/* Some tokens times columns of a panel: sums start from acc [tokens][PANEL_ROWS], at column 0 from what the panel's
+ * form of a weight adds to them. */
 typedef void tile_function(const tile_columns *c, const int8_t *const *x, const int32_t *x_sum, int32_t first_token,
                            int32_t *acc);
 
