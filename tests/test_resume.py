@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from tests.models import MODELS, TEXT
 
 FULL = ("--calibration-tokens", "512")
 PAPER = ("--method", "paper", "--calibration-tokens", "256")
+HANGS_AFTER = 300  # seconds, for a conversion of four
 
 
 class Killed(BaseException):
@@ -80,7 +83,20 @@ def test_killed_at_many_moments(models, tmp_path, monkeypatch, name, options, ki
 
 def newest(work: Path) -> int:
     """When a value was last kept."""
-    return max((file.stat().st_mtime_ns for file in work.glob("*.pt")), default=0)
+    times = [0]
+    for file in work.glob("*.pt"):
+        with suppress(FileNotFoundError):  # removed since
+            times.append(file.stat().st_mtime_ns)
+    return max(times)
+
+
+def stderr_of(process: subprocess.Popen) -> str:
+    """What it wrote until its end; one that hangs fails the test with the stacks of its threads."""
+    try:
+        return process.communicate(timeout=HANGS_AFTER)[1]
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        pytest.fail(f"a conversion hangs:\n{process.communicate()[1]}")
 
 
 @pytest.mark.slow
@@ -94,14 +110,15 @@ def test_killed_as_a_process(models, tmp_path):
     command = [*program, "--out", str(out), "--resume"]
     while not out.exists():
         before = newest(tmp_path / "m.gguf.work")
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        stacks = os.environ | {"PYTHONFAULTHANDLER": "1"}
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=stacks)
         while kills < 4 and newest(tmp_path / "m.gguf.work") == before and process.poll() is None:
             time.sleep(0.01)
         if kills < 4:
             time.sleep(rng.uniform(0, 0.2))
             process.send_signal(signal.SIGKILL)
             kills += 1
-        stderr = process.communicate()[1]
+        stderr = stderr_of(process)
         assert process.returncode in (0, -signal.SIGKILL), stderr
     assert kills >= 2
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
