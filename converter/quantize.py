@@ -205,8 +205,8 @@ def _clustering_task(fit: Fit, moments: Moments | None, output: Moments | None, 
 def _floats(planned: PlannedTensor, plain: NDArray[Any]) -> Tensor:
     """What rows of a type that is not clustered stand for."""
     if planned.type == "q8_0":
-        return torch.from_numpy(quants.dequantize(plain, GGMLQuantizationType.Q8_0))
-    return torch.from_numpy(plain.astype(np.float32))
+        plain = quants.dequantize(plain, GGMLQuantizationType.Q8_0)
+    return torch.tensor(plain, dtype=torch.float32)  # aligned, which NumPy's are not
 
 
 def _plain(planned: PlannedTensor, weight: Tensor) -> NDArray[Any]:

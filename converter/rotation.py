@@ -101,9 +101,15 @@ def _descend(x: Tensor, bits: int, steps: int, generator: torch.Generator) -> Te
 
 
 def orthogonalize(rotation: Tensor) -> Tensor:
-    """The nearest orthogonal matrix, float32: removes what rounding has left over."""
-    u, _, v = torch.linalg.svd(rotation.double())
-    return (u @ v).float()
+    """The nearest orthogonal matrix, float32, of one that only rounding has moved away.
+
+    By Newton and Schulz's iteration (Björck and Bowie 1971), which squares the distance each time. A singular value
+    decomposition would work in unaligned memory, where its last bits may differ between processes.
+    """
+    nearest = rotation.double()
+    for _ in range(3):
+        nearest = 1.5 * nearest - 0.5 * nearest @ (nearest.T @ nearest)
+    return nearest.float()
 
 
 def rotate_heads(arch: Architecture, layer: Layer, rotation: Tensor) -> Layer:

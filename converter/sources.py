@@ -1,4 +1,8 @@
-"""Where a checkpoint's tensors lie: safetensors files or a GGUF file, read one tensor at a time."""
+"""Where a checkpoint's tensors lie: safetensors files or a GGUF file, read one tensor at a time.
+
+What is read is copied into torch's own memory: sums over floats that start anywhere else may differ in their last bits
+from one process to the next (docs/decisions.md).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import gguf
-import numpy as np
 import torch
 from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
@@ -76,7 +79,7 @@ class SafetensorsSource:
             tensor = tensors.get_tensor(name) if entry is None else tensors.get_slice(name)[entry]
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise CQError(f"{self.path}: tensor {name} is {tensor.dtype}: only float checkpoints can be converted")
-        return tensor.float()
+        return tensor.to(torch.float32, copy=True)
 
 
 @contextmanager
@@ -115,4 +118,4 @@ class GgufSource:
                 f"{self.path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be read"
             ) from error
         shape = self.shape(name) or ()
-        return torch.from_numpy(np.array(values, np.float32)).reshape(shape if entry is None else shape[1:])
+        return torch.tensor(values, dtype=torch.float32).reshape(shape if entry is None else shape[1:])

@@ -15,6 +15,7 @@ from codequant_converter.calibration import tokenize
 from codequant_converter.checkpoint import open_checkpoint
 from codequant_converter.pipeline import CHECK_TEXT
 from codequant_converter.reference import Reference, load
+from codequant_converter.sources import GgufSource, SafetensorsSource
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -193,6 +194,20 @@ def test_same_seed_same_bytes_other_seed_other_bytes(checkpoints, text, tmp_path
     a, b, c = ((tmp_path / f"{x}.gguf").read_bytes() for x in "abc")
     assert a == b
     assert a != c
+
+
+def test_what_is_read_starts_at_multiples_of_64_bytes(checkpoints, tmp_path):
+    """Elsewhere the last bits of sums, and with them a conversion's bytes, may differ between processes."""
+    folder, model = checkpoints("mixtral")
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
+    convert(folder, tmp_path / "m.gguf", "--tensor-type", ".=f32", "--no-rotation", "--no-hadamard", "--no-check")
+    for source in (SafetensorsSource(tmp_path), GgufSource(tmp_path / "m.gguf")):
+        names = [*model.state_dict(), *(tensor.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors)]
+        shapes = {name: shape for name in names if (shape := source.shape(name))}
+        assert len(shapes) > 10
+        for name, shape in shapes.items():
+            entries = [source.read(name, entry) for entry in range(shape[0])] if len(shape) == 3 else []
+            assert all(tensor.data_ptr() % 64 == 0 for tensor in (source.read(name), *entries))
 
 
 @pytest.mark.parametrize("bits", [5, 4, 3, 2])
