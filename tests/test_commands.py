@@ -19,6 +19,7 @@ from pyggml_bridge.format import CQType, hadamard
 from pyggml_bridge.models import load_model
 from pyggml_bridge.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from tests.byte_tokenizer import byte_keys
+from tests.processes import interruptible
 from tests.tiny_gguf import Tiny, write_tiny
 
 N_CTX = 32
@@ -172,8 +173,8 @@ def test_bad_usage_and_bad_input(files, tmp_path):
 def test_interrupt_exits_with_130(files):
     folder, _ = files
     line = [sys.executable, "-m", "pyggml_bridge.cli.bench", str(folder / "moe.gguf"), "-n", "100000", "-p", "0"]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    with interruptible(line) as process:
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in err

@@ -19,6 +19,7 @@ from codequant_converter.settings import Settings
 from safetensors.torch import load_file, save_file
 
 from tests.models import MODELS, TEXT
+from tests.processes import interruptible
 
 WEIGHT = "model.layers.1.self_attn.v_proj.weight"
 
@@ -227,13 +228,13 @@ def test_interrupt_leaves_nothing(tmp_path, options, part):
     text.write_text(TEXT)
     arguments = command(model, "--out", tmp_path / "out.gguf", "--calibration", text, "--no-rotation", "--no-check")
     arguments += options
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(part)) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert list(tmp_path.glob(part))
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    with interruptible(arguments) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(part)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert list(tmp_path.glob(part))
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert "Traceback" not in stderr
