@@ -13,15 +13,25 @@ from pyggml_bridge.format import BLOCK, MAX_COLS
 from pyggml_bridge.format import CODEBOOK_ROWS as ROW_COUNTS
 from pyggml_bridge.native import default_threads
 
-from .budget import DEFAULT_BPW, DEFAULT_EXPERTS_BPW
-from .clustering import CODEBOOK_ROWS, DESCENT_ROUNDS, Grouping, Refinement
-from .memory import free_memory
+from .console import console, warn
+from .estimate.memory import free_memory
+from .output.gguf_file import check_output
 from .pipeline import Needs, convert, needs, plan_conversion
-from .plan import Plan
-from .quantize import DESCENT_ROWS
-from .report import console, tensor_table, warn
-from .settings import FLOAT_TYPES, METHODS, ROTATIONS, Override, Settings
-from .write import check_output
+from .quantize.budget import DEFAULT_BPW, DEFAULT_EXPERTS_BPW
+from .quantize.matrix import DESCENT_ROWS
+from .quantize.plan import Plan
+from .report import tensor_table
+from .settings import (
+    CODEBOOK_ROWS,
+    DESCENT_ROUNDS,
+    FLOAT_TYPES,
+    METHODS,
+    ROTATIONS,
+    Grouping,
+    Override,
+    Refinement,
+    Settings,
+)
 
 LONG_SECONDS = 7200  # from here on a dry run says what is faster
 DEFAULT_CALIBRATION_TOKENS = 16384  # more are better, and slower: docs/decisions.md

@@ -11,31 +11,32 @@ from torch import Tensor
 
 from pyggml_bridge.output import publish
 
-from .accf import CentroidTuner
-from .architecture import value_dim_of
-from .budget import allocate, default_bpw
-from .calibration import read_tokens, tokenize
-from .check import check_file
-from .checkpoint import GGUF_BIASES, HEAD_BIAS, Checkpoint, open_checkpoint
-from .duration import estimated_seconds
-from .layers import LayerQuantizer
-from .memory import peak_bytes, require_memory, return_what_is_freed
-from .metadata import metadata
-from .moments import Moments
-from .observe import Observation, observe
-from .plan import Plan, PlannedTensor, make_plan
-from .quantize import Quantized, QuantizedExperts, quantize
-from .report import Report, warn
-from .rope import rope_tensors
-from .rotation import LearnedRotation, learn_rotation, random_rotation
-from .sensitivity import Sensitivity, folder_bytes, measure
+from .calibrate.fisher import Sensitivity, folder_bytes, measure
+from .calibrate.hessian import Moments
+from .calibrate.layer_stream import LayerStream
+from .calibrate.observe import Observation, observe
+from .calibrate.tokens import read_tokens, tokenize
+from .console import warn
+from .estimate.duration import estimated_seconds
+from .estimate.memory import peak_bytes, require_memory, return_what_is_freed
+from .output.check import check_file
+from .output.gguf_file import OutputFile, check_output, require_free
+from .output.metadata import metadata
+from .quantize.budget import allocate, default_bpw
+from .quantize.layers import LayerQuantizer
+from .quantize.matrix import Quantized, QuantizedExperts, quantize
+from .quantize.paper.centroid_tuning import CentroidTuner
+from .quantize.plan import Plan, PlannedTensor, make_plan
+from .quantize.task_pool import run_tasks
+from .report import Report
+from .resume.work_folder import WorkFolder, work_folder
+from .resume.written import Written
 from .settings import Settings
-from .side_by_side import run_tasks
-from .stream import LayerStream
-from .transform import TransformedModel
-from .work import WorkFolder, work_folder
-from .write import OutputFile, check_output, require_free
-from .written import Written
+from .source.architecture import value_dim_of
+from .source.checkpoint import GGUF_BIASES, HEAD_BIAS, Checkpoint, open_checkpoint
+from .source.rope import rope_tensors
+from .transform.rotation import LearnedRotation, learn_rotation, random_rotation
+from .transform.transformed_model import TransformedModel
 
 OBSERVED_SEQUENCES = 8
 CHECK_TEXT = (

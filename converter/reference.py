@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .checkpoint import open_checkpoint
+from .source.checkpoint import open_checkpoint
 
 
 class Reference:

@@ -1,51 +1,18 @@
-"""What a conversion did: progress on stderr while it runs, then a table per tensor, and JSON."""
+"""What a conversion did: a table with a row per tensor, a summary, and the JSON document."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pyggml_bridge.cli.common import peak_memory_bytes
 
-from .plan import Plan, PlannedTensor
-from .rotation import LearnedRotation
-
-console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 160)
-
-
-def warn(message: str) -> None:
-    """One line on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Any]:
-    """A progress bar on stderr, drawn only on a terminal; yields a function that advances it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
-    with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total, now="")
-
-        def advance(now: str = "", step: int = 1) -> None:
-            bar.update(task, advance=step, now=now)
-
-        yield advance
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What fine-tuning a layer did: its steps, the loss on held-out sequences before and after; equal if undone."""
-
-    steps: int
-    loss_start: float
-    loss_end: float
+from .console import console, warn
+from .quantize.plan import Plan, PlannedTensor
+from .results import Tuned
+from .transform.rotation import LearnedRotation
 
 
 @dataclass

@@ -9,8 +9,8 @@ from pathlib import Path
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 
-from .clustering import Grouping, Refinement
-
+DESCENT_ROUNDS = 1
+CODEBOOK_ROWS = 8
 METHODS = ("full", "paper")
 ROTATIONS = ("learned", "random", "none")
 FLOAT_TYPES = ("f16", "f32")
@@ -34,6 +34,31 @@ class Override:
             return cls(re.compile(pattern), kind.lower())
         except re.error as error:
             raise CQError(f"--tensor-type {text}: invalid pattern: {error}") from error
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Columns that share a codebook and a scale: multiples of 64, or -1 for the whole row (and no group scales).
+
+    codebook_rows: rows that share their codebooks, 1, 2, 4 or 8.
+    """
+
+    group_size: int = -1
+    scale_group: int = 64
+    codebook_rows: int = 1
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What follows the k-means where the inputs' second moments are known. Descent needs feedback before it, and tokens
+    enough for each column (quantize.DESCENT_ROWS).
+
+    sensitivity: moments weighted by gradients, and feedback from row to row (sensitivity.py).
+    """
+
+    feedback: bool = True
+    sensitivity: bool = True
+    descent_rounds: int = DESCENT_ROUNDS
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from pyggml_bridge import program as p
 from pyggml_bridge.backend import Backend, Half, updated_in_place, values_of
 from pyggml_bridge.cpu import CPUBackend
-from pyggml_bridge.cuda import CUDABackend, Device
-from pyggml_bridge.cuda_program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.backend import CUDABackend, Device
+from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
 
 RESERVED_BYTES = 64 << 20  # for compiled kernels and graphs; what they take has not been measured

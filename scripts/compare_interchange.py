@@ -21,10 +21,10 @@ import numpy as np
 from interchange_models import MODELS, save
 from numpy.typing import NDArray
 
+from pyggml_bridge.measure.perplexity import chunks_of, measure
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import load_model
 from pyggml_bridge.models.decoder import build_decoder
-from pyggml_bridge.perplexity import chunks_of, measure
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.tokenizer import Tokenizer
 from pyggml_bridge.weights import Weights

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from pyggml_bridge.cuda import CUDABackend
-from pyggml_bridge.cuda_kernels import Launch
-from pyggml_bridge.cuda_linear import LINEAR, LINEARS
+from pyggml_bridge.cuda.backend import CUDABackend
+from pyggml_bridge.cuda.kernels import Launch
+from pyggml_bridge.cuda.linear import LINEAR, LINEARS
 from pyggml_bridge.format import BLOCK, CQType
+from pyggml_bridge.measure.synthetic import SHAPES, write_synthetic
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import load_model
-from pyggml_bridge.synthetic import SHAPES, write_synthetic
 
 SPIN = 'extern "C" __global__ void spin(long long n) { for (long long t = clock64(); clock64() - t < n;) {} }'
 SPIN_CLOCKS = 400_000_000  # long enough to queue a batch's launches behind: their times have no host in them

@@ -14,10 +14,10 @@ from pathlib import Path
 import gpu_model as g  # beside this script
 
 from pyggml_bridge import program as p
-from pyggml_bridge.cuda_program import CUDAProgram
+from pyggml_bridge.cuda.program import CUDAProgram
 from pyggml_bridge.format import CQType
+from pyggml_bridge.measure.synthetic import SHAPES
 from pyggml_bridge.split import RESERVED_BYTES, cut, most_layers, on_cpu
-from pyggml_bridge.synthetic import SHAPES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- begin: scripts/cuda_roofline.py -->\n", "<!-- end: scripts/cuda_roofline.py -->\n"

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from pyggml_bridge import program as p
 from pyggml_bridge.backend import values_of
-from pyggml_bridge.cuda_linear import GEMV_MAX_TOKENS, TILE_TOKENS
-from pyggml_bridge.cuda_program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.linear import GEMV_MAX_TOKENS, TILE_TOKENS
+from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
 from pyggml_bridge.format import BLOCK, Clustered, CQType
+from pyggml_bridge.measure.synthetic import CODEBOOK_ROWS, HADAMARD, HEAD, SCALE_GROUP, Shape
 from pyggml_bridge.models.decoder import build_decoder
-from pyggml_bridge.synthetic import CODEBOOK_ROWS, HADAMARD, HEAD, SCALE_GROUP, Shape
 from pyggml_bridge.weights import Matrix, Weights
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "cuda-kernels.csv"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from codequant_converter import arch
+from codequant_converter.source import arch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -16,8 +16,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 
 from pyggml_bridge.format import Sidecars
+from pyggml_bridge.measure.synthetic import SHAPES, write_synthetic
 from pyggml_bridge.reader import GGUFFile
-from pyggml_bridge.synthetic import SHAPES, write_synthetic
 
 Q4_0_BLOCK = np.dtype([("scale", np.float16), ("nibbles", np.uint8, 16)])
 COLS = 32  # of a block

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from codequant_converter import arch
+from codequant_converter.source import arch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 

@@ -6,13 +6,13 @@ import re
 
 import pytest
 import torch
-from codequant_converter import arch
-from codequant_converter.architecture import value_dim_of
-from codequant_converter.checkpoint import open_checkpoint
-from codequant_converter.fold import fold_norms
-from codequant_converter.rotation import random_rotation
-from codequant_converter.stream import LayerStream
-from codequant_converter.transform import TransformedModel
+from codequant_converter.calibrate.layer_stream import LayerStream
+from codequant_converter.source import arch
+from codequant_converter.source.architecture import value_dim_of
+from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.transform.fold import fold_norms
+from codequant_converter.transform.rotation import random_rotation
+from codequant_converter.transform.transformed_model import TransformedModel
 from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
 from pyggml_bridge.errors import CQError

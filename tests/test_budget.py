@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from codequant_converter import cli
-from codequant_converter.budget import DISTORTION, allocate
 from codequant_converter.pipeline import convert, plan_conversion
-from codequant_converter.plan import make_plan
+from codequant_converter.quantize.budget import DISTORTION, allocate
+from codequant_converter.quantize.plan import make_plan
 from codequant_converter.settings import Override
 
 from pyggml_bridge.models import load_model

@@ -6,10 +6,9 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from codequant_converter.clustering import (
+from codequant_converter.quantize.clustering import (
     ITERATIONS,
     Fit,
-    Grouping,
     descend,
     descend_noting,
     error_feedback,
@@ -17,6 +16,7 @@ from codequant_converter.clustering import (
     new_fit,
     weights_of,
 )
+from codequant_converter.settings import Grouping
 
 from pyggml_bridge.format import CQType
 

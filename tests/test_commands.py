@@ -16,8 +16,8 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 
 from pyggml_bridge.format import CQType, hadamard
+from pyggml_bridge.measure.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from pyggml_bridge.models import load_model
-from pyggml_bridge.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from tests.byte_tokenizer import byte_keys
 from tests.processes import interruptible
 from tests.tiny_gguf import Tiny, write_tiny

@@ -15,7 +15,7 @@ STAND_IN = """
 import sys
 import numpy as np
 from pyggml_bridge.models import load_model
-from pyggml_bridge.perplexity import chunks_of, log_softmax
+from pyggml_bridge.measure.perplexity import chunks_of, log_softmax
 from pyggml_bridge.tokenizer import Tokenizer
 
 option = dict(zip(sys.argv[1::2], sys.argv[2::2]))

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from codequant_converter import cli
-from codequant_converter.budget import DISTORTION
-from codequant_converter.calibration import tokenize
-from codequant_converter.checkpoint import open_checkpoint
+from codequant_converter.calibrate.tokens import tokenize
 from codequant_converter.pipeline import CHECK_TEXT
+from codequant_converter.quantize.budget import DISTORTION
 from codequant_converter.reference import Reference, load
-from codequant_converter.sources import GgufSource, SafetensorsSource
+from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.source.weight_files import GgufSource, SafetensorsSource
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.export import export
 from pyggml_bridge.format import CQType, register
+from pyggml_bridge.measure.perplexity import routing_of
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import load_model
-from pyggml_bridge.perplexity import routing_of
 from tests.models import MODELS, TEXT, VOCAB
 
 register()

@@ -5,16 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from codequant_converter.architecture import interleave_rope, split_rope
-from codequant_converter.basis import FileBasis
-from codequant_converter.calibration import capture, read_tokens
-from codequant_converter.checkpoint import open_checkpoint
-from codequant_converter.experts import Expert
-from codequant_converter.permutation import outlier_order
-from codequant_converter.rotation import cayley, learn_rotation, orthogonalize, quantization_loss, random_rotation
-from codequant_converter.stream import LayerStream
-from codequant_converter.tokenizer import tokenizer_keys
-from codequant_converter.transform import TransformedModel
+from codequant_converter.calibrate.capture import capture
+from codequant_converter.calibrate.layer_stream import LayerStream
+from codequant_converter.calibrate.streamed_experts import Expert
+from codequant_converter.calibrate.tokens import read_tokens
+from codequant_converter.source.architecture import interleave_rope, split_rope
+from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.source.tokenizer import tokenizer_keys
+from codequant_converter.transform.permutation import outlier_order
+from codequant_converter.transform.rotation import (
+    cayley,
+    learn_rotation,
+    orthogonalize,
+    quantization_loss,
+    random_rotation,
+)
+from codequant_converter.transform.transformed_model import TransformedModel
+from codequant_converter.transform.weight_layout import FileBasis
 
 from pyggml_bridge.format import hadamard, quantize_activations
 from pyggml_bridge.tokenizer import Tokenizer

@@ -10,14 +10,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from codequant_converter import arch
-from codequant_converter.budget import DISTORTION
+from codequant_converter.quantize.budget import DISTORTION
+from codequant_converter.source import arch
 from gguf import GGMLQuantizationType
 from gguf.constants import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES
 from transformers import AutoConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
 
-from pyggml_bridge.cuda_program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.export import export
 from pyggml_bridge.kv_cache import KVCache

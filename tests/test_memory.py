@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from codequant_converter import cli, memory, moments, pipeline
-from codequant_converter.basis import FileBasis
-from codequant_converter.checkpoint import open_checkpoint
-from codequant_converter.clustering import Fit
-from codequant_converter.moments import Moments
-from codequant_converter.transform import TransformedModel
+from codequant_converter import cli, pipeline
+from codequant_converter.calibrate import hessian as moments
+from codequant_converter.calibrate.hessian import Moments
+from codequant_converter.estimate import memory
+from codequant_converter.quantize.clustering import Fit
+from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.transform.transformed_model import TransformedModel
+from codequant_converter.transform.weight_layout import FileBasis
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 

@@ -8,14 +8,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from codequant_converter.arch import phimoe
-from codequant_converter.checkpoint import open_checkpoint
-from codequant_converter.fold import fold_norms
+from codequant_converter.source.arch import phimoe
+from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.transform.fold import fold_norms
 from gguf import GGMLQuantizationType
 from transformers import AutoConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
-from pyggml_bridge.cuda_program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.export import export
 from pyggml_bridge.models import load_model

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from codequant_converter.pre_tokenizer import llama_cpp_name
-from codequant_converter.tokenizer import _adds_space_prefix
+from codequant_converter.source.pre_tokenizer import llama_cpp_name
+from codequant_converter.source.tokenizer import _adds_space_prefix
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 

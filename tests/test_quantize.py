@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from codequant_converter.clustering import Grouping, Refinement
-from codequant_converter.moments import Moments
-from codequant_converter.plan import PlannedTensor
-from codequant_converter.quantize import DESCENT_ROWS, Quantized, quantize, quantize_plain
+from codequant_converter.calibrate.hessian import Moments
+from codequant_converter.quantize.matrix import DESCENT_ROWS, Quantized, quantize, quantize_plain
+from codequant_converter.quantize.plan import PlannedTensor
+from codequant_converter.settings import Grouping, Refinement
 
 SHAPE = (24, 128)
 
@@ -41,7 +41,7 @@ def test_a_finished_weight_is_what_the_file_holds():
 
 def test_errors_add_up_over_pieces_of_rows(monkeypatch):
     whole = quantized(2000, 0).rel_error(1)
-    monkeypatch.setattr("codequant_converter.quantize.PIECE_ROWS", 8)
+    monkeypatch.setattr("codequant_converter.quantize.matrix.PIECE_ROWS", 8)
     assert quantized(2000, 0).rel_error(1) == pytest.approx(whole, rel=1e-6)
 
 

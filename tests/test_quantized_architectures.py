@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from codequant_converter import cli
-from codequant_converter.basis import FileBasis, hadamard_blocks
-from codequant_converter.checkpoint import (
+from codequant_converter.calibrate.layer_stream import LayerStream
+from codequant_converter.source.checkpoint import (
     EMBEDDING,
     FINAL_NORM,
     GGUF_BIASES,
@@ -24,14 +24,14 @@ from codequant_converter.checkpoint import (
     Checkpoint,
     open_checkpoint,
 )
-from codequant_converter.stream import LayerStream
+from codequant_converter.transform.weight_layout import FileBasis, hadamard_blocks
 from gguf import GGMLQuantizationType
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pyggml_bridge.export import dequantized
+from pyggml_bridge.measure.perplexity import routing_of
 from pyggml_bridge.models import load_model
-from pyggml_bridge.perplexity import routing_of
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.weights import Weights
 

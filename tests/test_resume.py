@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from codequant_converter import cli
-from codequant_converter.work import WorkFolder
-from codequant_converter.write import OutputFile
+from codequant_converter.output.gguf_file import OutputFile
+from codequant_converter.resume.work_folder import WorkFolder
 
 from pyggml_bridge.errors import CQError
 from tests.models import MODELS, TEXT

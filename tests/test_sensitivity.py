@@ -7,12 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from codequant_converter import sensitivity
-from codequant_converter.basis import FileBasis
-from codequant_converter.checkpoint import open_checkpoint
-from codequant_converter.clustering import (
+from codequant_converter.calibrate import fisher as sensitivity
+from codequant_converter.calibrate.hessian import Moments
+from codequant_converter.calibrate.layer_stream import LayerStream
+from codequant_converter.quantize.clustering import (
     Fit,
-    Grouping,
     OutputErrors,
     descend_noting,
     error_feedback,
@@ -20,11 +19,12 @@ from codequant_converter.clustering import (
     new_fit,
     weights_of,
 )
-from codequant_converter.moments import Moments
-from codequant_converter.row_feedback import ROWS, cluster_in_turn, sweep
-from codequant_converter.stream import LayerStream
-from codequant_converter.transform import TransformedModel
-from codequant_converter.work import WorkFolder
+from codequant_converter.quantize.row_feedback import ROWS, cluster_in_turn, sweep
+from codequant_converter.resume.work_folder import WorkFolder
+from codequant_converter.settings import Grouping
+from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.transform.transformed_model import TransformedModel
+from codequant_converter.transform.weight_layout import FileBasis
 
 from pyggml_bridge.format import CQType
 

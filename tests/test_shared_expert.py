@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from codequant_converter import sensitivity
-from codequant_converter.calibration import capture
-from codequant_converter.checkpoint import open_checkpoint
-from codequant_converter.layer_pair import FFN, ROUTER, LayerPair
-from codequant_converter.stream import LayerStream
-from codequant_converter.transform import TransformedModel
-from codequant_converter.work import WorkFolder
+from codequant_converter.calibrate import fisher as sensitivity
+from codequant_converter.calibrate.capture import capture
+from codequant_converter.calibrate.layer_stream import LayerStream
+from codequant_converter.quantize.paper.layer_pair import FFN, ROUTER, LayerPair
+from codequant_converter.resume.work_folder import WorkFolder
+from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.transform.transformed_model import TransformedModel
 
 from .models import MODELS
 

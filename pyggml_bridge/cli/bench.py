@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pyggml_bridge.bench import cpu_name, measure_kernels, measure_tests
 from pyggml_bridge.cli.common import (
     ArgumentParser,
     add_cuda_arguments,
@@ -22,11 +21,12 @@ from pyggml_bridge.cli.common import (
 )
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
+from pyggml_bridge.measure.bench import cpu_name, measure_kernels, measure_tests
+from pyggml_bridge.measure.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import load_model
 from pyggml_bridge.native import choose_isa, default_threads
 from pyggml_bridge.reader import GGUFFile
-from pyggml_bridge.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from pyggml_bridge.weights import Weights
 
 

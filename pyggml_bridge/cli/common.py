@@ -40,7 +40,7 @@ def check_cuda(args: argparse.Namespace) -> None:
     if args.gpu_layers is not None and args.gpu_layers < 0:
         raise CQError(f"--gpu-layers: {args.gpu_layers} is below 0")
     if args.cuda:
-        from pyggml_bridge.cuda import require_device  # here: a start on the CPU need not wait for it
+        from pyggml_bridge.cuda.backend import require_device  # here: a start on the CPU need not wait for it
 
         require_device()
 

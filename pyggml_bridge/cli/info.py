@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any
 
 from pyggml_bridge.cli.common import ArgumentParser, print_json, run_main
+from pyggml_bridge.measure.sizes import bits_per_weight, tensor_sizes
 from pyggml_bridge.reader import GGUFFile, StringArray
-from pyggml_bridge.sizes import bits_per_weight, tensor_sizes
 
 MAX_SHOWN = 60
 

@@ -13,10 +13,10 @@ import numpy as np
 from pyggml_bridge.cli.common import ArgumentParser, add_cuda_arguments, check_cuda, print_json, run_main
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
+from pyggml_bridge.measure.perplexity import Reference, RunnerReference, Statistics, chunks_of, mean_and_error, measure
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import architectures, load_model
 from pyggml_bridge.native import choose_isa
-from pyggml_bridge.perplexity import Reference, RunnerReference, Statistics, chunks_of, mean_and_error, measure
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.tokenizer import Tokenizer
 from pyggml_bridge.weights import PLAIN_TYPES

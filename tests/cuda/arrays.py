@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pyggml_bridge.cuda_linear import DeviceMatrix, DeviceRouting, group
+from pyggml_bridge.cuda.linear import DeviceMatrix, DeviceRouting, group
 from pyggml_bridge.format import Clustered
 from tests.cuda.emulate import run
 from tests.oracle import guarded

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pyggml_bridge import nvrtc
+from pyggml_bridge.cuda import nvrtc
 from tests.cuda.stand_in import StandIn
 
 collect_ignore_glob = [] if sys.platform == "linux" else ["test_*.py"]

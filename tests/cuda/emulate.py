@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pyggml_bridge.cuda_kernels import Launch, Module
+from pyggml_bridge.cuda.kernels import Launch, Module
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES, EMULATOR = ROOT / "native" / "cuda", Path(__file__).parent

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pyggml_bridge.cuda_kernels import Launch, Module
+from pyggml_bridge.cuda.kernels import Launch, Module
 from tests.cuda.emulate import run
 from tests.oracle import guarded
 

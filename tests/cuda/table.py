@@ -16,9 +16,9 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from pyggml_bridge import nvrtc
-from pyggml_bridge.cuda_kernels import AROUND_ATTENTION, ROWS, Module, decode_module
-from pyggml_bridge.cuda_linear import ROUTE, linear_module
+from pyggml_bridge.cuda import nvrtc
+from pyggml_bridge.cuda.kernels import AROUND_ATTENTION, ROWS, Module, decode_module
+from pyggml_bridge.cuda.linear import ROUTE, linear_module
 from pyggml_bridge.format import CQType
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "cuda-kernels.csv"

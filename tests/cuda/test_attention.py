@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pyggml_bridge import cuda_kernels as ck
+from pyggml_bridge.cuda import kernels as ck
 from tests.cuda.arrays import Memory
 from tests.cuda.emulate import run
 

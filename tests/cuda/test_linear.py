@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from pyggml_bridge import cuda_linear as cl
+from pyggml_bridge.cuda import linear as cl
 from pyggml_bridge.format import CODEBOOK_ROWS, MAX_COLS, Clustered, CQType
 from tests.cuda.arrays import Memory
 from tests.cuda.emulate import run

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pyggml_bridge import nvrtc
-from pyggml_bridge.cuda_kernels import Module
+from pyggml_bridge.cuda import nvrtc
+from pyggml_bridge.cuda.kernels import Module
 from pyggml_bridge.errors import CQError
 
 SMALL = Module("small.cu", (("VALUE", 3),))

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyggml_bridge.cuda import require_device
+from pyggml_bridge.cuda.backend import require_device
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.measure.synthetic import SHAPES, write_synthetic
 from pyggml_bridge.models import load_model
-from pyggml_bridge.synthetic import SHAPES, write_synthetic
 
 N_LAYERS, N_TOKENS, N_OUTPUTS = 2, 300, 8
 MAX_KLD = 1e-3  # nats, of half of the tokens: activations beside int8's rounding edges fall on either side

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pyggml_bridge import cuda_linear as cl
+from pyggml_bridge.cuda import linear as cl
 from pyggml_bridge.native import lib
 from pyggml_bridge.program import Scoring
 from tests.cuda.arrays import Memory

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from pyggml_bridge import cuda_kernels as ck
-from pyggml_bridge import cuda_linear as cl
+from pyggml_bridge.cuda import kernels as ck
+from pyggml_bridge.cuda import linear as cl
 from pyggml_bridge.format import hadamard, quantize_activations
 from tests.cuda.arrays import Memory
 from tests.cuda.emulate import run

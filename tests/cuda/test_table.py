@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from pyggml_bridge.cuda_kernels import AROUND_ATTENTION, ROWS, Module, decode_module
-from pyggml_bridge.cuda_linear import ROUTE, linear_module
+from pyggml_bridge.cuda.kernels import AROUND_ATTENTION, ROWS, Module, decode_module
+from pyggml_bridge.cuda.linear import ROUTE, linear_module
 from pyggml_bridge.format import CQType
 from tests.cuda import table
 

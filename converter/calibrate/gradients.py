@@ -1,0 +1,186 @@
+"""Gradients of a decoder layer's outputs, gathered while it runs backwards: what its linears' errors would do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..source.architecture import Architecture, Linear
+from .hessian import INPUTS, OUTPUTS, Moments
+from .streamed_experts import ROWS, Expert, Gradients, Routed, StreamedExperts
+
+INPUT_STRIDE = 4  # every fourth token's inputs are enough to predict what feedback gains
+HALF_BYTES = 2
+MAX_OUTPUTS = 8192  # of a linear whose outputs' moments are kept; the rows of wider ones are taken as independent
+EXPERTS_IN_COMMON = 0.1  # share of an expert's damage that is the mean of all: another text chooses others
+
+
+@dataclass(frozen=True)
+class PackedMoments:
+    """Second moments of a linear's output gradients: float16 [out, out], relative to the diagonal's mean."""
+
+    matrix: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, moments: Moments) -> PackedMoments:
+        """Rounded."""
+        mean = moments.matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        return cls((moments.matrix / mean).half(), moments.tokens)
+
+    def moments(self) -> Moments:
+        """Damped by all of the columns per row."""
+        return Moments.of(self.matrix.float(), self.tokens, OUTPUTS)
+
+
+def output_moments_bytes(linear: Linear, shape: tuple[int, ...]) -> int:
+    """Of the packed moments of a linear [..., out, in], of all experts."""
+    *n_experts, out, _ = shape
+    own = n_experts[0] if n_experts and not linear.writes_residual else 1
+    return HALF_BYTES * out * out * own if out <= MAX_OUTPUTS else 0
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """token_weights: site -> [tokens], mean 1; outputs: linear -> its moments, one or one per expert."""
+
+    token_weights: dict[str, Tensor]
+    outputs: dict[str, list[PackedMoments]]
+
+
+class GradientCapture:
+    """Gathers the gradients of one decoder layer's outputs."""
+
+    def __init__(self, arch: Architecture, module: nn.Module, n_experts: int) -> None:
+        """Nothing seen yet."""
+        self.norms: dict[tuple[str, str], list[Tensor]] = {}  # site and linear -> gradient norms of each batch
+        self.inputs: dict[str, Moments] = {}  # linear -> of some of its inputs, weighted by |g|^2, of all experts alike
+        self.outputs: dict[str, Moments] = {}  # linear -> of all its gradients; experts' own are packed at once
+        self.packed: dict[str, list[PackedMoments]] = {}
+        self.gains: dict[str, list[float]] = {}
+        self.energy: dict[str, Tensor] = {}  # linear -> [1] or [n_experts]
+        self.linears = [linear for linear in arch.linears if linear.measured]
+        for linear in self.linears:
+            self.energy[linear.name] = torch.zeros(n_experts if linear.experts else 1, dtype=torch.float64)
+
+    def add(self, linear: Linear, gradient: Tensor, x: Tensor, weight: Tensor, expert: int = 0) -> Tensor:
+        """Gradients [tokens, out] of the outputs of weight [out, in] for inputs x; returns the gradients' norms."""
+        norms = gradient.norm(dim=-1)
+        row_energy = weight.square().mean(dim=1)  # errors of the weights relative to their row, independent
+        self.energy[linear.name][expert] += float((gradient.square() @ row_energy) @ x.square().sum(dim=-1))
+        inputs = self.inputs.setdefault(linear.name, Moments(x.shape[1], damping=INPUTS.of_every(INPUT_STRIDE)))
+        inputs.add(x[::INPUT_STRIDE], norms[::INPUT_STRIDE].square())
+        if gradient.shape[1] <= MAX_OUTPUTS:
+            n_outputs = gradient.shape[1]
+            outputs = self.outputs.setdefault(linear.name, Moments(n_outputs, width=n_outputs, damping=OUTPUTS))
+            outputs.add(gradient, 1 / norms.clamp_min(torch.finfo(torch.float32).tiny))
+        return norms
+
+    def pack(self, linear: Linear) -> None:
+        """No more gradients come to what add has gathered of this linear's outputs: the next are another expert's."""
+        outputs = self.outputs.pop(linear.name, None)
+        if outputs is None:  # an expert that no token chose, or too many outputs
+            self.packed.setdefault(linear.name, []).append(PackedMoments(torch.zeros(0, 0).half(), 0))
+            return
+        self.gains.setdefault(linear.name, []).append(outputs.feedback_gain)
+        self.packed.setdefault(linear.name, []).append(PackedMoments.of(outputs))
+
+    def result(self) -> LayerSensitivity:
+        """Token weights: the mean over a site's linears of the gradients' norms, each linear's of mean 1."""
+        weights: dict[str, list[Tensor]] = {}
+        for (site, _), batches in self.norms.items():
+            norms = torch.cat(batches)
+            mean = norms.mean().clamp_min(torch.finfo(torch.float32).tiny)
+            weights.setdefault(site, []).append(norms / mean)
+        for linear in self.linears:
+            if linear.name in self.outputs:
+                self.pack(linear)
+        return LayerSensitivity({site: torch.stack(w).mean(dim=0) for site, w in weights.items()}, self.packed)
+
+    def damage(self, n_tokens: int) -> dict[str, list[float]]:
+        """Per linear half the mean square of g e for independent errors of the weights, less what feedback gains.
+
+        Once there is a result.
+        """
+        return {linear.name: (self._damage(linear) / n_tokens).tolist() for linear in self.linears}
+
+    def _damage(self, linear: Linear) -> Tensor:
+        """[1], or [n_experts]: an expert that few tokens chose counts a tenth of the mean one at least."""
+        gains = self.gains.get(linear.name, [])
+        gain = sum(gains) / len(gains) if gains else 1.0
+        energy = self.energy[linear.name]
+        shrunk = (1 - EXPERTS_IN_COMMON) * energy + EXPERTS_IN_COMMON * energy.mean()
+        inputs = self.inputs.pop(linear.name, None)
+        return 0.5 * gain * (inputs.feedback_gain if inputs else 1.0) * shrunk
+
+
+@contextmanager
+def capture_gradients(capture: GradientCapture, module: nn.Module) -> Iterator[None]:
+    """While active, running the layer backwards fills the capture, but for the experts."""
+    handles = []
+    for linear in capture.linears:
+        if not linear.experts:
+            layer = module.get_submodule(linear.parameter.removesuffix(".weight"))
+            handles.append(layer.register_forward_hook(_linear_hook(capture, linear)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _linear_hook(capture: GradientCapture, linear: Linear) -> Any:
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        index, count = linear.part
+        x = arguments[0].detach().flatten(0, -2)
+
+        def receive(gradient: Tensor) -> None:
+            mine = gradient.flatten(0, -2).chunk(count, dim=-1)[index]
+            norms = capture.add(linear, mine, x, linear.rows_of(module.get_parameter("weight")))
+            capture.norms.setdefault((linear.site, linear.name), []).append(norms)
+
+        output.register_hook(receive)
+
+    return hook
+
+
+def experts_backward(
+    capture: GradientCapture, experts: StreamedExperts, routed: Routed, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """From the gradient of the experts' weighted sum [tokens, hidden] to those of what they get, states and weights.
+
+    Fills the capture on the way. What writes the residual stream is shared by all experts, so its outputs' moments are.
+    """
+    linears = [linear for linear in capture.linears if linear.experts]
+    capture.norms[linears[0].site, linears[0].name] = [gradient.norm(dim=-1)]
+    by_states, by_weights = torch.zeros_like(routed.states), torch.zeros_like(routed.weights)
+    for number in range(experts.n_experts):
+        tokens, slots = routed.rows(number)
+        if len(tokens):
+            expert = experts.expert(number)
+            for token, slot in zip(tokens.split(ROWS), slots.split(ROWS), strict=True):
+                by_down = gradient[token] * routed.weights[token, slot, None]
+                found = _expert_backward(capture, linears, number, expert, routed.states[token], by_down)
+                by_states.index_add_(0, token, found.by_x)
+                by_weights[token, slot] = ((found.hidden @ expert.down.T) * gradient[token]).sum(dim=-1)
+            del expert, found  # before the next one is read
+        for linear in linears:
+            if not linear.writes_residual:
+                capture.pack(linear)
+    return by_states, by_weights
+
+
+def _expert_backward(
+    capture: GradientCapture, linears: list[Linear], number: int, expert: Expert, x: Tensor, by_down: Tensor
+) -> Gradients:
+    """Some tokens x [tokens, hidden] of one expert, from the gradient by its output; fills the capture."""
+    found = expert.gradients(x, by_down)
+    sides = ((found.by_gate, x, expert.gate), (found.by_up, x, expert.up), (by_down, found.hidden, expert.down))
+    for linear in linears:
+        capture.add(linear, *sides[2 if linear.writes_residual else linear.part[0]], number)
+    return found

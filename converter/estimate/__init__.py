@@ -1,0 +1,1 @@
+"""How much memory and time a conversion takes, from shapes alone."""

@@ -1,0 +1,1 @@
+"""From float matrices to codebooks and indices: the plan, the budget, one matrix, one layer."""

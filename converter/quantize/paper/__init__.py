@@ -1,0 +1,1 @@
+"""The published method's fine-tuning of centroids (--method paper)."""

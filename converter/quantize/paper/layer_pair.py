@@ -1,0 +1,123 @@
+"""One decoder layer with its original and with other weights, on the original's and on other hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...calibrate.layer_stream import LayerStream
+from ...source.architecture import Architecture, Layer
+
+ATTENTION, FFN, ROUTER = "attention", "ffn", "router"
+
+
+class LayerPair:
+    """transformers' layer `module` holds the original weights; others are put in their place for one run at a time.
+
+    arch: of this layer; fixed: GGUF stem -> weight that takes the original's place in every such run.
+    """
+
+    def __init__(self, stream: LayerStream, arch: Architecture, module: nn.Module, fixed: Layer) -> None:
+        """Gradients go to the weights that are put in, not to the module's own."""
+        self.stream, self.arch, self.module, self.fixed = stream, arch, module.requires_grad_(False), fixed
+
+    def outputs(self, hidden: Tensor, weights: Layer | None = None) -> dict[str, Tensor]:
+        """What attention and FFN write, and the router's logits, for hidden [sequences, n, hidden]."""
+        found: dict[str, Tensor] = {}
+        with _hooks(_output_hooks(self.arch, self.module, found)):
+            self._run(hidden, weights)
+        return found
+
+    def input_products(self, hidden: Tensor, other_hidden: Tensor, weights: Layer) -> dict[str, Tensor]:
+        """Per site the diagonals of X~^T X~ and of X~^T X, [2, experts or 1, cols].
+
+        X~: the inputs in the layer with other weights and hidden states; X: those of the original one, for the same
+        tokens and, where there are experts, for the experts that the other one chose.
+        """
+        other: dict[str, list[Tensor]] = {}
+        own: dict[str, list[Tensor]] = {}
+        routing: list[Tensor] = []
+        with _hooks(_input_hooks(self.arch, self.module, other, routing)):
+            self._run(other_hidden, weights)
+        with _hooks(_input_hooks(self.arch, self.module, own, routing)):
+            self._run(hidden, None)
+        return {
+            site: torch.stack([_products(other[site], other[site]), _products(other[site], own[site])]) for site in own
+        }
+
+    def _run(self, hidden: Tensor, weights: Layer | None) -> None:
+        parameters: dict[str, Tensor] = {}
+        if weights is not None:
+            replaced = self.fixed | weights
+            for linear in self.arch.linears:
+                if linear.name in replaced:
+                    own = self.module.get_parameter(linear.parameter).detach()
+                    linear.rows_of(parameters.setdefault(linear.parameter, own.clone())).copy_(replaced[linear.name])
+        self.stream.call(self.module, hidden, parameters)
+
+
+def _products(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum(dim=0) for x, y in zip(a, b, strict=True)])
+
+
+Hook = tuple[nn.Module, bool, Callable[..., None]]  # before the module runs, or after it
+
+
+@contextmanager
+def _hooks(hooks: list[Hook]) -> Iterator[None]:
+    handles = [m.register_forward_pre_hook(h) if before else m.register_forward_hook(h) for m, before, h in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _output_hooks(arch: Architecture, module: nn.Module, found: dict[str, Tensor]) -> list[Hook]:
+    def keep(part: str) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: Any, output: Any) -> None:
+            found[part] = output[0] if isinstance(output, tuple) else output  # a router gives its logits first
+
+        return hook
+
+    linears = {linear.name: linear for linear in arch.linears}
+    sites = {ATTENTION: _module_of(linears[arch.heads.output].parameter), FFN: "mlp"}  # transformers' name everywhere
+    for linear in arch.linears:
+        if linear.router:
+            sites[ROUTER] = _module_of(linear.parameter)
+    return [(module.get_submodule(site), False, keep(part)) for part, site in sites.items()]
+
+
+def _module_of(parameter: str) -> str:
+    return parameter.removesuffix(".weight")
+
+
+def _input_hooks(
+    arch: Architecture, module: nn.Module, found: dict[str, list[Tensor]], routing: list[Tensor]
+) -> list[Hook]:
+    """Rows per site, and per expert by the routing [tokens, top_k] in the list, which the first run puts there."""
+
+    def dense(site: str) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            found[site] = [arguments[0].flatten(0, -2)]
+
+        return hook
+
+    def experts(layer: Any, arguments: tuple[Tensor, ...]) -> None:
+        states = arguments[0].flatten(0, -2)
+        if not routing:
+            routing.append(arguments[1])
+        rows = [states[(routing[0] == e).any(dim=-1)] for e in range(len(layer.gate_up_proj))]
+        halves = [(x @ w.T).chunk(2, dim=-1) for x, w in zip(rows, layer.gate_up_proj, strict=True)]
+        found[arch.experts_site or ""] = rows
+        found[f"{arch.experts_site}.hidden"] = [layer.act_fn(gate) * up for gate, up in halves]
+
+    sites = {linear.site for linear in arch.linears if linear.measured and not linear.experts}
+    hooks: list[Hook] = [(module.get_submodule(site), True, dense(site)) for site in sorted(sites)]
+    if arch.experts_site:
+        hooks.append((module.get_submodule(arch.experts_site), True, experts))
+    return hooks

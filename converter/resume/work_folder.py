@@ -1,0 +1,141 @@
+"""What a conversion has done so far, in a folder: one that was killed at any moment goes on from there.
+
+A value is written under another name and then renamed, so it is there as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from pyggml_bridge.errors import CQError
+from pyggml_bridge.version import package_version
+
+from ..console import warn
+from ..settings import Settings
+from ..source.checkpoint import Checkpoint
+
+IDENTITY, IDENTITY_PART, LOCK = "settings.json", "settings.part", "lock"
+# Settings that do not change the bytes of the output, and paths, whose contents count instead.
+NOT_IDENTITY = ("out", "overwrite", "max_memory", "work_dir", "resume", "model", "calibration")
+
+
+class WorkFolder:
+    """Named values in files: anything that torch saves."""
+
+    def __init__(self, path: Path) -> None:
+        """A folder that exists."""
+        self.path = path
+
+    @property
+    def part(self) -> Path:
+        """The output file while it is not complete."""
+        return self.path / "output.part"
+
+    def save(self, name: str, value: Any) -> None:
+        """Put a value in the place of any earlier one of this name."""
+        part = self.path / f"{name}.part"
+        torch.save(value, part)
+        part.replace(self._file(name))
+
+    def load(self, name: str) -> Any:
+        """A saved value, None if there is none; CQError if its file is damaged."""
+        file = self._file(name)
+        if not file.is_file():
+            return None
+        try:
+            return torch.load(file, weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise CQError(f"{file}: damaged: start again without --resume") from error
+
+    def has(self, name: str) -> bool:
+        """Whether there is a value of this name."""
+        return self._file(name).is_file()
+
+    def remove(self, name: str) -> None:
+        """Forget a value."""
+        self._file(name).unlink(missing_ok=True)
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.pt"
+
+
+@contextmanager
+def work_folder(settings: Settings, checkpoint: Checkpoint) -> Iterator[WorkFolder]:
+    """The folder of one conversion, which goes when the work is done.
+
+    With --work-dir or --resume it stays if the work is not done, else it never outlives the conversion. CQError if it
+    is in use, holds something else, or was made with other settings or of other files.
+    """
+    out = settings.out
+    if settings.work_dir is None and not settings.resume:
+        with TemporaryDirectory(prefix=f"{out.name}.", suffix=".part", dir=out.parent) as folder:
+            yield WorkFolder(Path(folder))
+        return
+    path = settings.work_dir or out.with_name(out.name + ".work")
+    if path.exists() and not path.is_dir():
+        raise CQError(f"--work-dir {path}: is not a directory")
+    path.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        _prepare(path, _identity(settings, checkpoint), settings.resume)
+        try:
+            yield WorkFolder(path)
+        except KeyboardInterrupt:
+            warn(f"{path} keeps what was done: --resume goes on with it")
+            raise
+        shutil.rmtree(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with (path / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CQError(f"--work-dir {path}: another conversion uses it") from error
+        yield
+
+
+def _prepare(path: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Leave in the folder what can be gone on with: nothing, or what has this identity."""
+    file = path / IDENTITY
+    others = [entry for entry in path.iterdir() if entry.name not in (LOCK, IDENTITY_PART)]
+    if others and not file.is_file():
+        raise CQError(f"--work-dir {path}: holds something else")
+    if others and resume:
+        _require_same(path, json.loads(file.read_text(encoding="utf-8")), identity)
+        return
+    for entry in sorted(others, key=lambda entry: entry == file):  # the identity last: a kill here leaves it known
+        entry.unlink()
+    part = path / IDENTITY_PART
+    part.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+    part.replace(file)
+
+
+def _require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise CQError(f"--resume: {path} was made with another {name}: {before.get(name)} there, {value} now")
+
+
+def _identity(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the bytes of the output follow from, as JSON holds it."""
+    chosen: dict[str, Any] = {"converter": package_version()}
+    chosen |= {f.name: repr(getattr(settings, f.name)) for f in fields(settings) if f.name not in NOT_IDENTITY}
+    for file in checkpoint.files:
+        stat = file.stat()
+        chosen[file.name] = f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+    if settings.calibration:
+        chosen["calibration text"] = hashlib.sha256(settings.calibration.read_bytes()).hexdigest()
+    return chosen

@@ -1,0 +1,1 @@
+"""What is converted: a checkpoint's configuration, weights and tokenizer, one description per architecture."""

@@ -1,0 +1,310 @@
+"""A checkpoint, opened lazily: configuration, tokenizer, and float32 weights of one decoder layer at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from pyggml_bridge.errors import CQError
+
+from . import arch
+from .architecture import Architecture, Layer, Linear, Norm, Vector, split_rope
+from .weight_files import GgufSource, SafetensorsSource, Source
+
+transformers_logging.set_verbosity_error()  # what matters to the user is said by this package, in one line
+transformers_logging.disable_progress_bar()
+
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+GGUF_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+EMBEDDING, FINAL_NORM, HEAD = GGUF_NAMES
+FINAL_NORM_BIAS, HEAD_BIAS = "model.norm.bias", "lm_head.bias"
+GGUF_BIASES = {FINAL_NORM_BIAS: "output_norm.bias", HEAD_BIAS: "output.bias"}
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Open a directory, a GGUF file or a hub id; CQError if it is none of them or not supported."""
+    path = Path(model)
+    if path.is_file():
+        return GgufCheckpoint(path)
+    if path.is_dir():
+        return Checkpoint(path)
+    if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise CQError(f"{model}: no such file or directory")
+    return Checkpoint(_download(model))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises from several libraries; all mean the same to the user
+        raise CQError(
+            f"{hub_id}: no such directory, and not available from the hub ({type(error).__name__})"
+        ) from error
+
+
+class Checkpoint:
+    """A directory with config.json and safetensors files.
+
+    config is transformers' configuration; arch the Architecture; every weight comes as float32, checked for its shape
+    and for NaN and infinity (CQError naming the tensor).
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the configuration and the names and shapes of all tensors; CQError for anything that does not fit."""
+        self.path = path
+        self.config = self._read_config()
+        self.arch = self._find_architecture()
+        self.arch.check(self.config)
+        self.source = self._open_source()
+        self._validate()
+
+    @property
+    def files(self) -> list[Path]:
+        """Everything that is read of it."""
+        return [*self.source.files, *sorted(self.path.glob("*.json"))]
+
+    # ---- what a GGUF file does differently ----
+
+    def _read_config(self) -> Any:
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise CQError(f"{self.path}: not a model directory (no config.json)")
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+            model_type = raw.get("model_type")
+        except (ValueError, AttributeError) as error:
+            raise CQError(f"{file}: not a configuration ({error})") from error
+        arch.find(str(model_type))
+        if raw.get("quantization_config"):
+            raise CQError(f"{file}: quantization_config is set: only float checkpoints can be converted")
+        return self._transformers_config(self.path)
+
+    def _open_source(self) -> Source:
+        return SafetensorsSource(self.path)
+
+    def _load_arguments(self) -> tuple[str, dict[str, str]]:
+        """Arguments of transformers' from_pretrained."""
+        return str(self.path), {}
+
+    def _disk_name(self, spec: Norm | Vector | Linear, layer: int) -> str:
+        name = f"model.layers.{layer}.{spec.parameter}"
+        if isinstance(spec, Linear) and spec.on_disk and self.source.shape(name) is None:
+            return f"model.layers.{layer}.{spec.on_disk}"
+        return name
+
+    def _model_name(self, name: str) -> str:
+        return name
+
+    def _from_disk(self, spec: Norm | Vector | Linear, tensor: Tensor) -> Tensor:
+        """Undo what the file's conventions changed; tensor is the whole parameter."""
+        return spec.rows_of(tensor) if isinstance(spec, Linear) else tensor
+
+    # ---- the rest is common ----
+
+    def _transformers_config(self, *path: object, **options: object) -> Any:
+        try:
+            return AutoConfig.from_pretrained(*path, **options)
+        except Exception as error:  # transformers validates with many exception types
+            raise CQError(f"{self.path}: invalid configuration: {error}") from error
+
+    def _find_architecture(self) -> Architecture:
+        return arch.find(self.config.model_type)
+
+    @cached_property
+    def skeleton(self) -> torch.nn.Module:
+        """transformers' model on the meta device: shapes without weights, of every vector that there may be."""
+        config = copy.deepcopy(self.config)
+        for vector in self.arch.vectors:
+            if vector.switch:
+                setattr(config, vector.switch, True)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+    def arch_of(self, layer: int) -> Architecture:
+        """The description of one layer."""
+        return self.arch.at(self.config, layer)
+
+    def expected_shape(self, spec: Norm | Vector | Linear, layer: int) -> tuple[int, ...]:
+        """Shape of a layer's tensor according to the configuration."""
+        parameter = self._parameter(spec, layer)
+        return tuple((spec.rows_of(parameter) if isinstance(spec, Linear) else parameter).shape)
+
+    def _parameter(self, spec: Norm | Vector | Linear, layer: int) -> Tensor:
+        parameter: Tensor = self.skeleton.get_decoder().layers[layer].get_parameter(spec.parameter)
+        return parameter
+
+    def _validate(self) -> None:
+        """Every tensor is present with the configuration's shape."""
+        for layer in range(self.config.num_hidden_layers):
+            for spec in self.arch_of(layer).specs:
+                self._check_shape(spec, layer)
+        expected = {HEAD: not self.tied, FINAL_NORM_BIAS: self.arch.has_layer_norms, HEAD_BIAS: self.has_head_bias}
+        for name in (EMBEDDING, FINAL_NORM, *(name for name, there in expected.items() if there)):
+            self._require(self._model_name(name), tuple(self.skeleton.get_parameter(name).shape))
+
+    def _is_absent(self, spec: Norm | Vector | Linear) -> bool:
+        """Whether the configuration leaves this vector out."""
+        return isinstance(spec, Vector) and spec.switch is not None and not getattr(self.config, spec.switch)
+
+    def _check_shape(self, spec: Norm | Vector | Linear, layer: int) -> None:
+        if self._is_absent(spec):
+            return
+        name, shape = self._disk_name(spec, layer), self.expected_shape(spec, layer)
+        if "{}" in name:
+            for expert in range(shape[0]):
+                self._require(name.format(expert), shape[1:])
+            return
+        on_disk = shape if isinstance(self.source, GgufSource) else tuple(self._parameter(spec, layer).shape)
+        self._require(name, on_disk)
+
+    def _require(self, name: str, shape: tuple[int, ...]) -> None:
+        found = self.source.shape(name)
+        if found is None:
+            raise CQError(f"{self.path}: tensor {name} is missing")
+        if found != shape:
+            raise CQError(f"{self.path}: tensor {name} has shape {list(found)}, the configuration says {list(shape)}")
+
+    def _read(self, name: str, entry: int | None = None) -> Tensor:
+        tensor = self.source.read(name, entry)
+        if not torch.isfinite(tensor).all():
+            raise CQError(f"{self.path}: tensor {name} holds NaN or infinite values")
+        return tensor
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return bool(self.config.tie_word_embeddings) or self.source.shape(self._model_name(HEAD)) is None
+
+    def embedding(self) -> Tensor:
+        """[vocab, hidden]."""
+        return self._read(self._model_name(EMBEDDING))
+
+    def final_norm(self) -> Tensor:
+        """[hidden]."""
+        return self._read(self._model_name(FINAL_NORM))
+
+    @property
+    def has_head_bias(self) -> bool:
+        """Whether the checkpoint holds one."""
+        return self.arch.head_bias is not None and bool(getattr(self.config, self.arch.head_bias))
+
+    def final_norm_bias(self) -> Tensor:
+        """[hidden], of a LayerNorm."""
+        return self._read(self._model_name(FINAL_NORM_BIAS))
+
+    def head_bias(self) -> Tensor:
+        """[vocab]; zero where the configuration has none."""
+        return self._read(self._model_name(HEAD_BIAS)) if self.has_head_bias else torch.zeros(self.config.vocab_size)
+
+    def head(self) -> Tensor:
+        """[vocab, hidden]; the embedding where they are tied."""
+        return self.embedding() if self.tied else self._read(self._model_name(HEAD))
+
+    def layer(self, index: int) -> Layer:
+        """All tensors of one decoder layer but the experts'."""
+        specs = [spec for spec in self.arch_of(index).specs if not _is_experts(spec)]
+        return {spec.name: self._read_layer_tensor(spec, index) for spec in specs}
+
+    def expert(self, index: int, expert: int) -> Layer:
+        """The linears [out, in] of one expert of a layer, and the layer's norms."""
+        arch = self.arch_of(index)
+        norms: list[Norm | Vector] = [*arch.norms, *arch.norm_biases]
+        found = {spec.name: self._read_layer_tensor(spec, index) for spec in norms}
+        for linear in arch.linears:
+            if linear.experts:
+                name = self._disk_name(linear, index)
+                whole = "{}" not in name  # on disk one tensor for all experts
+                tensor = self._read(name, expert) if whole else self._read(name.format(expert))
+                found[linear.name] = linear.rows_of(tensor) if whole else tensor
+        return found
+
+    def _read_layer_tensor(self, spec: Norm | Vector | Linear, layer: int) -> Tensor:
+        if self._is_absent(spec):
+            return torch.zeros(self.expected_shape(spec, layer))
+        return self._from_disk(spec, self._read(self._disk_name(spec, layer)))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' fast tokenizer; CQError if the checkpoint has none."""
+        path, options = self._load_arguments()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        except Exception as error:  # transformers raises many exception types here
+            raise CQError(f"{self.path}: no usable tokenizer: {error}") from error
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise CQError(f"{self.path}: only fast tokenizers (tokenizer.json) are supported")
+        return tokenizer
+
+    @cached_property
+    def generation_config(self) -> Any:
+        """transformers' generation configuration; derived from the model's where there is no file."""
+        if (self.path / "generation_config.json").is_file():
+            try:
+                return GenerationConfig.from_pretrained(self.path)
+            except (ValueError, OSError) as error:
+                raise CQError(f"{self.path / 'generation_config.json'}: invalid: {error}") from error
+        return GenerationConfig.from_model_config(self.config)
+
+    def model(self) -> torch.nn.Module:
+        """The original in float32 through transformers, whole in memory."""
+        path, options = self._load_arguments()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+        self.arch.correct_rope(model.get_decoder().rotary_emb)
+        return model
+
+
+def _is_experts(spec: Norm | Vector | Linear) -> bool:
+    return isinstance(spec, Linear) and spec.experts
+
+
+class GgufCheckpoint(Checkpoint):
+    """A GGUF file that transformers can dequantize."""
+
+    source: GgufSource
+
+    def _read_config(self) -> Any:
+        self.source = GgufSource(self.path)
+        field = self.source.reader.get_field("general.architecture")
+        name = str(field.contents()) if field else "none"
+        if name not in {arch.find(each).gguf_name for each in arch.supported() if arch.find(each).gguf_input}:
+            raise CQError(f"{self.path}: architecture '{name}' is not supported as GGUF input")
+        for key, what in ((f"{name}.expert_count", "experts"), (f"{name}.rope.scaling.type", "rope scaling")):
+            if self.source.reader.get_field(key):
+                raise CQError(f"{self.path}: a GGUF file with {what} ({key}) is not supported as input")
+        hadamard = self.source.reader.get_field("cq.hadamard.ffn_down")
+        if hadamard and hadamard.contents():
+            raise CQError(f"{self.path}: was written by cq-convert for a transform at run time: use its original")
+        if self.source.shape("rope_freqs.weight"):
+            raise CQError(f"{self.path}: a GGUF file with rope scaling (rope_freqs.weight) is not supported as input")
+        return self._transformers_config(self.path.parent, gguf_file=self.path.name)
+
+    def _open_source(self) -> Source:
+        return self.source
+
+    def _load_arguments(self) -> tuple[str, dict[str, str]]:
+        return str(self.path.parent), {"gguf_file": self.path.name}
+
+    def _disk_name(self, spec: Norm | Vector | Linear, layer: int) -> str:
+        return spec.in_file(layer)
+
+    def _model_name(self, name: str) -> str:
+        return GGUF_NAMES[name]
+
+    def _from_disk(self, spec: Norm | Vector | Linear, tensor: Tensor) -> Tensor:
+        if isinstance(spec, Linear) and spec.rope_heads:
+            return split_rope(tensor, getattr(self.config, spec.rope_heads))
+        return tensor

@@ -1,0 +1,1 @@
+"""Speed, perplexity, sizes, and models of random weights to measure them on."""
