@@ -12,7 +12,7 @@ from torch import Tensor
 from pyggml_bridge.output import publish
 
 from .calibrate.fisher import Sensitivity, folder_bytes, measure
-from .calibrate.hessian import Moments
+from .calibrate.hessian import Hessian
 from .calibrate.layer_stream import LayerStream
 from .calibrate.observe import Observation, observe
 from .calibrate.tokens import read_tokens, tokenize
@@ -163,7 +163,7 @@ class _Job:
         if self.settings.bits is None:
             has_experts = self.checkpoint.arch.n_experts(self.checkpoint.config) > 0
             target = self.settings.target_bpw or default_bpw(self.plan, has_experts)
-            self.plan = self.report.plan = allocate(self.plan, found.damage, self.settings, target)
+            self.plan = self.report.plan = allocate(self.plan, found.predicted_kl, self.settings, target)
             self._require_disk(work)
         return found
 
@@ -224,10 +224,10 @@ class _Job:
         for planned in biases:  # the head's takes in the final norm's, which leaves zero
             bias = self.model.head_bias() if planned.name == GGUF_BIASES[HEAD_BIAS] else None
             self._write_tensor(file, self._quantize(planned, torch.zeros(planned.shape) if bias is None else bias))
-        inputs = None if hidden is None else Moments.of_rows(self.stream.final_norm(hidden).flatten(0, 1))
+        inputs = None if hidden is None else Hessian.of_rows(self.stream.final_norm(hidden).flatten(0, 1))
         self._write_tensor(file, self._quantize(planned_head, self.model.head(), inputs))
 
-    def _quantize(self, planned: PlannedTensor, weight: Tensor, inputs: Moments | None = None) -> Quantized:
+    def _quantize(self, planned: PlannedTensor, weight: Tensor, inputs: Hessian | None = None) -> Quantized:
         quantized, tasks = quantize(planned, weight, inputs, None, self.settings.refinement)
         run_tasks(tasks, self.settings.threads)
         return quantized

@@ -53,7 +53,7 @@ class Refinement:
     """What follows the k-means where the inputs' second moments are known. Descent needs feedback before it, and tokens
     enough for each column (quantize.DESCENT_ROWS).
 
-    sensitivity: moments weighted by gradients, and feedback from row to row (sensitivity.py).
+    sensitivity: Hessians weighted by gradients, and feedback from row to row (calibrate/fisher.py).
     """
 
     feedback: bool = True
@@ -112,7 +112,7 @@ class Settings:
 
     @property
     def tunes_centroids(self) -> bool:
-        """Whether codebooks still change after clustering (accf.py)."""
+        """Whether codebooks still change after clustering (quantize/paper/)."""
         return self.method == "paper" and self.finetune
 
     @property

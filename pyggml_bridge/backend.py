@@ -1,4 +1,4 @@
-"""What runs a program: the CPU backend (cpu.py) and the CUDA backend (cuda.py) look the same to a model."""
+"""What runs a program: the CPU backend (cpu.py) and the CUDA backend (cuda/backend.py) look the same to a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyggml_bridge import program as p
 Q8_0_BLOCK = 32
 
 Arrays: TypeAlias = list[NDArray[np.float32]]
-Turns: TypeAlias = Generator[Arrays, Arrays, NDArray[np.float32]]
+Segments: TypeAlias = Generator[Arrays, Arrays, NDArray[np.float32]]
 Work = TypeVar("Work")
 
 
@@ -38,56 +38,58 @@ class Backend(Protocol):
         """An array that the program's operations read has other contents now."""
 
 
-class Half(Protocol):
-    """A backend as one of two that take turns on a program that was cut in two."""
+class Partition(Protocol):
+    """A backend that runs one of the two partitions of a program, in turn with the other one's backend."""
 
     @property
     def routing_ids(self) -> list[NDArray[np.int32]]:
-        """As Backend's, of the MoE layers whose experts this half chooses."""
+        """As Backend's, of the MoE layers whose experts this partition chooses."""
 
-    def turns(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> Turns:
-        """As Backend.run in turns: each yields the values given, float32 [rows, width], and is sent those taken.
+    def segments(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> Segments:
+        """As Backend.run, segment by segment: each yields the values sent [rows, width] and gets those received.
 
-        Arrays may change when the turn after next begins. Returns the logits, without rows if the other half has them.
+        Arrays may change when the segment after next begins. Returns the logits, which have no rows if the other
+        partition computes them.
         """
 
     def refresh(self, array: NDArray[Any]) -> None:
-        """As Backend.refresh; also of arrays that only the other half reads."""
+        """As Backend.refresh; also of arrays that only the other partition reads."""
 
 
-def finish(turns: Turns) -> NDArray[np.float32]:
-    """The logits of a program that is whole, which hands nothing over."""
+def finish(segments: Segments) -> NDArray[np.float32]:
+    """The logits of a program that was not cut, which hands nothing over."""
     try:
-        next(turns)
+        next(segments)
     except StopIteration as end:
         return end.value
-    raise AssertionError("half a program cannot run alone")
+    raise AssertionError("a partition cannot run alone")
 
 
 @dataclass
-class Turn(Generic[Work]):
-    """Operations as a backend lowers them, then the values that are given and those that the next turn takes."""
+class Segment(Generic[Work]):
+    """Operations that run without the other partition, as a backend lowers them; then values are sent, or received
+    before the next segment."""
 
     work: list[Work] = field(default_factory=list)
-    gives: list[p.Value] = field(default_factory=list)
-    takes: list[p.Value] = field(default_factory=list)
+    sends: list[p.Value] = field(default_factory=list)
+    recvs: list[p.Value] = field(default_factory=list)
 
     @property
     def hands_over(self) -> bool:
-        """Whether the other half goes on after it."""
-        return bool(self.gives or self.takes)
+        """Whether the other partition goes on after it."""
+        return bool(self.sends or self.recvs)
 
 
-def turn_of(turns: list[Turn[Work]], op: p.Op | Quantize) -> Turn[Work]:
-    """The turn that the next operation belongs to, begun if need be; Give and Take are entered in it."""
-    handed = isinstance(op, p.Give | p.Take)
-    if not turns or (turns[-1].hands_over and not handed):
-        turns.append(Turn())
-    if isinstance(op, p.Give):
-        turns[-1].gives.append(op.x)
-    if isinstance(op, p.Take):
-        turns[-1].takes.append(op.out)
-    return turns[-1]
+def segment_of(segments: list[Segment[Work]], op: p.Op | Quantize) -> Segment[Work]:
+    """The segment that the next operation belongs to, begun if need be; Send and Recv are entered in it."""
+    handed = isinstance(op, p.Send | p.Recv)
+    if not segments or (segments[-1].hands_over and not handed):
+        segments.append(Segment())
+    if isinstance(op, p.Send):
+        segments[-1].sends.append(op.x)
+    if isinstance(op, p.Recv):
+        segments[-1].recvs.append(op.out)
+    return segments[-1]
 
 
 def row_count(value: p.Value, n_tokens: int, n_outputs: int) -> int:
@@ -149,6 +151,6 @@ def updated_in_place(op: p.Op) -> p.Value | None:
         return op.x
     if isinstance(op, p.SwiGLU):
         return op.gate
-    if isinstance(op, p.Combine | p.CopyColumns | p.Take) or (isinstance(op, p.Linear) and op.accumulate):
+    if isinstance(op, p.Combine | p.CopyColumns | p.Recv) or (isinstance(op, p.Linear) and op.accumulate):
         return op.out
     return None

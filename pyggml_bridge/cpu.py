@@ -1,6 +1,6 @@
 """The CPU backend: lowers a Program to the native library's operations and runs it.
 
-Lowering adds the quantization of activations where a matrix needs it, gives every value a buffer that is reused as soon
+Lowering adds the quantization of activations where a matrix needs it, sends every value a buffer that is reused as soon
 as its last reader has run, and marks the operations that have to wait for others (ordering.py).
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge import program as p
-from pyggml_bridge.backend import Quantize, Step, Turn, Turns, finish, row_count, steps, turn_of, values_of
+from pyggml_bridge.backend import Quantize, Segment, Segments, Step, finish, row_count, segment_of, steps, values_of
 from pyggml_bridge.kv_cache import KVCache
 from pyggml_bridge.native import aligned_empty, current_isa, ffi, lib, pointer
 from pyggml_bridge.ordering import Access, Ordering
@@ -45,10 +45,10 @@ class CPUBackend:
         self._quantized: dict[Quantize, Any] = {}
         self._routings: dict[p.Routing, Any] = {}
         self._chosen: dict[p.Routing, NDArray[np.int32]] = {}
-        turns = self._lower(program)
+        segments = self._lower(program)
         self.routing_ids = [self._chosen[routing] for routing in program.routings]
-        self._turns = [(ffi.new("cq_op[]", turn.work), turn) for turn in turns]
-        scratch = max(lib.cq_scratch_bytes(ops, len(turn.work), n_threads) for ops, turn in self._turns)
+        self._segments = [(ffi.new("cq_op[]", segment.work), segment) for segment in segments]
+        scratch = max(lib.cq_scratch_bytes(ops, len(segment.work), n_threads) for ops, segment in self._segments)
         self._scratch = aligned_empty(scratch)
         self._step = ffi.new("cq_step *")
         self._step.n_threads = n_threads
@@ -60,45 +60,45 @@ class CPUBackend:
 
         tokens: int32 [n], n <= n_batch, stored in the KV cache from `position` on.
         """
-        return finish(self.turns(tokens, position, n_outputs))
+        return finish(self.segments(tokens, position, n_outputs))
 
     def refresh(self, array: NDArray[Any]) -> None:
         """As Backend.refresh: operations read the array itself."""
 
-    def turns(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> Turns:
-        """As Half.turns."""
+    def segments(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> Segments:
+        """As Partition.segments."""
         self._step.tokens = pointer(tokens, "const int32_t *")
         self._step.n_tokens, self._step.position, self._step.n_outputs = len(tokens), position, n_outputs
-        for ops, turn in self._turns:
-            status = lib.cq_run(ops, len(turn.work), self._step)
-            assert status == lib.CQ_OK, f"cq_run refused a program of {len(turn.work)} operations"
-            if turn.hands_over:
-                taken = yield [self._values[v][: row_count(v, len(tokens), n_outputs)] for v in turn.gives]
-                for value, array in zip(turn.takes, taken, strict=True):
+        for ops, segment in self._segments:
+            status = lib.cq_run(ops, len(segment.work), self._step)
+            assert status == lib.CQ_OK, f"cq_run refused a program of {len(segment.work)} operations"
+            if segment.hands_over:
+                received = yield [self._values[v][: row_count(v, len(tokens), n_outputs)] for v in segment.sends]
+                for value, array in zip(segment.recvs, received, strict=True):
                     self._values[value][: len(array)] = array
         return self._logits[:n_outputs]
 
     # ---- lowering ----
 
-    def _lower(self, program: p.Program) -> list[Turn[Any]]:
-        turns: list[Turn[Any]] = []
+    def _lower(self, program: p.Program) -> list[Segment[Any]]:
+        segments: list[Segment[Any]] = []
         ordering = Ordering()
         for step in steps(program):
-            turn = turn_of(turns, step.op)
-            if isinstance(step.op, p.Give | p.Take):
+            segment = segment_of(segments, step.op)
+            if isinstance(step.op, p.Send | p.Recv):
                 for value in values_of(step.op):
                     self._pointer(value)
             else:
                 native, reads, writes = self._native(step)
                 rows = (native["rows"], native["top_k"]) if native["code"] in _BY_ROW else None
                 access = Access(self._places(reads), self._places(writes, _section(step.op)), rows)
-                turn.work.append(native | {"waits": ordering.waits(access)})
+                segment.work.append(native | {"waits": ordering.waits(access)})
             for done in step.done:
                 if isinstance(done, Quantize):
                     self._buffers.release_all(self._quantized.pop(done))
                 else:
                     self._buffers.release(self._values[done])
-        return turns
+        return segments
 
     def _native(self, step: Step) -> tuple[dict[str, Any], list[Any], list[Any]]:
         """A step as a cq_op, and what it reads and writes."""
@@ -286,7 +286,7 @@ def _written(op: p.Op) -> list[p.Value | p.Routing]:
             return [op.gate]
         case p.Route():
             return [op.routing]
-        case p.Give():
+        case p.Send():
             return []
     return [op.out]
 

@@ -10,7 +10,7 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import FILE_TYPES, CQType, Sidecars, hadamard, is_later_section
+from pyggml_bridge.format import FILE_TYPES, Companions, CQType, hadamard, is_later_section
 from pyggml_bridge.output import complete_file
 from pyggml_bridge.reader import GGUFFile, Tensor
 from pyggml_bridge.weights import Matrix, Weights
@@ -24,9 +24,9 @@ def export(source: Path, out: Path, kind: GGMLQuantizationType) -> None:
     file = GGUFFile(source)
     weights = Weights(file)
     clustered = {name for name, tensor in file.tensors.items() if int(tensor.type) in list(CQType)}
-    cut = {name for name in file.tensors if Sidecars.of(name).experts in file.tensors}
+    cut = {name for name in file.tensors if Companions.of(name).experts in file.tensors}
     converted = clustered | cut | {name for name in file.tensors if _is_transformed(weights, name)}
-    absorbed = {name for weight in clustered | cut for name in vars(Sidecars.of(weight)).values()}
+    absorbed = {name for weight in clustered | cut for name in vars(Companions.of(weight)).values()}
     absorbed |= {name for name in cut if is_later_section(name)}
     kept = {name: tensor for name, tensor in file.tensors.items() if name not in absorbed}
     with complete_file(out) as part:
@@ -70,7 +70,7 @@ def dequantized(matrix: Matrix) -> NDArray[np.float32]:
 def _converted(weights: Weights, tensor: Tensor, kind: GGMLQuantizationType) -> NDArray[np.uint8]:
     *experts, n_rows, n_cols = tensor.shape
     if experts:
-        n = weights.n_experts if weights.has(Sidecars.of(tensor.name).experts) else experts[0]  # else maybe of heads
+        n = weights.n_experts if weights.has(Companions.of(tensor.name).experts) else experts[0]  # else maybe of heads
         parts = weights.experts(tensor.name, n_rows, n_cols, n)
         values = np.empty((n, n_rows, n_cols), np.float32)
         for part in parts:

@@ -84,7 +84,7 @@ def register() -> None:
 
 
 @dataclass(frozen=True)
-class Sidecars:
+class Companions:
     """Names of the tensors beside a clustered weight. experts: also beside other parts of a weight cut by type."""
 
     centroids: str
@@ -93,7 +93,7 @@ class Sidecars:
     experts: str
 
     @classmethod
-    def of(cls, weight: str) -> Sidecars:
+    def of(cls, weight: str) -> Companions:
         """`blk.0.attn_q.weight` -> `blk.0.attn_q.{centroids,scales,group_scales,experts}`."""
         stem = weight.removesuffix(".weight")
         return cls(*(f"{stem}.{field.name}" for field in fields(cls)))
@@ -200,7 +200,7 @@ class Clustered:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file, sidecars included."""
+        """Bytes in the file, companions included."""
         groups = 0 if self.group_scales is None else self.group_scales.nbytes
         return self.packed.nbytes + self.centroids.nbytes + self.scales.nbytes + groups
 

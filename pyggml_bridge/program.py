@@ -169,15 +169,15 @@ class SelectOutputs:
 
 
 @dataclass(frozen=True)
-class Give:
-    """x goes to the other half of a program that was cut in two (split.py)."""
+class Send:
+    """x goes to the other partition of a program that was cut in two (split.py)."""
 
     x: Value
 
 
 @dataclass(frozen=True)
-class Take:
-    """out comes from the other half."""
+class Recv:
+    """out comes from the other partition."""
 
     out: Value
 
@@ -208,7 +208,7 @@ class LongRope:
     long: NDArray[np.float32]
 
 
-Op = Embed | RmsNorm | Linear | Rope | Attention | SwiGLU | Route | Combine | SelectOutputs | CopyColumns | Give | Take
+Op = Embed | RmsNorm | Linear | Rope | Attention | SwiGLU | Route | Combine | SelectOutputs | CopyColumns | Send | Recv
 
 
 @dataclass

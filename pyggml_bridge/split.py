@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge import program as p
-from pyggml_bridge.backend import Backend, Half, updated_in_place, values_of
+from pyggml_bridge.backend import Backend, Partition, updated_in_place, values_of
 from pyggml_bridge.cpu import CPUBackend
 from pyggml_bridge.cuda.backend import CUDABackend, Device
 from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
@@ -48,21 +48,21 @@ def _of_experts(op: p.Op, program: p.Program) -> bool:
 
 
 def cut(program: p.Program, on_cpu: Sequence[bool]) -> tuple[p.Program, p.Program]:
-    """The CPU's and the GPU's half: a value is given and taken where the half that needs it lacks what is in it now."""
-    halves = {cpu: replace(program, ops=[], routings=[], logits=None, layer_starts=[]) for cpu in (True, False)}
-    current: dict[p.Value, set[bool]] = {}  # which halves have it
+    """The CPU's and the GPU's partition: a value is sent to the partition that needs it and lacks what is in it now."""
+    partitions = {cpu: replace(program, ops=[], routings=[], logits=None, layer_starts=[]) for cpu in (True, False)}
+    current: dict[p.Value, set[bool]] = {}  # which partitions have it
     for cpu, group in groupby(zip(on_cpu, program.ops, strict=True), key=lambda pair: pair[0]):
         ops = [op for _, op in group]
-        mine, other = halves[cpu], halves[not cpu]
+        mine, other = partitions[cpu], partitions[not cpu]
         lacking = [value for value in _needed(ops) if cpu not in current.get(value, {cpu})]
-        assert lacking or not current, "halves take turns, so each turn needs something of the one before"
-        other.ops += [p.Give(value) for value in lacking]
-        mine.ops += [*(p.Take(value) for value in lacking), *ops]
+        assert lacking or not current, "each segment needs something of the one before, which the other partition ran"
+        other.ops += [p.Send(value) for value in lacking]
+        mine.ops += [*(p.Recv(value) for value in lacking), *ops]
         current.update((value, {True, False}) for value in lacking)
         current.update((value, {cpu}) for op in ops for value in _changed(op))
         mine.routings += [op.routing for op in ops if isinstance(op, p.Route) and op.routing in program.routings]
     mine.logits = program.logits
-    return halves[True], halves[False]
+    return partitions[True], partitions[False]
 
 
 def _changed(op: p.Op) -> list[p.Value]:
@@ -85,10 +85,10 @@ def _needed(ops: Sequence[p.Op]) -> list[p.Value]:
 
 
 class SplitBackend:
-    """Two halves that take turns; the host's is first and the device's last."""
+    """Two partitions whose segments run in turn; the host's is first and the device's last."""
 
-    def __init__(self, name: str, host: Half, device: Half) -> None:
-        """The halves of one program."""
+    def __init__(self, name: str, host: Partition, device: Partition) -> None:
+        """The partitions of one program."""
         self.name, self._host, self._device = name, host, device
 
     @property
@@ -98,15 +98,15 @@ class SplitBackend:
 
     def run(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> NDArray[np.float32]:
         """As Backend.run."""
-        host, device = (half.turns(tokens, position, n_outputs) for half in (self._host, self._device))
-        next(device)  # gives nothing, and waits
-        given = next(host)
+        host, device = (partition.segments(tokens, position, n_outputs) for partition in (self._host, self._device))
+        next(device)  # sends nothing, and waits
+        sent = next(host)
         while True:
             try:
-                given = device.send(given)
+                sent = device.send(sent)
             except StopIteration as end:
                 return end.value
-            given = host.send(given)
+            sent = host.send(sent)
 
     def refresh(self, array: NDArray[Any]) -> None:
         """As Backend.refresh."""
@@ -120,7 +120,7 @@ def gpu_backend(program: p.Program, n_batch: int, n_threads: int, gpu_layers: in
     CQError, before anything is uploaded, if what is there does not fit, with the number of layers that would.
     """
     device = Device()
-    half, planned = _plan(program, n_batch, device.info, gpu_layers)
+    partition, planned = _plan(program, n_batch, device.info, gpu_layers)
     free = device.free_bytes
     if _needed_bytes(planned) > free:
         fits = most_layers(program, n_batch, device.info, free, below=gpu_layers)
@@ -128,15 +128,15 @@ def gpu_backend(program: p.Program, n_batch: int, n_threads: int, gpu_layers: in
         needed = f"{_needed_bytes(planned) / 1e9:.2f} GB needed on {device.name}, {free / 1e9:.2f} GB free"
         raise CQError(f"--cuda: {needed}: try {advice}")
     on_device = CUDABackend(device, planned)
-    if half is None:
+    if partition is None:
         return on_device
-    host = CPUBackend(half, n_batch, n_threads)
+    host = CPUBackend(partition, n_batch, n_threads)
     name = f"CUDA ({device.name}, {gpu_layers} of {program.n_layers} layers), {host.name}"
     return SplitBackend(name, host, on_device)
 
 
 def most_layers(program: p.Program, n_batch: int, device: DeviceInfo, free_bytes: int, below: int) -> int | None:
-    """The most layers, fewer than `below`, with which the GPU's half fits in free_bytes; None: not even without any."""
+    """The most layers, fewer than `below`, with which the GPU's partition fits in free_bytes; None: none at all."""
 
     def needed(gpu_layers: int) -> int:  # more layers need more
         return _needed_bytes(_plan(program, n_batch, device, gpu_layers)[1])
@@ -148,7 +148,7 @@ def most_layers(program: p.Program, n_batch: int, device: DeviceInfo, free_bytes
 def _plan(
     program: p.Program, n_batch: int, device: DeviceInfo, gpu_layers: int
 ) -> tuple[p.Program | None, CUDAProgram]:
-    """The CPU's half, if it has one, and the GPU's."""
+    """The CPU's partition, if it has one, and the GPU's."""
     if gpu_layers == program.n_layers:
         return None, CUDAProgram(program, n_batch, device)
     host, rest = cut(program, on_cpu(program, gpu_layers))

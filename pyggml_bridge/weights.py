@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import BLOCK, CODEBOOK_ROWS, MAX_COLS, VERSION, Clustered, CQType, Sidecars, section_name
+from pyggml_bridge.format import BLOCK, CODEBOOK_ROWS, MAX_COLS, VERSION, Clustered, Companions, CQType, section_name
 from pyggml_bridge.reader import GGUFFile, Tensor
 
 MAX_SECTIONS = 8  # parts of a weight cut by its experts' types: one for each type there is
@@ -19,7 +19,7 @@ _GGML_TYPES: dict[Any, GGMLQuantizationType] = {
     np.int32: GGMLQuantizationType.I32,
     np.int8: GGMLQuantizationType.I8,
 }
-PLAIN_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
+STOCK_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Weights:
         lead = (n_rows,) if n_experts is None else (n_experts, n_rows)
         tensor = self.tensor(name, (*lead, n_cols))
         experts = n_experts or 1
-        if tensor.type in PLAIN_TYPES:
+        if tensor.type in STOCK_TYPES:
             return Matrix(name, tensor.type, experts, n_rows, n_cols, tensor.data)
         if int(tensor.type) not in list(CQType):
             raise CQError(
@@ -130,13 +130,13 @@ class Weights:
 
     def experts(self, name: str, n_rows: int, n_cols: int, n_experts: int) -> tuple[Matrix, ...]:
         """The weight [n_experts, n_rows, n_cols] of all experts: one matrix, or one for each of the experts' types."""
-        if not self.has(Sidecars.of(name).experts):
+        if not self.has(Companions.of(name).experts):
             return (self.matrix(name, n_rows, n_cols, n_experts),)
         parts: list[Matrix] = []
         while self.has(part := section_name(name, len(parts))) and len(parts) < MAX_SECTIONS:
-            tensor = self.file.tensors.get(Sidecars.of(part).experts)
+            tensor = self.file.tensors.get(Companions.of(part).experts)
             n = tensor.shape[0] if tensor is not None and tensor.shape else 0
-            ids = self._typed(Sidecars.of(part).experts, (n,), np.int32)
+            ids = self._typed(Companions.of(part).experts, (n,), np.int32)
             parts.append(replace(self.matrix(part, n_rows, n_cols, n), experts=ids, section=len(parts)))
         ids = np.concatenate([part.experts for part in parts if part.experts is not None])
         if not np.array_equal(np.sort(ids), np.arange(n_experts)):
@@ -144,7 +144,7 @@ class Weights:
         return tuple(parts)
 
     def _clustered(self, tensor: Tensor, lead: tuple[int, ...], n_cols: int) -> Clustered:
-        cq, names = CQType(int(tensor.type)), Sidecars.of(tensor.name)
+        cq, names = CQType(int(tensor.type)), Companions.of(tensor.name)
         codebook_cols = min(n_cols, self.group_size) if self.group_size > 0 else n_cols
         n_codebooks = -(-n_cols // codebook_cols)
         books = (*lead[:-1], -(-lead[-1] // self.codebook_rows))

@@ -15,7 +15,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 
-from pyggml_bridge.format import Sidecars
+from pyggml_bridge.format import Companions
 from pyggml_bridge.measure.synthetic import SHAPES, write_synthetic
 from pyggml_bridge.reader import GGUFFile
 
@@ -49,9 +49,9 @@ def write(ours: GGUFFile, out: Path, arch: str, vocab: int, *, pure: bool) -> No
     writer.add_vocab_size(vocab)
     writer.add_tokenizer_model("none")
     rng = np.random.default_rng(0)
-    sidecars = {name for weight in ours.tensors for name in vars(Sidecars.of(weight)).values()}
+    companions = {name for weight in ours.tensors for name in vars(Companions.of(weight)).values()}
     for name, tensor in ours.tensors.items():
-        if name in sidecars:
+        if name in companions:
             continue
         if tensor.type == GGMLQuantizationType.F32:
             writer.add_tensor(name, np.array(tensor.data).view(np.float32).reshape(tensor.shape))

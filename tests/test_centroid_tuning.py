@@ -98,10 +98,10 @@ def test_every_weight_takes_the_centroid_of_least_psi(folder):
 def test_products_of_equal_runs_are_equal_and_count_every_token(folder):
     layer = Layer(folder)
     weights = {book.linear.name: book.original.reshape(book.quantized.planned.shape) for book in layer.books}
-    own = {book.linear.name: book.basis.from_file(weights[book.linear.name]) for book in layer.books}
-    for site, (d1, d2) in layer.pair.input_products(layer.hidden, layer.hidden, own).items():
+    own = {book.linear.name: book.layout.from_file(weights[book.linear.name]) for book in layer.books}
+    for input_name, (d1, d2) in layer.pair.input_products(layer.hidden, layer.hidden, own).items():
         torch.testing.assert_close(d1, d2)
-        assert (d1.sum(dim=-1) > 0).all(), site
+        assert (d1.sum(dim=-1) > 0).all(), input_name
 
 
 def test_tuning_lowers_the_loss_of_the_layer(folder):
@@ -115,7 +115,7 @@ def test_tuning_lowers_the_loss_of_the_layer(folder):
         assert not all(np.array_equal(a, b) for a, b in zip(before, runs[-1], strict=True))
         for book in layer.books:  # what the fits hold is what was measured
             fits = torch.stack([torch.from_numpy(fit.clustered().dequantize()) for fit in book.quantized.fits])
-            stored = book.basis.from_file(fits.reshape(book.quantized.planned.shape))
+            stored = book.layout.from_file(fits.reshape(book.quantized.planned.shape))
             torch.testing.assert_close(stored, book.weight().detach())
     assert all(np.array_equal(a, b) for a, b in zip(*runs, strict=True))
 

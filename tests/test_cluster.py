@@ -197,11 +197,11 @@ def test_error_feedback_lowers_the_output_error(cq):
     rng = np.random.default_rng(9)
     mix = rng.standard_normal((128, 128)) * np.geomspace(1, 0.02, 128)[:, None]
     x = rng.standard_normal((2000, 128)) @ mix
-    moments = x.T @ x / len(x)
-    moments += 0.01 * np.diag(moments).mean() * np.eye(128)
-    factor = np.ascontiguousarray(np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1], np.float32)
+    hessian = x.T @ x / len(x)
+    hessian += 0.01 * np.diag(hessian).mean() * np.eye(128)
+    factor = np.ascontiguousarray(np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1], np.float32)
     w = rng.standard_normal((32, 128)).astype(np.float32)
-    fit = fitted(w, np.diag(moments).astype(np.float32), cq, Grouping(), 2)
+    fit = fitted(w, np.diag(hessian).astype(np.float32), cq, Grouping(), 2)
 
     def output_error() -> float:
         return float(((x @ (w - fit.clustered().dequantize()).T) ** 2).sum())
@@ -226,21 +226,21 @@ def correlated(cols: int, seed: int) -> np.ndarray:
     """Damped second moments of strongly correlated inputs, float32 [cols, cols]."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((2000, cols)) @ (rng.standard_normal((cols, cols)) * np.geomspace(1, 0.02, cols)[:, None])
-    moments = x.T @ x / len(x)
-    return np.ascontiguousarray(moments + 0.01 * np.diag(moments).mean() * np.eye(cols), np.float32)
+    hessian = x.T @ x / len(x)
+    return np.ascontiguousarray(hessian + 0.01 * np.diag(hessian).mean() * np.eye(cols), np.float32)
 
 
 @pytest.mark.parametrize("cq", ALL_TYPES)
 @pytest.mark.parametrize("grouping", [Grouping(), Grouping(64, -1), Grouping(128, 64), Grouping(-1, 128), *SHARED])
 def test_descent_lowers_the_output_error_round_by_round(cq, grouping):
-    moments = correlated(192, seed=11)
+    hessian = correlated(192, seed=11)
     w = np.random.default_rng(12).standard_normal((21, 192)).astype(np.float32)  # not a multiple of a batch of rows
     losses = []
     for rounds in (0, 1, 2, 4, 8):
-        fit = fitted(w, np.diag(moments).copy(), cq, grouping, 2)
-        descend(fit, moments, 2, rounds)
+        fit = fitted(w, np.diag(hessian).copy(), cq, grouping, 2)
+        descend(fit, hessian, 2, rounds)
         residual = (fit.clustered().dequantize() - w).astype(np.float64)
-        exact = ((residual @ moments) * residual).sum(axis=1)
+        exact = ((residual @ hessian) * residual).sum(axis=1)
         np.testing.assert_allclose(fit.loss, exact, rtol=2e-3)
         losses.append(by_set(exact, grouping))
     for before, after in pairwise(losses):
@@ -249,12 +249,12 @@ def test_descent_lowers_the_output_error_round_by_round(cq, grouping):
 
 
 def test_descent_does_not_depend_on_threads_and_keeps_zero_rows():
-    moments = correlated(128, seed=13)
+    hessian = correlated(128, seed=13)
     w = np.random.default_rng(14).standard_normal((30, 128)).astype(np.float32)
     w[7] = 0
-    fits = [fitted(w, np.diag(moments).copy(), CQType.CQ4, Grouping(-1, 64, 4), 1) for _ in range(3)]
+    fits = [fitted(w, np.diag(hessian).copy(), CQType.CQ4, Grouping(-1, 64, 4), 1) for _ in range(3)]
     for n_threads, fit in zip((1, 2, 5), fits, strict=True):
-        descend(fit, moments, n_threads)
+        descend(fit, hessian, n_threads)
         assert not fit.clustered().dequantize()[7].any() and np.isfinite(fit.scales).all()
         np.testing.assert_array_equal(fit.indices, fits[0].indices)
         np.testing.assert_array_equal(fit.centroids, fits[0].centroids)
@@ -271,8 +271,8 @@ def test_moments_in_squares_are_those_with_zeros_between_them(width, grouping):
     w = np.random.default_rng(15).standard_normal((21, 320)).astype(np.float32)
     in_squares, as_whole = (fitted(w, np.diag(whole).copy(), CQType.CQ4T, grouping, 2) for _ in range(2))
     for step in (error_feedback, descend):
-        for fit, moments in ((in_squares, square), (as_whole, whole)):
-            step(fit, moments, 2)
+        for fit, hessian in ((in_squares, square), (as_whole, whole)):
+            step(fit, hessian, 2)
         np.testing.assert_array_equal(in_squares.indices, as_whole.indices)
         np.testing.assert_array_equal(in_squares.centroids, as_whole.centroids)
         np.testing.assert_array_equal(in_squares.scales, as_whole.scales)
@@ -290,16 +290,16 @@ def test_what_the_file_holds_stands_for_the_same_weights():
 @pytest.mark.parametrize("width", [64, 192])
 def test_what_descent_notes_is_the_error_times_the_moments(width):
     """Of 21 rows: a whole batch and a short set; those of a set that did not improve stay as they were."""
-    moments = np.zeros((192, width), np.float32)
+    hessian = np.zeros((192, width), np.float32)
     whole = np.zeros((192, 192), np.float32)
     for begin in range(0, 192, width):
         square = correlated(width, seed=begin)
-        moments[begin : begin + width] = whole[begin : begin + width, begin : begin + width] = square
+        hessian[begin : begin + width] = whole[begin : begin + width, begin : begin + width] = square
     w = np.random.default_rng(17).standard_normal((21, 192)).astype(np.float32)
     w[8:16] = np.sign(w[8:16])  # two values: k-means leaves nothing to improve
     fit = fitted(w, np.diag(whole).copy(), CQType.CQ4, Grouping(-1, 64, 8), 2)
     expected = [(weights_of(fit, 2) - w) @ whole]
-    errors = descend_noting(fit, moments, 2, 1)
+    errors = descend_noting(fit, hessian, 2, 1)
     expected.append((weights_of(fit, 2) - w) @ whole)
     for found, want in zip((errors.before, errors.after), expected, strict=True):
         np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-3 * np.abs(expected[0]).max())

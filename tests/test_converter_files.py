@@ -224,8 +224,8 @@ def test_report_and_file_agree(checkpoints, text, tmp_path, bits):
     assert types["output.weight"] == (gguf.GGMLQuantizationType.Q8_0 if paper else CQType.CQ5)
     assert types["blk.0.ffn_gate_inp.weight"] == gguf.GGMLQuantizationType.F32
     body = [t for t in reader.tensors if not t.name.startswith(("token_embd.", "output."))]
-    sidecars = (".centroids", ".scales", ".group_scales")
-    weights = sum(t.n_elements for t in body if not t.name.endswith(sidecars))
+    companions = (".centroids", ".scales", ".group_scales")
+    weights = sum(t.n_elements for t in body if not t.name.endswith(companions))
     assert document["bpw"] == pytest.approx(8 * sum(int(t.n_bytes) for t in body) / int(weights))
     assert document["bytes"] == out.stat().st_size
     assert [sum(entry["tokens"]) for entry in document["experts"]] == [2560] * 3  # top-1: each token goes to one expert

@@ -21,7 +21,7 @@ from codequant_converter.transform.rotation import (
     random_rotation,
 )
 from codequant_converter.transform.transformed_model import TransformedModel
-from codequant_converter.transform.weight_layout import FileBasis
+from codequant_converter.transform.weight_layout import WeightLayout
 
 from pyggml_bridge.format import hadamard, quantize_activations
 from pyggml_bridge.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ def test_moments_are_those_of_every_linears_input(mixtral):
         inner = torch.nn.functional.silu(rows @ layer["ffn_gate_exps"][expert].T) * (
             rows @ layer["ffn_up_exps"][expert].T
         )
-        found = routed.moments(expert, Expert.of(mixtral.arch, model.expert(0, expert), stream.activation(0)), None)
+        found = routed.hessian(expert, Expert.of(mixtral.arch, model.expert(0, expert), stream.activation(0)), None)
         for entry, inputs in zip(found, (rows, inner), strict=True):
             assert entry.tokens == len(rows)
             expected = inputs.T @ inputs / len(rows)
@@ -128,7 +128,7 @@ def test_moments_are_those_of_every_linears_input(mixtral):
             )
     assert sum(len(routed.rows(expert)[0]) for expert in range(4)) == 2 * 60
     assert statistics["self_attn.q_proj"].tokens == 60
-    factor = statistics["self_attn.o_proj"].factor
+    factor = statistics["self_attn.o_proj"].cholesky
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor @ factor.T, statistics["self_attn.o_proj"].damped, rtol=1e-4, atol=1e-4)
 
@@ -161,10 +161,10 @@ def test_file_basis_goes_there_and_back_and_keeps_outputs():
     rng = np.random.default_rng(15)
     weight = torch.from_numpy(rng.standard_normal((48, 128)).astype(np.float32))
     x = torch.from_numpy(rng.standard_normal((200, 128)).astype(np.float32))
-    basis = FileBasis(rope_heads=3, hadamard=64)
-    stored = basis.to_file(weight)
+    layout = WeightLayout(rope_heads=3, hadamard=64)
+    stored = layout.to_file(weight)
     assert not torch.allclose(stored, weight)
-    torch.testing.assert_close(basis.from_file(stored), weight)
+    torch.testing.assert_close(layout.from_file(stored), weight)
     inputs = torch.from_numpy(hadamard(x.numpy(), 64))
     torch.testing.assert_close(inputs @ stored.T, x @ interleave_rope(weight, 3).T, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(basis.moments(x.T @ x), inputs.T @ inputs, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layout.input_hessian(x.T @ x), inputs.T @ inputs, rtol=1e-4, atol=1e-3)

@@ -107,7 +107,7 @@ def test_export_writes_what_llama_cpp_reads(case):
 
 
 def test_published_method_with_dense_and_sparse_layers(case, tmp_path):
-    """Fine-tuning puts clustered weights and the fixed halves of kv_b_proj into one layer."""
+    """Fine-tuning puts clustered weights and the two fixed row blocks of kv_b_proj into one layer."""
     folder, _, _ = case
     options = ("--calibration", str(folder / "text.txt"), "--calibration-tokens", "1024")
     document = convert(folder / "model", tmp_path / "m.gguf", *options, "--method", "paper", "--bits", "4")
@@ -132,7 +132,10 @@ def test_published_method_with_dense_and_sparse_layers(case, tmp_path):
         ({"expert_group_count": 5, "expert_group_used_count": 1}, "impossible"),
         ({"leading_dense_block_count": 1}, "ffn_gate.weight is missing"),
         ({"rope.scaling.type": "yarn"}, "rope.scaling.factor is missing"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 0.0, "rope.scaling.original_context_length": 4}, "yarn"),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 0.0, "rope.scaling.original_context_length": 4},
+            "yarn",
+        ),
         ({"rope.scaling.type": "longrope"}, "longrope"),
     ],
 )
@@ -157,7 +160,7 @@ def tied(tmp_path_factory) -> Path:
 def test_cuda_plans_the_program(tied):
     program = build(Weights(GGUFFile(tied)), 64)
     planned = CUDAProgram(program, 8, DeviceInfo(100))
-    kernels = [launch.kernel for turn in range(len(planned.turns)) for launch in planned.launches(turn, 1, 1)]
+    kernels = [launch.kernel for segment in range(len(planned.segments)) for launch in planned.launches(segment, 1, 1)]
     assert kernels.count("latent_attention") == kernels.count("append") == 3
 
 

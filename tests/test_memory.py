@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from codequant_converter import cli, pipeline
-from codequant_converter.calibrate import hessian as moments
-from codequant_converter.calibrate.hessian import Moments
+from codequant_converter.calibrate import hessian as hessian
+from codequant_converter.calibrate.hessian import Hessian
 from codequant_converter.estimate import memory
 from codequant_converter.quantize.clustering import Fit
 from codequant_converter.source.checkpoint import open_checkpoint
 from codequant_converter.transform.transformed_model import TransformedModel
-from codequant_converter.transform.weight_layout import FileBasis
+from codequant_converter.transform.weight_layout import WeightLayout
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
@@ -154,24 +154,24 @@ def test_less_memory_means_fewer_tasks_side_by_side(model):
 def test_factors_of_wide_matrices_are_close_to_those_of_double_precision(monkeypatch):
     x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
     x[:, :5] *= 30  # directions that dominate, as activations have them
-    exact = Moments.of_rows(x).factor
-    monkeypatch.setattr(moments, "WIDE", 100)
-    torch.testing.assert_close(Moments.of_rows(x).factor, exact, rtol=1e-3, atol=1e-4 * float(exact.max()))
+    exact = Hessian.of_rows(x).cholesky
+    monkeypatch.setattr(hessian, "WIDE", 100)
+    torch.testing.assert_close(Hessian.of_rows(x).cholesky, exact, rtol=1e-3, atol=1e-4 * float(exact.max()))
 
 
 def test_moments_of_wide_inputs_are_squares_of_the_whole(monkeypatch):
-    """Factors, damping and the file's basis too; a block of the transform lies in one square."""
+    """Factors, damping and the file's layout too; a block of the transform lies in one square."""
     x = torch.randn(300, 320, generator=torch.Generator().manual_seed(1)) @ torch.randn(320, 320)
-    whole = Moments.of_rows(x)
-    monkeypatch.setattr(moments, "WIDEST", 130)
-    assert moments.square_width(320) == 128
-    squares, basis = Moments.of_rows(x), FileBasis(hadamard=64)
-    for own, other in ((squares, whole), (squares.in_basis(basis), whole.in_basis(basis))):
+    whole = Hessian.of_rows(x)
+    monkeypatch.setattr(hessian, "WIDEST", 130)
+    assert hessian.square_width(320) == 128
+    squares, layout = Hessian.of_rows(x), WeightLayout(hadamard=64)
+    for own, other in ((squares, whole), (squares.in_layout(layout), whole.in_layout(layout))):
         for begin in range(0, 320, 128):
             end = min(begin + 128, 320)
             found = own.matrix[begin:end, : end - begin]
             torch.testing.assert_close(found, other.matrix[begin:end, begin:end], rtol=1e-4, atol=1e-3)
-            factor, damped = (m[begin:end, : end - begin] for m in (own.factor, own.damped))
+            factor, damped = (m[begin:end, : end - begin] for m in (own.cholesky, own.damped))
             torch.testing.assert_close(factor @ factor.T, damped, rtol=1e-4, atol=1e-2)
         assert own.damped.shape == (320, 128) and not own.damped[256:, 64:].any()
     mean = whole.matrix.diagonal().mean()

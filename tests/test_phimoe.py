@@ -186,7 +186,7 @@ def test_cuda_plans_the_program(converted):
     folder, _ = converted
     program = build(Weights(GGUFFile(folder / "long.gguf")), 64)
     planned = CUDAProgram(program, 8, DeviceInfo(1))
-    kernels = [launch.kernel for turn in range(len(planned.turns)) for launch in planned.launches(turn, 1, 1)]
+    kernels = [launch.kernel for segment in range(len(planned.segments)) for launch in planned.launches(segment, 1, 1)]
     assert kernels.count("route") == kernels.count("prepare_heads") == program.n_layers
     assert program.long_rope and planned.memory.holding(program.long_rope.table) is not None
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from codequant_converter.calibrate.hessian import Moments
-from codequant_converter.quantize.matrix import DESCENT_ROWS, Quantized, quantize, quantize_plain
+from codequant_converter.calibrate.hessian import Hessian
+from codequant_converter.quantize.matrix import DESCENT_ROWS, Quantized, quantize, store_unclustered
 from codequant_converter.quantize.plan import PlannedTensor
 from codequant_converter.settings import Grouping, Refinement
 
@@ -12,12 +12,12 @@ SHAPE = (24, 128)
 
 
 def quantized(tokens: int, rounds: int, kind: str = "cq4t") -> Quantized:
-    """A random weight, clustered under the moments of so many random tokens."""
+    """A random weight, clustered under the hessian of so many random tokens."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(SHAPE, generator=generator)
     x = torch.randn(tokens, SHAPE[1], generator=generator) @ torch.randn(SHAPE[1], SHAPE[1], generator=generator)
     planned = PlannedTensor("blk.0.ffn_up.weight", SHAPE, kind, Grouping(-1, 64, 8))
-    found, tasks = quantize(planned, weight, Moments.of_rows(x), None, Refinement(descent_rounds=rounds))
+    found, tasks = quantize(planned, weight, Hessian.of_rows(x), None, Refinement(descent_rounds=rounds))
     for task in tasks:
         task.run(1)
     return found
@@ -32,7 +32,7 @@ def test_descent_needs_tokens_for_each_column(tokens, descends):
 def test_a_finished_weight_is_what_the_file_holds():
     open_weight, finished = quantized(2000, 1), quantized(2000, 1)
     finished.finish(1)
-    assert not finished.fits and finished.original is None and finished.moments is None
+    assert not finished.fits and finished.original is None and finished.hessian is None
     for before, after in zip(open_weight.arrays(), finished.arrays(), strict=True):
         np.testing.assert_array_equal(before, after)
     assert torch.equal(open_weight.weight(1), finished.weight(1))
@@ -48,7 +48,7 @@ def test_errors_add_up_over_pieces_of_rows(monkeypatch):
 @pytest.mark.parametrize("kind", ["q8_0", "f16", "f32"])
 def test_some_rows_of_an_embedding(kind):
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
-    embedding = quantize_plain(PlannedTensor("token_embd.weight", SHAPE, kind, Grouping()), weight)
+    embedding = store_unclustered(PlannedTensor("token_embd.weight", SHAPE, kind, Grouping()), weight)
     ids = torch.tensor([[3, 3, 0], [23, 1, 7]])
     assert torch.equal(embedding.rows(ids, 1), embedding.weight(1)[ids])
 

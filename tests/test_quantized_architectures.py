@@ -24,7 +24,7 @@ from codequant_converter.source.checkpoint import (
     Checkpoint,
     open_checkpoint,
 )
-from codequant_converter.transform.weight_layout import FileBasis, hadamard_blocks
+from codequant_converter.transform.weight_layout import WeightLayout, hadamard_blocks
 from gguf import GGMLQuantizationType
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -118,7 +118,7 @@ class FileModel:
         self.chosen: list[Tensor] = []
 
     def matrices(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, GGMLQuantizationType]:
-        """A weight [..., out, in] in the file's basis, and its type."""
+        """A weight [..., out, in] in the file's layout, and its type."""
         *n, rows, cols = shape
         if n:
             (part,) = self.weights.experts(name, rows, cols, n[0])
@@ -133,13 +133,13 @@ class FileModel:
     def layer(self, index: int) -> nn.Module:
         arch = self.checkpoint.arch_of(index)
         floats: dict[str, Tensor] = {}
-        for spec in arch.plain:
+        for spec in arch.unquantized:
             floats[spec.name] = self.vector(spec.in_file(index))
         linears = {}
         for linear in arch.linears:
             stored, kind = self.matrices(linear.in_file(index), self.checkpoint.expected_shape(linear, index))
             heads = getattr(self.checkpoint.config, linear.rope_heads) if linear.rope_heads else 0
-            floats[linear.name] = FileBasis(heads).from_file(stored)
+            floats[linear.name] = WeightLayout(heads).from_file(stored)
             linears[linear] = floats[linear.name], kind, self.block if linear.hadamard else 0
         module = self.stream.module(index, floats)
         experts = {}
@@ -157,7 +157,7 @@ class FileModel:
         if hasattr(module.self_attn, "kv_a_layernorm"):  # the latents are what the cache holds
             module.self_attn.kv_a_layernorm.register_forward_hook(lambda _, inputs, output: output.half().float())
         if experts:
-            module.set_submodule(arch.experts_site, FileExperts(**experts))
+            module.set_submodule(arch.experts_module, FileExperts(**experts))
         return module
 
     @torch.no_grad()

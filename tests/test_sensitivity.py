@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from codequant_converter.calibrate import fisher as sensitivity
-from codequant_converter.calibrate.hessian import Moments
+from codequant_converter.calibrate.hessian import Hessian
 from codequant_converter.calibrate.layer_stream import LayerStream
 from codequant_converter.quantize.clustering import (
     Fit,
@@ -24,7 +24,7 @@ from codequant_converter.resume.work_folder import WorkFolder
 from codequant_converter.settings import Grouping
 from codequant_converter.source.checkpoint import open_checkpoint
 from codequant_converter.transform.transformed_model import TransformedModel
-from codequant_converter.transform.weight_layout import FileBasis
+from codequant_converter.transform.weight_layout import WeightLayout
 
 from pyggml_bridge.format import CQType
 
@@ -46,7 +46,7 @@ def drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 @pytest.mark.parametrize("router_weight", [0.0, 0.25])
 @pytest.mark.parametrize("tiny", MODELS, ids=lambda m: m.model_type)
 def test_gradients_are_those_of_the_whole_model(tmp_path, tiny, router_weight):
-    """With a linear's gradients by autograd on transformers' own model, in the folded basis."""
+    """With a linear's gradients by autograd on transformers' own model, in the folded layout."""
     model = tiny.save(tmp_path / "m")
     checkpoint = open_checkpoint(str(tmp_path / "m"))
     tokens = torch.randint(0, 250, (3, 40), generator=torch.Generator().manual_seed(5))
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_the_whole_model(tmp_path, tiny, router_weight):
 
     g = gradients["attn_v"]
     expected = g.T @ (g / g.norm(dim=-1, keepdim=True))
-    got = layer1.outputs["attn_v"][0].moments().matrix
+    got = layer1.outputs["attn_v"][0].hessian().matrix
     torch.testing.assert_close(got, expected / expected.diagonal().mean(), rtol=5e-3, atol=5e-3)
     by_out = gradients["ffn"]
     if tiny.model_type == "llama":
@@ -107,7 +107,7 @@ def test_gradients_are_those_of_the_whole_model(tmp_path, tiny, router_weight):
             entry = layer1.outputs[name][expert]
             assert entry.tokens == len(token)
             torch.testing.assert_close(
-                entry.moments().matrix, expected / expected.diagonal().mean(), rtol=5e-3, atol=5e-3
+                entry.hessian().matrix, expected / expected.diagonal().mean(), rtol=5e-3, atol=5e-3
             )
     assert len(layer1.outputs["ffn_down_exps"]) == 1
     assert layer1.outputs["ffn_down_exps"][0].tokens == 2 * tokens.numel()
@@ -115,7 +115,7 @@ def test_gradients_are_those_of_the_whole_model(tmp_path, tiny, router_weight):
 
 def test_damage_is_that_of_random_errors(tmp_path, monkeypatch):
     """Half the mean square of g^T E x over errors E of the weights; without feedback, so that nothing is gained."""
-    monkeypatch.setattr(Moments, "feedback_gain", 1.0)
+    monkeypatch.setattr(Hessian, "feedback_gain", 1.0)
     model = MODELS[0].save(tmp_path / "m")
     tokens = torch.randint(0, 250, (4, 40), generator=torch.Generator().manual_seed(5))
     (tmp_path / "s").mkdir()
@@ -135,8 +135,8 @@ def test_damage_is_that_of_random_errors(tmp_path, monkeypatch):
     (x, g), weight = pairs[0], transformed.layer(2)["ffn_down"]
     errors = torch.randn(400, *weight.shape, generator=torch.Generator().manual_seed(7))
     errors *= weight.square().mean(dim=1, keepdim=True).sqrt()
-    damage = 0.5 * torch.stack([((g @ error) * x).sum(dim=-1).square().mean() for error in errors]).mean()
-    assert found.damage[2]["ffn_down"] == [pytest.approx(float(damage), rel=0.1)]
+    predicted_kl = 0.5 * torch.stack([((g @ error) * x).sum(dim=-1).square().mean() for error in errors]).mean()
+    assert found.predicted_kl[2]["ffn_down"] == [pytest.approx(float(predicted_kl), rel=0.1)]
 
 
 def test_drawn_tokens_follow_the_models_distribution():
@@ -163,18 +163,18 @@ def test_feedback_from_row_to_row_lowers_the_loss_it_is_for(rows):
     w = rng.standard_normal((rows, 128)).astype(np.float32)
     x = rng.standard_normal((400, 128)) @ rng.standard_normal((128, 128))
     g = rng.standard_normal((400, 6)) @ rng.standard_normal((6, rows)) + 0.3 * rng.standard_normal((400, rows))
-    inputs, outputs = Moments(128), Moments(rows)
+    inputs, outputs = Hessian(128), Hessian(rows)
     inputs.add(torch.from_numpy(x).float())
     outputs.add(torch.from_numpy(g).float())
     h, o = inputs.damped.numpy().astype(np.float64), outputs.damped.numpy().astype(np.float64)
 
     def cluster(fit: Fit) -> None:
         fit_codebooks(fit, 2)
-        error_feedback(fit, inputs.factor.numpy(), 2)
+        error_feedback(fit, inputs.cholesky.numpy(), 2)
 
     plain, in_turn = (new_fit(w, np.diag(h).astype(np.float32), CQType.CQ3, Grouping()) for _ in range(2))
     cluster(plain)
-    cluster_in_turn(in_turn, outputs.factor, cluster, 2)
+    cluster_in_turn(in_turn, outputs.cholesky, cluster, 2)
     losses = [weighted_loss(o, h, weights_of(fit, 2).astype(np.float64) - w) for fit in (plain, in_turn)]
     assert losses[1] < 0.9 * losses[0]
     begin = ROWS  # the second block's targets are the minimum over real-valued rows, the first one's errors given
@@ -188,7 +188,7 @@ def test_sweeps_over_the_rows_never_raise_the_loss():
     """A callback that makes some blocks worse is undone where it did."""
     rng = np.random.default_rng(2)
     w = rng.standard_normal((40, 128)).astype(np.float32)
-    inputs, outputs = Moments(128), Moments(40)
+    inputs, outputs = Hessian(128), Hessian(40)
     inputs.add(torch.from_numpy(rng.standard_normal((300, 128)) @ rng.standard_normal((128, 128))).float())
     outputs.add(torch.from_numpy(rng.standard_normal((300, 5)) @ rng.standard_normal((5, 40))).float())
     h, o = inputs.damped.numpy().astype(np.float64), outputs.damped.numpy().astype(np.float64)
@@ -227,17 +227,17 @@ def test_independent_outputs_change_nothing():
 def test_weights_of_tokens_count_like_repetitions():
     x = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     counts = torch.tensor([1, 3, 0, 2, 1, 1])
-    weighted, repeated = Moments(10), Moments(10)
+    weighted, repeated = Hessian(10), Hessian(10)
     weighted.add(x, counts.float())
     repeated.add(x.repeat_interleave(counts, dim=0))
     torch.testing.assert_close(weighted.matrix, repeated.matrix)
 
 
 def test_moments_of_outputs_follow_the_rows_of_the_file():
-    """In file order, the moments are those of the reordered gradients."""
+    """In file order, the hessian are those of the reordered gradients."""
     g = torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
-    plain, stored = Moments(24), Moments(24)
+    plain, stored = Hessian(24), Hessian(24)
     plain.add(g)
-    basis = FileBasis(rope_heads=3)
-    stored.add(basis.to_file(g.T).T.contiguous())
-    torch.testing.assert_close(plain.of_outputs(basis).matrix, stored.matrix)
+    layout = WeightLayout(rope_heads=3)
+    stored.add(layout.to_file(g.T).T.contiguous())
+    torch.testing.assert_close(plain.of_outputs(layout).matrix, stored.matrix)

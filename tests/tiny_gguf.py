@@ -10,7 +10,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from pyggml_bridge.format import VERSION, Clustered, CQType, Sidecars, pack, register, section_name
+from pyggml_bridge.format import VERSION, Clustered, Companions, CQType, pack, register, section_name
 from tests.oracle import random_indices
 
 register()
@@ -76,7 +76,7 @@ class TinyFile:
     def clustered(self, name: str, *shape: int, cq: CQType | None = None) -> None:
         cq = cq or self.t.cq
         weight = random_clustered(self.rng, shape, self.t, cq)
-        names = Sidecars.of(name)
+        names = Companions.of(name)
         self._writer.add_tensor(name, weight.packed, raw_dtype=GGMLQuantizationType(int(cq)))
         self._writer.add_tensor(names.centroids, weight.centroids)
         self._writer.add_tensor(names.scales, weight.scales)
@@ -93,7 +93,7 @@ class TinyFile:
         for i, cq in enumerate(sorted(set(t.expert_cqs))):
             section, ids = section_name(name, i), [e for e, own in enumerate(t.expert_cqs) if own is cq]
             self.clustered(section, len(ids), *shape, cq=cq)
-            self._writer.add_tensor(Sidecars.of(section).experts, np.array(ids, np.int32))
+            self._writer.add_tensor(Companions.of(section).experts, np.array(ids, np.int32))
             whole[ids] = self.dense.pop(section)
         self.dense[name] = whole
 

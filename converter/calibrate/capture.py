@@ -10,27 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from ..source.architecture import Architecture
-from .hessian import Moments
+from .hessian import Hessian
 
 
 @contextmanager
 def capture(
     arch: Architecture, module: nn.Module, token_weights: dict[str, Tensor] | None = None
-) -> Iterator[dict[str, Moments]]:
-    """While active, running the decoder layer module fills the moments of every site but the experts'.
+) -> Iterator[dict[str, Hessian]]:
+    """While active, running the decoder layer module fills the Hessian of every linear input but the experts'.
 
-    token_weights: site -> [tokens], how much each token of the run counts; all the same without.
+    token_weights: input -> [tokens], how much each token of the run counts; all the same without.
     """
-    found: dict[str, Moments] = {}
+    found: dict[str, Hessian] = {}
     handles = []
     for linear in arch.linears:
-        if not linear.measured or linear.experts or linear.site in found:
+        if not linear.measured or linear.experts or linear.input in found:
             continue
         cols = linear.rows_of(module.get_parameter(linear.parameter)).shape[-1]
-        found[linear.site] = Moments(cols, sampled=True)
-        weights = token_weights[linear.site] if token_weights else None
-        hook = _linear_hook(found[linear.site], weights)
-        handles.append(module.get_submodule(linear.site).register_forward_pre_hook(hook))
+        found[linear.input] = Hessian(cols, sampled=True)
+        weights = token_weights[linear.input] if token_weights else None
+        hook = _linear_hook(found[linear.input], weights)
+        handles.append(module.get_submodule(linear.input).register_forward_pre_hook(hook))
     try:
         yield found
     finally:
@@ -38,10 +38,10 @@ def capture(
             handle.remove()
 
 
-def _linear_hook(moments: Moments, weights: Tensor | None) -> Any:
+def _linear_hook(hessian: Hessian, weights: Tensor | None) -> Any:
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0].flatten(0, -2)
-        moments.add(x, None if weights is None else weights[moments.tokens : moments.tokens + len(x)])
+        hessian.add(x, None if weights is None else weights[hessian.tokens : hessian.tokens + len(x)])
 
     return hook
 

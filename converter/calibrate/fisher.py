@@ -27,10 +27,10 @@ from ..transform.transformed_model import TransformedModel
 from .gradients import (
     GradientCapture,
     LayerSensitivity,
-    PackedMoments,
+    PackedHessian,
     capture_gradients,
     experts_backward,
-    output_moments_bytes,
+    output_hessian_bytes,
 )
 from .layer_stream import LayerStream
 from .streamed_experts import streamed_experts
@@ -45,17 +45,17 @@ STATES = 4  # hidden states between two layers: two, each beside the one that it
 class Sensitivity:
     """Every layer's, in a work folder.
 
-    damage: per layer, linear -> predicted divergence, in nats per token, if its weights are quantized with a squared
-    error of 1 relative to their row's energy and error feedback does what it can: one value, or one per expert.
+    predicted_kl: per layer, linear -> divergence in nats per token if its weights are quantized with a squared error of
+    1 relative to their row's energy and error feedback does what it can: one value, or one per expert.
     """
 
     work: WorkFolder
-    damage: list[dict[str, list[float]]]
+    predicted_kl: list[dict[str, list[float]]]
 
     def layer(self, index: int) -> LayerSensitivity:
         """Read one layer's."""
         saved = self.work.load(f"sensitivity-{index}")
-        outputs = {name: [PackedMoments(*entry) for entry in entries] for name, entries in saved["outputs"].items()}
+        outputs = {name: [PackedHessian(*entry) for entry in entries] for name, entries in saved["outputs"].items()}
         return LayerSensitivity(saved["token_weights"], outputs)
 
     def save(self, index: int, layer: LayerSensitivity) -> None:
@@ -74,7 +74,7 @@ def folder_bytes(checkpoint: Checkpoint, n_tokens: int, measured: bool) -> int:
     for i in range(config.num_hidden_layers):
         for linear in checkpoint.arch_of(i).linears:
             if linear.measured:
-                outputs += output_moments_bytes(linear, checkpoint.expected_shape(linear, i))
+                outputs += output_hessian_bytes(linear, checkpoint.expected_shape(linear, i))
     return outputs + (config.num_hidden_layers + STATES) * hidden_bytes
 
 
@@ -92,15 +92,15 @@ def measure(
         if state is None:
             hidden = _forward(model, stream, tokens, work, advance)
             gradient = _head_gradient(stream, hidden, model.head(), generator, model.head_bias())
-            state = {"layers": n_layers, "gradient": gradient, "damage": [{}] * n_layers}
+            state = {"layers": n_layers, "gradient": gradient, "predicted_kl": [{}] * n_layers}
         else:
             generator.set_state(state["generator"])
             advance(step=2 * n_layers - state["layers"])
-        found = Sensitivity(work, state["damage"])
+        found = Sensitivity(work, state["predicted_kl"])
         for i in reversed(range(state["layers"])):
             capture = _backward(model, stream, i, work.load(f"hidden-{i}"), state["gradient"], router_weight, generator)
             found.save(i, capture.result())
-            found.damage[i] = capture.damage(tokens.numel())
+            found.predicted_kl[i] = capture.predicted_kl(tokens.numel())
             work.save(BACKWARD, state | {"layers": i, "generator": generator.get_state()})
             work.remove(f"hidden-{i}")
             advance("backward")

@@ -11,35 +11,35 @@ import torch
 from torch import Tensor, nn
 
 from ..source.architecture import Architecture, Linear
-from .hessian import INPUTS, OUTPUTS, Moments
+from .hessian import INPUT_DAMPING, OUTPUT_DAMPING, Hessian
 from .streamed_experts import ROWS, Expert, Gradients, Routed, StreamedExperts
 
 INPUT_STRIDE = 4  # every fourth token's inputs are enough to predict what feedback gains
 HALF_BYTES = 2
-MAX_OUTPUTS = 8192  # of a linear whose outputs' moments are kept; the rows of wider ones are taken as independent
-EXPERTS_IN_COMMON = 0.1  # share of an expert's damage that is the mean of all: another text chooses others
+MAX_OUTPUTS = 8192  # of a linear whose outputs' Hessian is kept; the rows of wider ones are taken as independent
+EXPERTS_IN_COMMON = 0.1  # share of an expert's predicted_kl that is the mean of all: another text chooses others
 
 
 @dataclass(frozen=True)
-class PackedMoments:
-    """Second moments of a linear's output gradients: float16 [out, out], relative to the diagonal's mean."""
+class PackedHessian:
+    """Hessian of a linear's output gradients: float16 [out, out], relative to the diagonal's mean."""
 
     matrix: Tensor
     tokens: int
 
     @classmethod
-    def of(cls, moments: Moments) -> PackedMoments:
+    def of(cls, hessian: Hessian) -> PackedHessian:
         """Rounded."""
-        mean = moments.matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        return cls((moments.matrix / mean).half(), moments.tokens)
+        mean = hessian.matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        return cls((hessian.matrix / mean).half(), hessian.tokens)
 
-    def moments(self) -> Moments:
+    def hessian(self) -> Hessian:
         """Damped by all of the columns per row."""
-        return Moments.of(self.matrix.float(), self.tokens, OUTPUTS)
+        return Hessian.of(self.matrix.float(), self.tokens, OUTPUT_DAMPING)
 
 
-def output_moments_bytes(linear: Linear, shape: tuple[int, ...]) -> int:
-    """Of the packed moments of a linear [..., out, in], of all experts."""
+def output_hessian_bytes(linear: Linear, shape: tuple[int, ...]) -> int:
+    """Of the packed Hessian of a linear [..., out, in], of all experts."""
     *n_experts, out, _ = shape
     own = n_experts[0] if n_experts and not linear.writes_residual else 1
     return HALF_BYTES * out * out * own if out <= MAX_OUTPUTS else 0
@@ -47,10 +47,10 @@ def output_moments_bytes(linear: Linear, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """token_weights: site -> [tokens], mean 1; outputs: linear -> its moments, one or one per expert."""
+    """token_weights: input -> [tokens], mean 1; outputs: linear -> its Hessian, one or one per expert."""
 
     token_weights: dict[str, Tensor]
-    outputs: dict[str, list[PackedMoments]]
+    outputs: dict[str, list[PackedHessian]]
 
 
 class GradientCapture:
@@ -58,10 +58,10 @@ class GradientCapture:
 
     def __init__(self, arch: Architecture, module: nn.Module, n_experts: int) -> None:
         """Nothing seen yet."""
-        self.norms: dict[tuple[str, str], list[Tensor]] = {}  # site and linear -> gradient norms of each batch
-        self.inputs: dict[str, Moments] = {}  # linear -> of some of its inputs, weighted by |g|^2, of all experts alike
-        self.outputs: dict[str, Moments] = {}  # linear -> of all its gradients; experts' own are packed at once
-        self.packed: dict[str, list[PackedMoments]] = {}
+        self.norms: dict[tuple[str, str], list[Tensor]] = {}  # input and linear -> gradient norms of each batch
+        self.inputs: dict[str, Hessian] = {}  # linear -> of some of its inputs, weighted by |g|^2, of all experts alike
+        self.outputs: dict[str, Hessian] = {}  # linear -> of all its gradients; experts' own are packed at once
+        self.packed: dict[str, list[PackedHessian]] = {}
         self.gains: dict[str, list[float]] = {}
         self.energy: dict[str, Tensor] = {}  # linear -> [1] or [n_experts]
         self.linears = [linear for linear in arch.linears if linear.measured]
@@ -73,11 +73,11 @@ class GradientCapture:
         norms = gradient.norm(dim=-1)
         row_energy = weight.square().mean(dim=1)  # errors of the weights relative to their row, independent
         self.energy[linear.name][expert] += float((gradient.square() @ row_energy) @ x.square().sum(dim=-1))
-        inputs = self.inputs.setdefault(linear.name, Moments(x.shape[1], damping=INPUTS.of_every(INPUT_STRIDE)))
+        inputs = self.inputs.setdefault(linear.name, Hessian(x.shape[1], damping=INPUT_DAMPING.of_every(INPUT_STRIDE)))
         inputs.add(x[::INPUT_STRIDE], norms[::INPUT_STRIDE].square())
         if gradient.shape[1] <= MAX_OUTPUTS:
             n_outputs = gradient.shape[1]
-            outputs = self.outputs.setdefault(linear.name, Moments(n_outputs, width=n_outputs, damping=OUTPUTS))
+            outputs = self.outputs.setdefault(linear.name, Hessian(n_outputs, width=n_outputs, damping=OUTPUT_DAMPING))
             outputs.add(gradient, 1 / norms.clamp_min(torch.finfo(torch.float32).tiny))
         return norms
 
@@ -85,31 +85,33 @@ class GradientCapture:
         """No more gradients come to what add has gathered of this linear's outputs: the next are another expert's."""
         outputs = self.outputs.pop(linear.name, None)
         if outputs is None:  # an expert that no token chose, or too many outputs
-            self.packed.setdefault(linear.name, []).append(PackedMoments(torch.zeros(0, 0).half(), 0))
+            self.packed.setdefault(linear.name, []).append(PackedHessian(torch.zeros(0, 0).half(), 0))
             return
         self.gains.setdefault(linear.name, []).append(outputs.feedback_gain)
-        self.packed.setdefault(linear.name, []).append(PackedMoments.of(outputs))
+        self.packed.setdefault(linear.name, []).append(PackedHessian.of(outputs))
 
     def result(self) -> LayerSensitivity:
-        """Token weights: the mean over a site's linears of the gradients' norms, each linear's of mean 1."""
+        """Token weights of an input: the gradients' norms, mean 1, averaged over the linears that read it."""
         weights: dict[str, list[Tensor]] = {}
-        for (site, _), batches in self.norms.items():
+        for (input_name, _), batches in self.norms.items():
             norms = torch.cat(batches)
             mean = norms.mean().clamp_min(torch.finfo(torch.float32).tiny)
-            weights.setdefault(site, []).append(norms / mean)
+            weights.setdefault(input_name, []).append(norms / mean)
         for linear in self.linears:
             if linear.name in self.outputs:
                 self.pack(linear)
-        return LayerSensitivity({site: torch.stack(w).mean(dim=0) for site, w in weights.items()}, self.packed)
+        return LayerSensitivity(
+            {input_name: torch.stack(w).mean(dim=0) for input_name, w in weights.items()}, self.packed
+        )
 
-    def damage(self, n_tokens: int) -> dict[str, list[float]]:
+    def predicted_kl(self, n_tokens: int) -> dict[str, list[float]]:
         """Per linear half the mean square of g e for independent errors of the weights, less what feedback gains.
 
         Once there is a result.
         """
-        return {linear.name: (self._damage(linear) / n_tokens).tolist() for linear in self.linears}
+        return {linear.name: (self._predicted_kl(linear) / n_tokens).tolist() for linear in self.linears}
 
-    def _damage(self, linear: Linear) -> Tensor:
+    def _predicted_kl(self, linear: Linear) -> Tensor:
         """[1], or [n_experts]: an expert that few tokens chose counts a tenth of the mean one at least."""
         gains = self.gains.get(linear.name, [])
         gain = sum(gains) / len(gains) if gains else 1.0
@@ -142,7 +144,7 @@ def _linear_hook(capture: GradientCapture, linear: Linear) -> Any:
         def receive(gradient: Tensor) -> None:
             mine = gradient.flatten(0, -2).chunk(count, dim=-1)[index]
             norms = capture.add(linear, mine, x, linear.rows_of(module.get_parameter("weight")))
-            capture.norms.setdefault((linear.site, linear.name), []).append(norms)
+            capture.norms.setdefault((linear.input, linear.name), []).append(norms)
 
         output.register_hook(receive)
 
@@ -154,10 +156,10 @@ def experts_backward(
 ) -> tuple[Tensor, Tensor]:
     """From the gradient of the experts' weighted sum [tokens, hidden] to those of what they get, states and weights.
 
-    Fills the capture on the way. What writes the residual stream is shared by all experts, so its outputs' moments are.
+    Fills the capture on the way. What writes the residual stream is shared by all experts, so its outputs' Hessian is.
     """
     linears = [linear for linear in capture.linears if linear.experts]
-    capture.norms[linears[0].site, linears[0].name] = [gradient.norm(dim=-1)]
+    capture.norms[linears[0].input, linears[0].name] = [gradient.norm(dim=-1)]
     by_states, by_weights = torch.zeros_like(routed.states), torch.zeros_like(routed.weights)
     for number in range(experts.n_experts):
         tokens, slots = routed.rows(number)

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..transform.weight_layout import FileBasis
+from ..transform.weight_layout import WeightLayout
 
 SAMPLE_ROWS = 64  # kept of every batch of rows
 PANEL = 256  # columns summed at a time
@@ -38,12 +38,12 @@ class Damping:
         return self.least + self.noise * max(0.0, cols / max(1, rows) - self.spared)
 
     def of_every(self, stride: int) -> Damping:
-        """For moments of which only every stride-th row was summed."""
+        """For hessian of which only every stride-th row was summed."""
         return Damping(self.least, self.noise / stride, self.spared * stride)
 
 
-INPUTS = Damping()
-OUTPUTS = Damping(noise=1.0, spared=0.0)  # gradients have heavier tails
+INPUT_DAMPING = Damping()
+OUTPUT_DAMPING = Damping(noise=1.0, spared=0.0)  # gradients have heavier tails
 
 
 def square_width(cols: int) -> int:
@@ -52,13 +52,13 @@ def square_width(cols: int) -> int:
     return cols if n_squares <= 1 else -(-cols // n_squares // ALIGN) * ALIGN
 
 
-class Moments:
+class Hessian:
     """sum w x x^T / sum w over rows x [cols] with weights w: float32 [cols, width].
 
     tokens: rows seen; sample: some of them as they were, [rows, cols].
     """
 
-    def __init__(self, cols: int, sampled: bool = False, width: int = 0, damping: Damping = INPUTS) -> None:
+    def __init__(self, cols: int, sampled: bool = False, width: int = 0, damping: Damping = INPUT_DAMPING) -> None:
         """Nothing seen yet. sampled: keep some rows, for output_norm. width: of the squares if not square_width."""
         self._sum = torch.zeros(cols, width or square_width(cols))
         self._sample: list[Tensor] = []
@@ -67,18 +67,18 @@ class Moments:
         self.tokens = 0
 
     @classmethod
-    def of(cls, matrix: Tensor, tokens: int, damping: Damping = INPUTS) -> Moments:
+    def of(cls, matrix: Tensor, tokens: int, damping: Damping = INPUT_DAMPING) -> Hessian:
         """Known second moments [cols, width] of so many rows."""
-        moments = cls(0, damping=damping)
-        moments._sum, moments._total, moments.tokens = matrix, 1.0, tokens
-        return moments
+        hessian = cls(0, damping=damping)
+        hessian._sum, hessian._total, hessian.tokens = matrix, 1.0, tokens
+        return hessian
 
     @classmethod
-    def of_rows(cls, x: Tensor) -> Moments:
+    def of_rows(cls, x: Tensor) -> Hessian:
         """The second moments of rows x [tokens, cols], some of them kept."""
-        moments = cls(x.shape[1], sampled=True)
-        moments.add(x)
-        return moments
+        hessian = cls(x.shape[1], sampled=True)
+        hessian.add(x)
+        return hessian
 
     def _squares(self, matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Columns of each square, and the square itself, a view."""
@@ -115,7 +115,7 @@ class Moments:
 
     @cached_property
     def diagonal(self) -> Tensor:
-        """Of the damped moments, [cols]."""
+        """Of the damped hessian, [cols]."""
         return torch.cat([square.diagonal() for _, square in self._squares(self.damped)])
 
     @cached_property
@@ -130,7 +130,7 @@ class Moments:
         return matrix
 
     @cached_property
-    def factor(self) -> Tensor:
+    def cholesky(self) -> Tensor:
         """Upper triangular V [cols, width] with V V^T = damped: its Cholesky factor, rows and columns backwards.
 
         Squared, its diagonal is each column's variance where the columns after it are known.
@@ -142,32 +142,32 @@ class Moments:
         return factor
 
     @cached_property
-    def factor_diagonal(self) -> Tensor:
+    def cholesky_diagonal(self) -> Tensor:
         """[cols]."""
-        return torch.cat([square.diagonal() for _, square in self._squares(self.factor)])
+        return torch.cat([square.diagonal() for _, square in self._squares(self.cholesky)])
 
     @cached_property
     def feedback_gain(self) -> float:
         """What is left of a quantization error's energy when feedback moves it to later columns: at most 1."""
-        return float(self.factor_diagonal.double().square().sum() / self.diagonal.sum())
+        return float(self.cholesky_diagonal.double().square().sum() / self.diagonal.sum())
 
-    def in_basis(self, basis: FileBasis) -> Moments:
-        """The moments of the inputs that the file's weight multiplies."""
-        if not basis.hadamard:
+    def in_layout(self, layout: WeightLayout) -> Hessian:
+        """The hessian of the inputs that the file's weight multiplies."""
+        if not layout.hadamard:
             return self
-        moments = self._mapped(basis.moments)
-        moments._sample = [basis.columns(rows) for rows in self._sample]
-        return moments
+        hessian = self._mapped(layout.input_hessian)
+        hessian._sample = [layout.columns(rows) for rows in self._sample]
+        return hessian
 
-    def of_outputs(self, basis: FileBasis) -> Moments:
-        """The moments of outputs in the order of the file's rows."""
-        return self._mapped(basis.outputs) if basis.rope_heads else self
+    def of_outputs(self, layout: WeightLayout) -> Hessian:
+        """The hessian of outputs in the order of the file's rows."""
+        return self._mapped(layout.output_hessian) if layout.rope_heads else self
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Moments:
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Hessian:
         mapped = torch.zeros_like(self.matrix)
         for (_, square), (_, to) in zip(self._squares(self.matrix), self._squares(mapped), strict=True):
             to.copy_(change(square))
-        return Moments.of(mapped, self.tokens, self._damping)
+        return Hessian.of(mapped, self.tokens, self._damping)
 
     def output_norm(self, weight: Tensor) -> float:
         """Mean square of the outputs of a weight [rows, cols] over the sample, summed over the rows."""

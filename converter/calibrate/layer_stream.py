@@ -54,8 +54,8 @@ class LayerStream:
         """transformers' decoder layer with these weights; expert: gives those of one, where the layer has none."""
         arch = self.checkpoint.arch_of(index)
         module = copy.deepcopy(self.decoder.layers[index])
-        if arch.experts_site and expert:
-            module.set_submodule(arch.experts_site, self._streamed(index, expert))
+        if arch.experts_module and expert:
+            module.set_submodule(arch.experts_module, self._streamed(index, expert))
         module = module.to_empty(device="cpu").eval()
         for norm in arch.norms:
             if norm.bias:
@@ -75,7 +75,7 @@ class LayerStream:
 
     def activation(self, index: int) -> Callable[[Tensor], Tensor]:
         """What the experts of a layer do to their gate."""
-        own: Any = self.decoder.layers[index].get_submodule(self.checkpoint.arch_of(index).experts_site)
+        own: Any = self.decoder.layers[index].get_submodule(self.checkpoint.arch_of(index).experts_module)
         act: Callable[[Tensor], Tensor] = own.act_fn
         return act
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..source.architecture import Architecture, Layer
-from .hessian import Moments
+from .hessian import Hessian
 
 ROWS = 512  # tokens that go through an expert at a time
 
@@ -70,7 +70,7 @@ class Routed:
         token, slot = torch.where(self.index == expert)
         return token, slot
 
-    def moments(self, number: int, expert: Expert, token_weights: Tensor | None) -> tuple[Moments, Moments]:
+    def hessians(self, number: int, expert: Expert, token_weights: Tensor | None) -> tuple[Hessian, Hessian]:
         """Of one expert's inputs, and of what its down projection reads.
 
         token_weights [tokens]: how much each token counts. An expert's error reaches the output times its routing
@@ -79,11 +79,11 @@ class Routed:
         token, slot = self.rows(number)
         x = self.states[token]
         weight = None if token_weights is None else token_weights[token] * self.weights[token, slot]
-        found = Moments(x.shape[1], sampled=True), Moments(expert.down.shape[1], sampled=True)
+        found = Hessian(x.shape[1], sampled=True), Hessian(expert.down.shape[1], sampled=True)
         for begin in range(0, len(x), ROWS):
             rows = slice(begin, begin + ROWS)
-            for moments, inputs in zip(found, (x[rows], expert.hidden(x[rows])), strict=True):
-                moments.add(inputs, None if weight is None else weight[rows])
+            for hessian, inputs in zip(found, (x[rows], expert.hidden(x[rows])), strict=True):
+                hessian.add(inputs, None if weight is None else weight[rows])
         return found
 
 

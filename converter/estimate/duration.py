@@ -15,7 +15,7 @@ from ..source.checkpoint import Checkpoint
 # types with a trellis, feedback from row to row, descent where tokens suffice.
 NEAREST, FEEDBACK, SENSITIVE = 0.12e-6, 0.22e-6, 0.8e-6
 FLOPS = 60e9  # of one thread, per second
-PASSES = 2  # over the calibration tokens: for the inputs' moments, and behind the quantized layer
+PASSES = 2  # over the calibration tokens: for the inputs' hessian, and behind the quantized layer
 SENSITIVITY_PASSES = 4  # forwards once, backwards the time of three
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from pyggml_bridge.errors import CQError
 
 from ..calibrate.fisher import HEAD_ROWS
-from ..calibrate.gradients import output_moments_bytes
+from ..calibrate.gradients import output_hessian_bytes
 from ..calibrate.hessian import WIDE, square_width
 from ..calibrate.layer_stream import BATCH_TOKENS
 from ..settings import Settings
@@ -23,7 +23,7 @@ FLOAT = 4
 PROGRAM = 800 << 20  # Python, torch, transformers, and what allocators keep to themselves
 FITTED = 1.25  # of a float weight while its codebooks are made: in the file's order, and a byte per index
 ROW_FEEDBACK = 3  # more, where rows make up for each other's errors: targets, originals, errors
-SQUARES = 3  # float32 [cols, width] of a linear: moments, damped, factor
+SQUARES = 3  # float32 [cols, width] of a linear: hessian, damped, factor
 FACTORING = 3  # [width, width] in the precision in which the factor is computed
 TUNED = 40  # bytes per weight that fine-tuning of all experts together holds: originals, module, indices, gradients
 RUNNING_STATES = 4  # hidden states of all tokens: a layer's input, output, what its experts get, twice
@@ -80,14 +80,14 @@ def _layer_bytes(checkpoint: Checkpoint, settings: Settings, index: int, n_token
     if settings.tunes_centroids:
         kept += TUNED * sum(map(prod, shapes.values()))
     states = _states(checkpoint, n_tokens)
-    expert = 2 * FLOAT * sum(prod(shape[-2:]) for shape in experts)  # as the file holds it, and in transformers' basis
+    expert = 2 * FLOAT * sum(prod(shape[-2:]) for shape in experts)  # as the file holds it, and in transformers' layout
     widest = max(shape[-1] for shape in shapes.values() if len(shape) == 2)
     batch = FLOAT * BATCH_ROWS * min(n_tokens, BATCH_TOKENS) * widest
     forward = RUNNING_STATES * states + batch
     backward = BACKWARD_STATES * states + batch + expert if settings.measures_sensitivity else 0
     clustering = max(expert, written, _tasks_bytes(dense, experts, settings, n_tokens)) + CLUSTERING_STATES * states
     if settings.measures_sensitivity:
-        clustering += sum(output_moments_bytes(*each) for each in shapes.items() if each[0].measured)
+        clustering += sum(output_hessian_bytes(*each) for each in shapes.items() if each[0].measured)
     return kept + max(forward, backward, clustering)
 
 

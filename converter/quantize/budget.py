@@ -25,7 +25,7 @@ DISTORTION = {
     "q8_0": (2.2 / 127) ** 2 / 12,
 }
 
-RING = 8  # rows around which the distortions of the types with T were measured
+TRELLIS_ROWS = 8  # rows around which the distortions of the types with T were measured
 ID_BYTES = 4  # an expert's number beside a part of a weight that is cut by type
 
 # Defaults of --target-bpw: the size of llama.cpp's Q4_0, and a little less where experts fill the memory.
@@ -37,18 +37,18 @@ def default_bpw(plan: Plan, has_experts: bool) -> float:
     return max(plan.bpw, DEFAULT_EXPERTS_BPW if has_experts else DEFAULT_BPW)
 
 
-def allocate(plan: Plan, damage: list[dict[str, list[float]]], settings: Settings, target_bpw: float) -> Plan:
+def allocate(plan: Plan, predicted_kl: list[dict[str, list[float]]], settings: Settings, target_bpw: float) -> Plan:
     """The plan with new types for all linears that --tensor-type leaves free and that can be clustered.
 
-    damage: per layer, linear -> divergence in nats per token at a distortion of 1 (sensitivity.py); where there is one
-    per expert and the settings allow it, each expert gets a type of its own. From the smallest types up, the step that
-    saves most per byte comes first, as long as one fits. CQError if not even the smallest types do.
+    predicted_kl: per layer, linear -> nats per token at a distortion of 1 (fisher.py); where there is one per expert
+    and the settings allow it, each expert gets a type of its own. From the smallest types up, the step that saves most
+    per byte comes first, as long as one fits. CQError if not even the smallest types do.
     """
-    free = list(_free(plan, damage, settings))
+    free = list(_free(plan, predicted_kl, settings))
     first = _with_types(plan, {tensor.name: ["cq2"] for tensor in free})
     if first.bpw > target_bpw:
         raise CQError(f"--target-bpw {target_bpw:g}: the smallest types take {first.bpw:.3f}")
-    items = [item for tensor in free for item in _items(tensor, damage, settings)]
+    items = [item for tensor in free for item in _items(tensor, predicted_kl, settings)]
     n_weights = first.body_bytes * 8 / first.bpw
     room = int(target_bpw * n_weights / 8) - first.body_bytes - ID_BYTES * sum(item.expert for item in items)
     at = _climb([item.choices for item in items], room)
@@ -98,29 +98,29 @@ class _Item:
     choices: list[_Choice]
 
 
-def _items(tensor: PlannedTensor, damage: list[dict[str, list[float]]], settings: Settings) -> list[_Item]:
+def _items(tensor: PlannedTensor, predicted_kl: list[dict[str, list[float]]], settings: Settings) -> list[_Item]:
     _, layer, stem, _ = tensor.name.split(".")
-    known = damage[int(layer)][stem]
+    known = predicted_kl[int(layer)][stem]
     if len(known) == 1 or not settings.expert_types:
         return [_Item(tensor.name, False, _choices(tensor, sum(known), settings))]
     one = replace(tensor, shape=(1, *tensor.shape[1:]))
     return [_Item(tensor.name, True, _choices(one, value, settings)) for value in known]
 
 
-def _choices(tensor: PlannedTensor, damage: float, settings: Settings) -> list[_Choice]:
-    trellis = settings.trellis and settings.grouping.codebook_rows == RING  # a shorter ring gains less than measured
+def _choices(tensor: PlannedTensor, predicted_kl: float, settings: Settings) -> list[_Choice]:
+    trellis = settings.trellis and settings.grouping.codebook_rows == TRELLIS_ROWS  # fewer rows gain less than measured
     kinds = [kind for kind in DISTORTION if trellis or not kind.endswith("t")]
     sizes = {kind: tensor.of_types([kind]).nbytes for kind in kinds}
     found: list[_Choice] = []
     for kind in sorted(kinds, key=lambda kind: (sizes[kind], DISTORTION[kind])):
-        choice = _Choice(kind, sizes[kind], damage * DISTORTION[kind])
+        choice = _Choice(kind, sizes[kind], predicted_kl * DISTORTION[kind])
         if not found or (choice.nbytes > found[-1].nbytes and DISTORTION[kind] < DISTORTION[found[-1].type]):
             found.append(choice)
     return found
 
 
-def _free(plan: Plan, damage: list[dict[str, list[float]]], settings: Settings) -> Iterable[PlannedTensor]:
-    for layer, known in zip(plan.layers, damage, strict=True):
+def _free(plan: Plan, predicted_kl: list[dict[str, list[float]]], settings: Settings) -> Iterable[PlannedTensor]:
+    for layer, known in zip(plan.layers, predicted_kl, strict=True):
         for tensor in layer:
             _, _, stem, kind = tensor.name.split(".")  # a bias has its linear's stem
             overridden = any(override.pattern.search(tensor.name) for override in settings.overrides)

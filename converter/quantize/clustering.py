@@ -130,7 +130,7 @@ def fit_codebooks(fit: Fit, n_threads: int, iterations: int = ITERATIONS) -> Non
 def error_feedback(fit: Fit, factor: NDArray[np.float32], n_threads: int) -> None:
     """Choose the indices anew, each column's rounding error moved to the columns after it (GPTQ).
 
-    factor float32 [cols, width], moments.py: of the inputs' second moments.
+    factor float32 [cols, width], hessian.py: of the inputs' second moments.
     """
     job, v = _job(fit, 0, factor.shape[1]), pointer(factor, "const float *")
     scratch = aligned_empty(n_threads * lib.cq_descent_scratch_bytes(job))
@@ -139,34 +139,34 @@ def error_feedback(fit: Fit, factor: NDArray[np.float32], n_threads: int) -> Non
 
 @dataclass(frozen=True)
 class OutputErrors:
-    """(effective weights - w) times the moments [rows, cols], before and after a descent."""
+    """(effective weights - w) times the hessian [rows, cols], before and after a descent."""
 
     before: NDArray[np.float32]
     after: NDArray[np.float32]
 
 
-def descend(fit: Fit, moments: NDArray[np.float32], n_threads: int, rounds: int = DESCENT_ROUNDS) -> None:
-    """Refit codebooks and indices in turn under the inputs' second moments float32 [cols, width], moments.py (LNQ).
+def descend(fit: Fit, hessian: NDArray[np.float32], n_threads: int, rounds: int = DESCENT_ROUNDS) -> None:
+    """Refit codebooks and indices in turn under the inputs' second moments float32 [cols, width], hessian.py (LNQ).
 
-    fit.loss becomes each row's r^T moments r, r = effective weights - w; it never increases.
+    fit.loss becomes each row's r^T hessian r, r = effective weights - w; it never increases.
     """
-    _descend(_job(fit, rounds, moments.shape[1]), moments, n_threads)
+    _descend(_job(fit, rounds, hessian.shape[1]), hessian, n_threads)
 
 
 def descend_noting(
-    fit: Fit, moments: NDArray[np.float32], n_threads: int, rounds: int = DESCENT_ROUNDS
+    fit: Fit, hessian: NDArray[np.float32], n_threads: int, rounds: int = DESCENT_ROUNDS
 ) -> OutputErrors:
     """The same; what it has computed on the way."""
     errors = OutputErrors(np.empty_like(fit.w), np.empty_like(fit.w))
-    job = _job(fit, rounds, moments.shape[1])
+    job = _job(fit, rounds, hessian.shape[1])
     job.gradient_before = pointer(errors.before, "float *")
     job.gradient_after = pointer(errors.after, "float *")
-    _descend(job, moments, n_threads)
+    _descend(job, hessian, n_threads)
     return errors
 
 
-def _descend(job: Any, moments: NDArray[np.float32], n_threads: int) -> None:
-    h = pointer(moments, "const float *")
+def _descend(job: Any, hessian: NDArray[np.float32], n_threads: int) -> None:
+    h = pointer(hessian, "const float *")
     scratch = aligned_empty(n_threads * lib.cq_descent_scratch_bytes(job))
     _check(lib.cq_descend_rows(job, h, n_threads, pointer(scratch, "uint8_t *")))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..calibrate.capture import capture
 from ..calibrate.fisher import Sensitivity
 from ..calibrate.gradients import LayerSensitivity
-from ..calibrate.hessian import Moments
+from ..calibrate.hessian import Hessian
 from ..calibrate.layer_stream import LayerStream
 from ..calibrate.streamed_experts import Expert, Routed, streamed_experts
 from ..console import progress
@@ -22,12 +22,12 @@ from ..results import Tuned
 from ..settings import Settings
 from ..source.architecture import Architecture, Layer, Linear
 from ..transform.transformed_model import TransformedModel
-from ..transform.weight_layout import FileBasis
-from .matrix import Quantized, QuantizedExperts, quantize, quantize_plain
+from ..transform.weight_layout import WeightLayout
+from .matrix import Quantized, QuantizedExperts, quantize, store_unclustered
 from .paper.centroid_tuning import CentroidTuner, Codebooks
 from .paper.layer_pair import LayerPair
 from .plan import Plan, PlannedTensor
-from .spill_file import Shelf
+from .spill_file import SpillFile
 from .task_pool import Task, run_tasks
 
 Tensors = dict[str, Quantized | QuantizedExperts]  # by GGUF stem
@@ -35,7 +35,7 @@ Tensors = dict[str, Quantized | QuantizedExperts]  # by GGUF stem
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer's tensors in file order and in the file's basis.
+    """A layer's tensors in file order and in the file's layout.
 
     tokens: per expert, [] if dense; tuned: what fine-tuning did to it.
     """
@@ -47,9 +47,9 @@ class QuantizedLayer:
 
 @dataclass
 class _Seen:
-    """What calibration showed of a layer: moments by site, tokens of experts; nothing without a text."""
+    """What calibration showed of a layer: Hessians by linear input, tokens of experts; nothing without a text."""
 
-    moments: dict[str, Moments] = field(default_factory=dict)
+    hessians: dict[str, Hessian] = field(default_factory=dict)
     routed: Routed | None = None
     sensitivity: LayerSensitivity | None = None
 
@@ -69,10 +69,10 @@ class LayerQuantizer:
     sensitivity: Sensitivity | None = None
     tuner: CentroidTuner | None = None
 
-    def basis(self, linear: Linear) -> FileBasis:
+    def layout(self, linear: Linear) -> WeightLayout:
         """How the file holds this linear."""
         heads = getattr(self.model.checkpoint.config, linear.rope_heads) if linear.rope_heads else 0
-        return FileBasis(heads, self.plan.hadamard if linear.hadamard else 0)
+        return WeightLayout(heads, self.plan.hadamard if linear.hadamard else 0)
 
     def layers(self, hidden: Tensor | None, first: int = 0) -> Iterator[QuantizedLayer]:
         """The layers from `first` on. hidden [sequences, n, hidden]: the calibration's input, overwritten, or None."""
@@ -102,31 +102,31 @@ class LayerQuantizer:
     def _calibrate(self, index: int, module: nn.Module, hidden: Tensor) -> _Seen:
         sensitivity = self.sensitivity.layer(index) if self.sensitivity else None
         weights = sensitivity.token_weights if sensitivity else None
-        with capture(self.model.checkpoint.arch_of(index), module, weights) as moments:
+        with capture(self.model.checkpoint.arch_of(index), module, weights) as hessians:
             routed = self.stream.without_experts(module, hidden.clone())
-        return _Seen(moments, routed, sensitivity)
+        return _Seen(hessians, routed, sensitivity)
 
     def _quantize(self, index: int, layer: Layer, planned: tuple[PlannedTensor, ...], seen: _Seen) -> Tensors:
         arch = self.model.checkpoint.arch_of(index)
         tensors: Tensors = {}
-        calibrated = bool(seen.moments)
-        for spec, tensor in zip(arch.plain, planned, strict=False):
-            tensors[spec.name] = quantize_plain(tensor, layer[spec.name])
+        calibrated = bool(seen.hessians)
+        for spec, tensor in zip(arch.unquantized, planned, strict=False):
+            tensors[spec.name] = store_unclustered(tensor, layer[spec.name])
         tasks: list[Task] = []
         experts: dict[str, QuantizedExperts] = {}
         outputs = seen.sensitivity.outputs if seen.sensitivity else {}
-        for linear, tensor in zip(arch.linears, planned[len(arch.plain) :], strict=True):
+        for linear, tensor in zip(arch.linears, planned[len(arch.unquantized) :], strict=True):
             if linear.experts:
                 tensors[linear.name] = experts[linear.name] = self._experts(index, tensor)
                 continue
             packed = outputs.get(linear.name)
-            output = packed[0].moments() if packed else None
-            tensors[linear.name] = self._linear(tensor, linear, layer, seen.moments, output, tasks)
+            output = packed[0].hessian() if packed else None
+            tensors[linear.name] = self._linear(tensor, linear, layer, seen.hessians, output, tasks)
             del output
         clustered = [tensor for tensor in tensors.values() if isinstance(tensor, Quantized) and tensor.fits]
         self._run(tasks, [[tensor.planned.shape[-2:]] for tensor in clustered], calibrated)
         if experts:
-            seen.moments.clear()
+            seen.hessians.clear()
             for quantized in clustered if not self.settings.tunes_centroids else []:
                 quantized.finish(self.settings.threads)
             shapes = [tensor.planned.shape[-2:] for tensor in experts.values()]
@@ -145,17 +145,17 @@ class LayerQuantizer:
         planned: PlannedTensor,
         linear: Linear,
         layer: Layer,
-        inputs: dict[str, Moments],
-        output: Moments | None,
+        inputs: dict[str, Hessian],
+        output: Hessian | None,
         tasks: list[Task],
     ) -> Quantized:
         """Takes its weight out of the layer, and out of inputs what no other linear reads: both may be large."""
-        basis = self.basis(linear)
-        moments = (inputs.pop if basis.hadamard else inputs.get)(linear.site, None)
-        moments = moments and moments.in_basis(basis)
-        weight = basis.to_file(layer.pop(linear.name)).contiguous()
-        by_output = output and output.of_outputs(basis)
-        quantized, own = quantize(planned, weight, moments, by_output, self.settings.refinement)
+        layout = self.layout(linear)
+        hessian = (inputs.pop if layout.hadamard else inputs.get)(linear.input, None)
+        hessian = hessian and hessian.in_layout(layout)
+        weight = layout.to_file(layer.pop(linear.name)).contiguous()
+        by_output = output and output.of_outputs(layout)
+        quantized, own = quantize(planned, weight, hessian, by_output, self.settings.refinement)
         tasks += own
         return quantized
 
@@ -166,7 +166,7 @@ class LayerQuantizer:
         n_experts = self.model.n_experts(index)
         if self.settings.tunes_centroids:
             return QuantizedExperts(planned, [Quantized(planned, None, None, [], None)] * n_experts)
-        return QuantizedExperts(planned, Shelf(self.folder, n_experts))
+        return QuantizedExperts(planned, SpillFile(self.folder, n_experts))
 
     def _expert_tasks(self, index: int, experts: dict[str, QuantizedExperts], seen: _Seen) -> list[Task]:
         """One task per expert: read, calibrate, cluster its linears, forget everything but the result."""
@@ -183,39 +183,41 @@ class LayerQuantizer:
         index: int,
         experts: dict[str, QuantizedExperts],
         seen: _Seen,
-        shared: dict[str, Moments],
+        shared: dict[str, Hessian],
         number: int,
         n_threads: int,
     ) -> None:
         arch = self.model.checkpoint.arch_of(index)
         layer = self.model.expert(index, number)
-        inputs = self._expert_moments(index, layer, seen, number)
+        inputs = self._expert_hessians(index, layer, seen, number)
         linears = [linear for linear in arch.linears if linear.experts]
         for i, linear in enumerate(linears):
             tasks: list[Task] = []
             output = shared.get(linear.name)
             packed = seen.sensitivity.outputs.get(linear.name, []) if seen.sensitivity else []
             if packed and output is None:
-                output = packed[number].moments()
+                output = packed[number].hessian()
             planned = experts[linear.name].planned.of_expert(number)
             quantized = self._linear(planned, linear, layer, inputs, output, tasks)
-            still_read = {later.site for later in linears[i + 1 :]}
-            inputs = {site: moments for site, moments in inputs.items() if site in still_read}
+            still_read = {later.input for later in linears[i + 1 :]}
+            inputs = {input_name: hessian for input_name, hessian in inputs.items() if input_name in still_read}
             while tasks:  # which hold what they work on
                 tasks.pop().run(n_threads)
             if not self.settings.tunes_centroids:
                 quantized.finish(n_threads)
             experts[linear.name].experts[number] = quantized
 
-    def _expert_moments(self, index: int, layer: Layer, seen: _Seen, number: int) -> dict[str, Moments]:
-        """By site, of what the linears of one expert [out, in] read; nothing without a text."""
+    def _expert_hessians(self, index: int, layer: Layer, seen: _Seen, number: int) -> dict[str, Hessian]:
+        """By linear input, of what the linears of one expert [out, in] read; nothing without a text."""
         arch = self.model.checkpoint.arch_of(index)
         if not seen.routed:
             return {}
-        site = arch.experts_site or ""
-        weights = seen.sensitivity.token_weights[site] if seen.sensitivity else None
+        input_name = arch.experts_module or ""
+        weights = seen.sensitivity.token_weights[input_name] if seen.sensitivity else None
         expert = Expert.of(arch, layer, self.stream.activation(index))
-        return dict(zip((site, f"{site}.hidden"), seen.routed.moments(number, expert, weights), strict=True))
+        return dict(
+            zip((input_name, f"{input_name}.hidden"), seen.routed.hessians(number, expert, weights), strict=True)
+        )
 
     # ---- after clustering ----
 
@@ -234,36 +236,36 @@ class LayerQuantizer:
             experts = tensors[linear.name]
             if isinstance(experts, QuantizedExperts):
                 stored = experts.experts[number].weight(self.settings.threads)
-                layer[linear.name] = self.basis(linear).from_file(stored)
+                layer[linear.name] = self.layout(linear).from_file(stored)
                 del stored
         return Expert.of(arch, layer, act)
 
     def effective(self, arch: Architecture, tensors: Tensors, experts: bool = True) -> Layer:
-        """The weights that the file stands for, in transformers' basis; with the experts' or without."""
+        """The weights that the file stands for, in transformers' layout; with the experts' or without."""
         n_threads = self.settings.threads
-        layer = {spec.name: tensors[spec.name].weight(n_threads) for spec in arch.plain}
+        layer = {spec.name: tensors[spec.name].weight(n_threads) for spec in arch.unquantized}
         for linear in arch.linears:
             if experts or not linear.experts:
-                layer[linear.name] = self.basis(linear).from_file(tensors[linear.name].weight(n_threads))
+                layer[linear.name] = self.layout(linear).from_file(tensors[linear.name].weight(n_threads))
         return layer
 
     def _tune(self, index: int, tuner: CentroidTuner, tensors: Tensors, hidden: Tensor) -> Tuned:
         arch = self.model.checkpoint.arch_of(index)
         books, fixed = [], {}
         for linear in arch.linears:
-            quantized, basis = tensors[linear.name], self.basis(linear)
+            quantized, layout = tensors[linear.name], self.layout(linear)
             if quantized.fits and linear.measured:
-                books.append(Codebooks(linear, quantized, basis))
+                books.append(Codebooks(linear, quantized, layout))
             else:
-                fixed[linear.name] = basis.from_file(quantized.weight(self.settings.threads))
+                fixed[linear.name] = layout.from_file(quantized.weight(self.settings.threads))
         module = self.stream.module(index, self.model.whole_layer(index))
         return tuner.tune(LayerPair(self.stream, arch, module, fixed), books, hidden)
 
 
-def _shared_outputs(sensitivity: LayerSensitivity | None, linears: Iterable[str]) -> dict[str, Moments]:
-    """Of those linears whose outputs' moments all experts share, factored before several threads ask for it."""
+def _shared_outputs(sensitivity: LayerSensitivity | None, linears: Iterable[str]) -> dict[str, Hessian]:
+    """Of those linears whose outputs' Hessian all experts share, factored before several threads ask for it."""
     packed = {name: sensitivity.outputs.get(name, []) for name in linears} if sensitivity else {}
-    shared = {name: entries[0].moments() for name, entries in packed.items() if len(entries) == 1}
-    for moments in shared.values():
-        _ = moments.factor, moments.damped
+    shared = {name: entries[0].hessian() for name, entries in packed.items() if len(entries) == 1}
+    for hessian in shared.values():
+        _ = hessian.cholesky, hessian.damped
     return shared

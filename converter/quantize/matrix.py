@@ -15,7 +15,7 @@ from torch import Tensor
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import Clustered
 
-from ..calibrate.hessian import Moments
+from ..calibrate.hessian import Hessian
 from ..settings import Refinement
 from .clustering import (
     ITERATIONS_BEFORE_FEEDBACK,
@@ -30,7 +30,7 @@ from .clustering import (
 )
 from .plan import PlannedTensor
 from .row_feedback import cluster_in_turn, sweep
-from .spill_file import Shelf
+from .spill_file import SpillFile
 from .task_pool import Task
 
 F16_MAX = 65504.0
@@ -53,12 +53,12 @@ class Quantized:
     """A weight [..., out, in] in its planned type.
 
     fits: of a clustered type, one per matrix; they may still change, until they are `stored`. plain: the array of any
-    other type. original and moments, statistics of its inputs where there are any, serve the error alone.
+    other type. original and hessian, statistics of its inputs where there are any, serve the error alone.
     """
 
     planned: PlannedTensor
     original: Tensor | None
-    moments: Moments | None
+    hessian: Hessian | None
     fits: list[Fit]
     plain: NDArray[Any] | None
     stored: list[Clustered] | None = None
@@ -95,7 +95,7 @@ class Quantized:
         if self.final is not None:
             return self.final
         assert self.original is not None
-        seen = self.moments if self.moments is not None and self.moments.tokens else None
+        seen = self.hessian if self.hessian is not None and self.hessian.tokens else None
         error = total = 0.0
         for original, effective in self._rows_beside(self.original, n_threads):
             difference = original - effective
@@ -123,17 +123,17 @@ class Quantized:
     def finish(self, n_threads: int) -> None:
         """Forget everything but what the file holds and the error."""
         self.final = self.error_sums(n_threads)
-        self.original = self.moments = None
+        self.original = self.hessian = None
         if self.fits:
             self.stored, self.fits = [fit.clustered() for fit in self.fits], []
 
 
 @dataclass
 class QuantizedExperts:
-    """A linear of all experts of a layer, one Quantized each; finished ones may lie on a shelf."""
+    """A linear of all experts of a layer, one Quantized each; finished ones may lie on a spill file."""
 
     planned: PlannedTensor
-    experts: list[Quantized] | Shelf[Quantized]
+    experts: list[Quantized] | SpillFile[Quantized]
 
     @property
     def fits(self) -> list[Fit]:
@@ -167,22 +167,22 @@ def relative_error(sums: list[ErrorSums]) -> float:
     return float((error / total) ** 0.5) if total > 0 else 0.0
 
 
-def quantize_plain(planned: PlannedTensor, weight: Tensor) -> Quantized:
+def store_unclustered(planned: PlannedTensor, weight: Tensor) -> Quantized:
     """A weight whose planned type is not clustered."""
     return Quantized(planned, weight, None, [], _plain(planned, weight))
 
 
 def quantize(
-    planned: PlannedTensor, weight: Tensor, moments: Moments | None, output: Moments | None, refinement: Refinement
+    planned: PlannedTensor, weight: Tensor, hessian: Hessian | None, output: Hessian | None, refinement: Refinement
 ) -> tuple[Quantized, list[Task]]:
     """Weight [..., out, in] in its planned type, once the tasks have run: one per clustered matrix.
 
-    moments, output: statistics of its inputs and of its outputs' gradients, where there are any; those that have seen
+    hessian, output: statistics of its inputs and of its outputs' gradients, where there are any; those that have seen
     no token count as none.
     """
     if planned.cq is None:
-        return Quantized(planned, weight, moments, [], _plain(planned, weight)), []
-    seen = moments if moments is not None and moments.tokens else None
+        return Quantized(planned, weight, hessian, [], _plain(planned, weight)), []
+    seen = hessian if hessian is not None and hessian.tokens else None
     by_output = output if output is not None and output.tokens else None
     fits, tasks = [], []
     for matrix in weight if weight.dim() == 3 else weight[None]:
@@ -190,16 +190,16 @@ def quantize(
         fit = new_fit(matrix.numpy(), importance, planned.cq, planned.grouping, copy=by_output is not None)
         tasks.append(_clustering_task(fit, seen, by_output, refinement))
         fits.append(fit)
-    return Quantized(planned, weight, moments, fits, None), tasks
+    return Quantized(planned, weight, hessian, fits, None), tasks
 
 
-def _clustering_task(fit: Fit, moments: Moments | None, output: Moments | None, refinement: Refinement) -> Task:
+def _clustering_task(fit: Fit, hessian: Hessian | None, output: Hessian | None, refinement: Refinement) -> Task:
     if refinement.feedback:
-        for entry in (moments, output):
+        for entry in (hessian, output):
             if entry is not None:
-                _ = entry.factor  # cached: here all of torch's threads work on it
+                _ = entry.cholesky  # cached: here all of torch's threads work on it
     rows, cols = fit.w.shape
-    return Task(rows * cols * cols, lambda n_threads: _cluster(fit, moments, output, refinement, n_threads))
+    return Task(rows * cols * cols, lambda n_threads: _cluster(fit, hessian, output, refinement, n_threads))
 
 
 def _floats(planned: PlannedTensor, plain: NDArray[Any]) -> Tensor:
@@ -227,25 +227,25 @@ def _pieces(rows: NDArray[Any]) -> list[NDArray[Any]]:
     return np.array_split(rows, -(-rows.size // PIECE))
 
 
-def _cluster(fit: Fit, moments: Moments | None, output: Moments | None, refine: Refinement, n_threads: int) -> None:
-    if moments is None or not refine.feedback:
+def _cluster(fit: Fit, hessian: Hessian | None, output: Hessian | None, refine: Refinement, n_threads: int) -> None:
+    if hessian is None or not refine.feedback:
         fit_codebooks(fit, n_threads)
         return
 
     def from_scratch(rows: Fit) -> None:
         fit_codebooks(rows, n_threads, ITERATIONS_BEFORE_FEEDBACK)
-        error_feedback(rows, moments.factor.numpy(), n_threads)
+        error_feedback(rows, hessian.cholesky.numpy(), n_threads)
 
     def descent(rows: Fit) -> OutputErrors:
-        return descend_noting(rows, moments.damped.numpy(), n_threads, 1)
+        return descend_noting(rows, hessian.damped.numpy(), n_threads, 1)
 
-    rounds = refine.descent_rounds if moments.rows_per_column >= DESCENT_ROWS else 0
+    rounds = refine.descent_rounds if hessian.rows_per_column >= DESCENT_ROWS else 0
     if output is None:
         from_scratch(fit)
         if rounds:
-            descend(fit, moments.damped.numpy(), n_threads, rounds)
+            descend(fit, hessian.damped.numpy(), n_threads, rounds)
         return
     weight = torch.from_numpy(fit.w.copy()) if rounds else None
-    cluster_in_turn(fit, output.factor, from_scratch, n_threads)
+    cluster_in_turn(fit, output.cholesky, from_scratch, n_threads)
     for _ in range(rounds if weight is not None else 0):
         sweep(fit, weight, output.damped, descent, n_threads)

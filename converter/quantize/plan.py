@@ -10,7 +10,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import BLOCK, MAX_COLS, CQType, Sidecars, packed_shape, section_name
+from pyggml_bridge.format import BLOCK, MAX_COLS, Companions, CQType, packed_shape, section_name
 
 from ..settings import Grouping, Settings
 from ..source.checkpoint import (
@@ -44,7 +44,7 @@ class Part:
 
 
 def _ids_part(section: PlannedTensor, ids: list[int]) -> Part:
-    return Part(Sidecars.of(section.name).experts, (len(ids),), np.int32, GGMLQuantizationType.I32)
+    return Part(Companions.of(section.name).experts, (len(ids),), np.int32, GGMLQuantizationType.I32)
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,16 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file, sidecars included."""
+        """Bytes in the file, companions included."""
         return sum(part.nbytes for part in self.parts())
 
     @property
     def bpw(self) -> float:
-        """Bits per weight, sidecars included."""
+        """Bits per weight, companions included."""
         return 8 * self.nbytes / self.n_weights
 
     def parts(self) -> list[Part]:
-        """The GGUF tensors of this weight: itself, and its sidecars if it is clustered; those of all its sections."""
+        """The GGUF tensors of this weight: itself, and its companions if it is clustered; those of all its sections."""
         if self.expert_types:
             return [part for ids, section in self.sections() for part in [*section.parts(), _ids_part(section, ids)]]
         if self.cq:
@@ -115,7 +115,7 @@ class PlannedTensor:
     def _clustered_parts(self, cq: CQType) -> list[Part]:
         *rows, cols = self.shape
         books = (*rows[:-1], -(-rows[-1] // self.grouping.codebook_rows))
-        names, i8 = Sidecars.of(self.name), GGMLQuantizationType.I8
+        names, i8 = Companions.of(self.name), GGMLQuantizationType.I8
         codebook_cols = cols if self.grouping.group_size == -1 else self.grouping.group_size
         n_centroids = -(-cols // codebook_cols) * cq.n_centroids
         parts = [
@@ -149,7 +149,7 @@ class Plan:
 
     @property
     def bpw(self) -> float:
-        """Bits per weight of every tensor except embeddings and head, sidecars counted."""
+        """Bits per weight of every tensor except embeddings and head, companions counted."""
         return 8 * self.body_bytes / sum(t.n_weights for t in self._body)
 
     @property
@@ -200,7 +200,7 @@ def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: str) -> Pl
     layers = []
     for i in range(config.num_hidden_layers):
         arch = checkpoint.arch_of(i)
-        tensors = [planner.float32(spec.in_file(i), checkpoint.expected_shape(spec, i)) for spec in arch.plain]
+        tensors = [planner.float32(spec.in_file(i), checkpoint.expected_shape(spec, i)) for spec in arch.unquantized]
         for linear in arch.linears:
             kind = "f32" if linear.float32 else sensitive if linear.sensitive else settings.cq.name.lower()
             kind = "q8_0" if linear.q8_0 else kind

@@ -12,15 +12,15 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 
-class Shelf(Generic[Item]):
+class SpillFile(Generic[Item]):
     """A list of n items that are in memory only while they are used: each access reads a copy.
 
-    They lie in a file without a name, which goes with the shelf. Any thread may put and take.
+    They lie in a file without a name, which goes with the spill file. Any thread may put and take.
     """
 
     def __init__(self, folder: Path, n: int) -> None:
         """Nothing on it yet; OSError where no file can be made in the folder, or later written."""
-        self._file = TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the shelf is there)
+        self._file = TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the spill file is there)
         self._lock = Lock()
         self._places: list[int | None] = [None] * n
 
@@ -40,7 +40,7 @@ class Shelf(Generic[Item]):
         with self._lock:
             place = self._places[number]
             if place is None:
-                raise IndexError(f"nothing is on place {number} of the shelf")
+                raise IndexError(f"nothing is on place {number} of the spill file")
             self._file.seek(place)
             item: Item = pickle.load(self._file)
             return item

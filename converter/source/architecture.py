@@ -51,7 +51,7 @@ class Linear:
 
     name: str  # GGUF stem: blk.N.<name>.weight
     parameter: str  # inside transformers' decoder layer
-    site: str  # module whose input it reads; `<experts>.hidden`: what an expert's down projection reads
+    input: str  # module whose input it reads; `<experts>.hidden`: what an expert's down projection reads
     norm: str | None = None  # the norm that feeds it: its columns are in the residual basis
     writes_residual: bool = False  # its rows are in the residual basis
     part: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal row blocks of the parameter
@@ -143,24 +143,24 @@ class Architecture:
         return [vector for vector in self.vectors if vector.name in names]
 
     @property
-    def plain(self) -> list[Norm | Vector]:
+    def unquantized(self) -> list[Norm | Vector]:
         """A layer's tensors that are never quantized, in file order."""
         return [*self.norms, *self.vectors]
 
     @property
     def specs(self) -> list[Norm | Vector | Linear]:
         """All tensors of a layer, in file order."""
-        return [*self.plain, *self.linears]
+        return [*self.unquantized, *self.linears]
 
     @property
-    def experts_site(self) -> str | None:
+    def experts_module(self) -> str | None:
         """The module that holds all experts, None in a dense model."""
-        return next((linear.site for linear in self.linears if linear.experts), None)
+        return next((linear.input for linear in self.linears if linear.experts), None)
 
     def install(self, module: torch.nn.Module, layer: Layer) -> None:
         """Copy a layer's tensors into transformers' decoder layer module."""
         with torch.no_grad():
-            for spec in self.plain:
+            for spec in self.unquantized:
                 module.get_parameter(spec.parameter).copy_(layer[spec.name])
             for linear in self.linears:
                 if linear.experts and linear.name not in layer:

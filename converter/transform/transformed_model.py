@@ -77,7 +77,7 @@ class TransformedModel:
     def n_experts(self, index: int) -> int:
         """Of one layer, 0 if it is dense."""
         arch = self.checkpoint.arch_of(index)
-        return arch.n_experts(self.checkpoint.config) if arch.experts_site else 0
+        return arch.n_experts(self.checkpoint.config) if arch.experts_module else 0
 
     def _in_basis(self, arch: Architecture, layer: Layer) -> Layer:
         layer = fold_norms(arch, layer)

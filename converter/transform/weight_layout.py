@@ -1,4 +1,4 @@
-"""The basis in which the file holds a linear: llama.cpp's row order for rope, Hadamard blocks of input columns."""
+"""How the file lays out a linear: llama.cpp's row order for rope, Hadamard blocks of input columns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def hadamard_blocks(x: Tensor, block: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FileBasis:
+class WeightLayout:
     """rope_heads: heads whose rows go from halves to pairs, 0 for none; hadamard: columns per block, 0 for none.
 
     Both maps are orthogonal, so a gradient goes over like the weight itself.
@@ -49,12 +49,12 @@ class FileBasis:
         """Inputs [..., in] as the file's weight reads them."""
         return hadamard_blocks(x, self.hadamard)
 
-    def outputs(self, matrix: Tensor) -> Tensor:
-        """Second moments [out, out] of the outputs, in the order of the file's rows."""
+    def output_hessian(self, matrix: Tensor) -> Tensor:
+        """Hessian [out, out] of the outputs, in the order of the file's rows."""
         if not self.rope_heads:
             return matrix
         return interleave_rope(interleave_rope(matrix, self.rope_heads).T, self.rope_heads).T.contiguous()
 
-    def moments(self, matrix: Tensor) -> Tensor:
-        """Second moments [in, in] of the inputs that the file's weight multiplies."""
+    def input_hessian(self, matrix: Tensor) -> Tensor:
+        """Hessian [in, in] of the inputs that the file's weight multiplies."""
         return hadamard_blocks(hadamard_blocks(matrix, self.hadamard).T, self.hadamard).T.contiguous()

@@ -115,12 +115,12 @@ def _tests(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _description(model: Model) -> dict[str, Any]:
     tensors = model.file.tensors.values()
-    sidecars = (".centroids", ".scales", ".group_scales")
+    companions = (".centroids", ".scales", ".group_scales")
     return {
         "model_filename": str(model.file.path),
         "model_type": str(model.metadata.get("general.name") or model.metadata["general.architecture"]),
         "model_size": sum(tensor.nbytes for tensor in tensors),
-        "model_n_params": sum(tensor.n_elements for tensor in tensors if not tensor.name.endswith(sidecars)),
+        "model_n_params": sum(tensor.n_elements for tensor in tensors if not tensor.name.endswith(companions)),
         "n_threads": model.n_threads,
         "n_gpu_layers": model.gpu_layers,
         "backend": model.backend,

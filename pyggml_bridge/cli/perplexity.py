@@ -19,7 +19,7 @@ from pyggml_bridge.models import architectures, load_model
 from pyggml_bridge.native import choose_isa
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.tokenizer import Tokenizer
-from pyggml_bridge.weights import PLAIN_TYPES
+from pyggml_bridge.weights import STOCK_TYPES
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def _load_base(base: str, args: argparse.Namespace) -> Reference:
     """A GGUF in types the runner multiplies goes through the runner, everything else through transformers."""
     if base.endswith(".gguf") and Path(base).is_file():
         file = GGUFFile(base)
-        runnable = {int(kind) for kind in PLAIN_TYPES} | set(CQType)
+        runnable = {int(kind) for kind in STOCK_TYPES} | set(CQType)
         weights = [tensor for name, tensor in file.tensors.items() if name.endswith(".weight")]
         if file.metadata.get("general.architecture") in architectures() and all(
             int(tensor.type) in runnable for tensor in weights

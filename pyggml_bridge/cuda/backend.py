@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_bridge.backend import Arrays, Turns, finish, row_count
+from pyggml_bridge.backend import Arrays, Segments, finish, row_count
 from pyggml_bridge.cuda import nvrtc
 from pyggml_bridge.cuda.kernels import Launch
 from pyggml_bridge.cuda.memory import Buffer
@@ -60,7 +60,7 @@ class Device:
 
 
 class CUDABackend:
-    """A program, whole or half of one, on a GPU that has the memory it needs."""
+    """A program, or a partition of one, on a GPU that has the memory it needs."""
 
     def __init__(self, device: Device, program: CUDAProgram) -> None:
         """Upload the weights."""
@@ -75,7 +75,7 @@ class CUDABackend:
         self._stream.synchronize()
         self._functions: dict[tuple[Any, str], Any] = {}
         self._modules: dict[Any, Any] = {}
-        self._graphs: dict[int, Any] = {}  # each turn's launches for one token and its logits
+        self._graphs: dict[int, Any] = {}  # each segment's launches for one token and its logits
         handed = [sum(4 * program.n_batch * v.top_k * v.width for v in values) for values in self._handed_over()]
         pinned = self._cupy.cuda.alloc_pinned_memory(max(handed)) if handed else b""
         self._pinned: NDArray[np.uint8] = np.frombuffer(pinned, np.uint8, max(handed, default=0))
@@ -88,38 +88,38 @@ class CUDABackend:
 
     def run(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> NDArray[np.float32]:
         """As Backend.run."""
-        return finish(self.turns(tokens, position, n_outputs))
+        return finish(self.segments(tokens, position, n_outputs))
 
-    def turns(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> Turns:
-        """As Half.turns. One token with its logits, which is decoding, replays a captured graph per turn."""
+    def segments(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> Segments:
+        """As Partition.segments. One token with its logits, which is decoding, replays a captured graph per segment."""
         inputs = np.concatenate([[position], tokens]).astype(np.int32)
         with self._stream:
             self._arrays[self._program.inputs][: inputs.nbytes].set(inputs.view(np.uint8), stream=self._stream)
-        for i, turn in enumerate(self._program.turns):
+        for i, segment in enumerate(self._program.segments):
             with self._stream:
-                self._run_turn(i, len(tokens), n_outputs)
-            if turn.hands_over:
-                taken = yield self._give(turn.gives, len(tokens), n_outputs)
-                self._take(turn.takes, taken)
+                self._run_segment(i, len(tokens), n_outputs)
+            if segment.hands_over:
+                received = yield self._send(segment.sends, len(tokens), n_outputs)
+                self._recv(segment.recvs, received)
         return self._read(self._program.logits, np.float32, (n_outputs, self._program.vocab_size))
 
-    def _run_turn(self, turn: int, n_tokens: int, n_outputs: int) -> None:
-        if not self._program.turns[turn].work:  # the first turn of half a program may be the other half's
+    def _run_segment(self, segment: int, n_tokens: int, n_outputs: int) -> None:
+        if not self._program.segments[segment].work:  # the first segment may be the other partition's
             return
         if n_tokens == 1 and n_outputs == 1:
-            if turn not in self._graphs:
-                self._graphs[turn] = self._capture(turn)
-            self._graphs[turn].launch(self._stream)
+            if segment not in self._graphs:
+                self._graphs[segment] = self._capture(segment)
+            self._graphs[segment].launch(self._stream)
         else:
-            for launch in self._program.launches(turn, n_tokens, n_outputs):
+            for launch in self._program.launches(segment, n_tokens, n_outputs):
                 self._launch(launch)
 
-    # ---- the other half's values, by way of pinned memory, which the device reads and writes on its own ----
+    # ---- the other partition's values, by way of pinned memory, which the device reads and writes on its own ----
 
     def _handed_over(self) -> list[list[Value]]:
-        return [values for turn in self._program.turns for values in (turn.gives, turn.takes) if values]
+        return [values for segment in self._program.segments for values in (segment.sends, segment.recvs) if values]
 
-    def _give(self, values: list[Value], n_tokens: int, n_outputs: int) -> Arrays:
+    def _send(self, values: list[Value], n_tokens: int, n_outputs: int) -> Arrays:
         arrays, start = [], 0
         for value in values:
             rows = row_count(value, n_tokens, n_outputs)
@@ -132,9 +132,9 @@ class CUDABackend:
         self._stream.synchronize()
         return arrays
 
-    def _take(self, values: list[Value], taken: Arrays) -> None:
+    def _recv(self, values: list[Value], received: Arrays) -> None:
         start = 0
-        for value, array in zip(values, taken, strict=True):
+        for value, array in zip(values, received, strict=True):
             host = self._pinned[start : start + array.nbytes]
             host[:] = array.view(np.uint8).reshape(-1)
             if len(host):
@@ -176,9 +176,9 @@ class CUDABackend:
 
     # ---- launches ----
 
-    def _capture(self, turn: int) -> Any:
-        """A turn's launches for one token as a graph; what they load must be there before."""
-        launches = self._program.launches(turn, 1, 1)
+    def _capture(self, segment: int) -> Any:
+        """A segment's launches for one token as a graph; what they load must be there before."""
+        launches = self._program.launches(segment, 1, 1)
         for launch in launches:
             self._function(launch)
         self._stream.begin_capture()

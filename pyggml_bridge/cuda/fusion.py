@@ -1,4 +1,4 @@
-"""Which of a program's steps one kernel takes together: a token's launches cost more than what most of them do."""
+"""Which of a program's steps one kernel recvs together: a token's launches cost more than what most of them do."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _norm_of(step: Step, quantize: Quantize) -> bool:
 
 
 def _is_in_the_way(op: p.Op | Quantize, x: p.Value) -> bool:
-    return isinstance(op, p.Give | p.Take) or (not isinstance(op, Quantize) and updated_in_place(op) is x)
+    return isinstance(op, p.Send | p.Recv) or (not isinstance(op, Quantize) and updated_in_place(op) is x)
 
 
 def _quantized(steps: Steps) -> int:

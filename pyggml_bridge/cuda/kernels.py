@@ -1,7 +1,7 @@
 """The CUDA kernels as Python sees them: modules to compile, arguments, and the geometry of each launch.
 
 Pure data: nothing here touches a device. Addresses are device addresses; shapes are those of native/cuda/*.cu. Linear
-layers and experts are in cuda_linear.py.
+layers and experts are in linear.py.
 """
 
 from __future__ import annotations

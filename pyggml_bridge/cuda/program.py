@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge import program as p
-from pyggml_bridge.backend import Quantize, Step, Turn, steps, turn_of, values_of
+from pyggml_bridge.backend import Quantize, Segment, Step, segment_of, steps, values_of
 from pyggml_bridge.cuda import kernels as ck
 from pyggml_bridge.cuda import linear as cl
 from pyggml_bridge.cuda.fusion import fused
@@ -49,15 +49,15 @@ class CUDAProgram:
         self._program = program
         self._partial: dict[int, Buffer] = {}
         self._of: dict[p.Value | Quantize, tuple[Buffer, ...]] = {}
-        self.turns: list[Turn[tuple[p.Rows, Build]]] = []
+        self.segments: list[Segment[tuple[p.Rows, Build]]] = []
         for group in fused(steps(program)):
             first = group[0].op
-            turn = turn_of(self.turns, first)
-            if isinstance(first, p.Give | p.Take):
+            segment = segment_of(self.segments, first)
+            if isinstance(first, p.Send | p.Recv):
                 for value in values_of(first):
                     self.buffer_of(value)
             else:
-                turn.work.append((self._rows(first), self._build(group)))
+                segment.work.append((self._rows(first), self._build(group)))
             for buffer in (buffer for step in group for done in step.done for buffer in self._of[done]):
                 self.memory.give_back(buffer)
         assert program.logits is not None  # the output is on the GPU, whatever is not
@@ -73,10 +73,10 @@ class CUDAProgram:
         """Per MoE layer the experts int32 [n_batch, top_k], and top_k."""
         return [(self.routings[routing].ids, routing.top_k) for routing in self._program.routings]
 
-    def launches(self, turn: int, n_tokens: int, n_outputs: int) -> list[ck.Launch]:
-        """The kernels of one batch in a turn, in order. Call it when the buffers have addresses."""
+    def launches(self, segment: int, n_tokens: int, n_outputs: int) -> list[ck.Launch]:
+        """The kernels of one batch in a segment, in order. Call it when the buffers have addresses."""
         counts = {p.Rows.TOKENS: n_tokens, p.Rows.SLOTS: n_tokens, p.Rows.OUTPUTS: n_outputs}
-        work = self.turns[turn].work
+        work = self.segments[segment].work
         return [launch for rows, build in work if counts[rows] for launch in build(counts[rows], n_tokens)]
 
     # ---- memory ----
@@ -123,7 +123,7 @@ class CUDAProgram:
     def _rows(op: p.Op | Quantize) -> p.Rows:
         """What decides how many rows an operation works on."""
         match op:
-            case Quantize() | p.Rope() | p.Give():
+            case Quantize() | p.Rope() | p.Send():
                 return op.x.rows
             case p.SwiGLU():
                 return op.gate.rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyggml_bridge.format import Sidecars
+from pyggml_bridge.format import Companions
 from pyggml_bridge.reader import GGUFFile, Tensor
 
 EMBEDDINGS_AND_HEAD = ("token_embd.weight", "output.weight")
@@ -12,7 +12,7 @@ EMBEDDINGS_AND_HEAD = ("token_embd.weight", "output.weight")
 
 @dataclass(frozen=True)
 class TensorSize:
-    """A weight with its sidecars. nbytes counts all of them, n_weights only the weight's elements."""
+    """A weight with its companions. nbytes counts all of them, n_weights only the weight's elements."""
 
     name: str
     type: str
@@ -22,22 +22,22 @@ class TensorSize:
 
     @property
     def bpw(self) -> float:
-        """Bits per weight, sidecars included."""
+        """Bits per weight, companions included."""
         return 8 * self.nbytes / self.n_weights
 
 
 def tensor_sizes(file: GGUFFile) -> list[TensorSize]:
-    """Every tensor of the file in file order, sidecars counted with their weight."""
+    """Every tensor of the file in file order, companions counted with their weight."""
     beside: dict[str, list[Tensor]] = {}
     for name in file.tensors:
         if name.endswith(".weight"):
-            candidates = vars(Sidecars.of(name)).values()
+            candidates = vars(Companions.of(name)).values()
             beside[name] = [file.tensors[c] for c in candidates if c in file.tensors]
-    sidecars = {tensor.name for tensors in beside.values() for tensor in tensors}
+    companions = {tensor.name for tensors in beside.values() for tensor in tensors}
     return [
         TensorSize(name, t.type.name, t.shape, t.nbytes + sum(s.nbytes for s in beside.get(name, [])), t.n_elements)
         for name, t in file.tensors.items()
-        if name not in sidecars
+        if name not in companions
     ]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 
-from pyggml_bridge.format import VERSION, CQType, Sidecars, packed_shape, register
+from pyggml_bridge.format import VERSION, Companions, CQType, packed_shape, register
 
 SCALE_GROUP, CODEBOOK_ROWS, HADAMARD, HEAD = 64, 8, 64, CQType.CQ5  # as cq-convert sets them
 POOL_BYTES = 64 << 20  # random bytes, from which every tensor takes its own from another place
@@ -240,7 +240,7 @@ def _q8_0(name: str, *shape: int) -> _Tensor:
 
 def _clustered(name: str, shape: tuple[int, ...], cq: CQType) -> Iterator[_Tensor]:
     *lead, rows, cols = shape
-    names, i8 = Sidecars.of(name), GGMLQuantizationType.I8
+    names, i8 = Companions.of(name), GGMLQuantizationType.I8
     yield _Tensor(name, packed_shape(shape, cq), np.uint8, GGMLQuantizationType(cq))
     yield _Tensor(names.centroids, (*lead, -(-rows // CODEBOOK_ROWS), cq.n_centroids), np.int8, i8)
     yield _Tensor(names.scales, (*lead, rows), np.float32, GGMLQuantizationType.F32)

@@ -39,7 +39,7 @@ _ALU = r"PRMT|LOP|P?LOP3|V?IADD|SHF|SEL|FSEL|[IF]SETP|LEA|V?IMNMX|FMNMX|IABS|SGX
 
 
 def modules() -> Iterator[Module]:
-    """Everything that cuda.py can load; of attention, two usual widths of a head, and DeepSeek-V2's of a latent."""
+    """Everything that the backend can load; of attention, two usual widths of a head, and DeepSeek-V2's of a latent."""
     for kind in CQType:
         yield linear_module("gemv.cu", kind)
     for kind in (*CQType, Q8_0):

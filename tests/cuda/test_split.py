@@ -1,4 +1,4 @@
-"""--gpu-layers: programs cut in two, halves on the CPU and on emulated kernels, with the logits of the CPU alone."""
+"""--gpu-layers: programs cut in two, on the CPU and on emulated kernels, with the logits of the CPU alone."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_any_number_of_layers_gives_the_cpus_logits(
 ) -> None:
     compare_with_the_cpu(tmp_path / "tiny.gguf", MODELS[name], gpu_layers)
     all_there = gpu_layers >= N_LAYERS
-    # of a MoE: one turn up to each router whose experts are on the host, and the last; of a dense model: one
-    turns = 1 if all_there or name == "dense" else N_LAYERS - gpu_layers + 1
-    assert device.graph_launches == N_DECODE * turns
+    # of a MoE: one segment up to each router whose experts are on the host, and the last; of a dense model: one
+    segments = 1 if all_there or name == "dense" else N_LAYERS - gpu_layers + 1
+    assert device.graph_launches == N_DECODE * segments
     assert ("embed" in {launch.kernel for launch in device.executed}) == all_there
 
 
 @pytest.mark.parametrize(
-    ("t", "gpu_layers", "turns"),
+    ("t", "gpu_layers", "segments"),
     [
         (TinyDeepSeek(), 0, 3),
         (TinyDeepSeek(q_rank=64, n_experts=8, groups=(4, 2), scale=2.5, seed=4), 1, 2),
@@ -60,10 +60,10 @@ def test_any_number_of_layers_gives_the_cpus_logits(
     ids=["deepseek2-0", "deepseek2-1", "deepseek2-2", "phimoe-0", "phimoe-1"],
 )
 def test_latent_attention_and_sparsemixer_give_the_cpus_logits(
-    t: Tiny, gpu_layers: int, turns: int, tmp_path: Path, device: StandIn
+    t: Tiny, gpu_layers: int, segments: int, tmp_path: Path, device: StandIn
 ) -> None:
     compare_with_the_cpu(tmp_path / "tiny.gguf", t, gpu_layers)
-    assert device.graph_launches == N_DECODE * turns
+    assert device.graph_launches == N_DECODE * segments
     kernels = {launch.kernel for launch in device.executed}
     assert "embed" not in kernels
     assert ("latent_attention" in kernels) == isinstance(t, TinyDeepSeek)
@@ -73,15 +73,15 @@ def test_what_is_handed_over(tmp_path: Path) -> None:
     write_tiny(tmp_path / "tiny.gguf", MODELS["moe"])
     program = build(Weights(GGUFFile(tmp_path / "tiny.gguf")), 64)
     host, device = cut(program, on_cpu(program, 2))
-    x, gives = program.ops[0].out, [type(op) for op in device.ops]
-    assert [type(op) for op in host.ops[:2]] == [p.Embed, p.Give] and device.ops[0] == p.Take(x)
-    given = [op.x for op in device.ops if isinstance(op, p.Give)]
-    assert [value.width for value in given] == [6, 128, 128] and given[2] is x  # logits, their input, the residual
-    assert [op.out for op in host.ops if isinstance(op, p.Take)] == given
-    assert gives.count(p.Take) == 2 and isinstance(host.ops[-1], p.Give) and host.ops[-1].x is x
+    x, sends = program.ops[0].out, [type(op) for op in device.ops]
+    assert [type(op) for op in host.ops[:2]] == [p.Embed, p.Send] and device.ops[0] == p.Recv(x)
+    sent = [op.x for op in device.ops if isinstance(op, p.Send)]
+    assert [value.width for value in sent] == [6, 128, 128] and sent[2] is x  # logits, their input, the residual
+    assert [op.out for op in host.ops if isinstance(op, p.Recv)] == sent
+    assert sends.count(p.Recv) == 2 and isinstance(host.ops[-1], p.Send) and host.ops[-1].x is x
     assert host.routings == program.routings[:1] and device.routings == program.routings[1:]
     assert host.logits is None and device.logits is program.logits
-    kept = [op for half in (host, device) for op in half.ops if not isinstance(op, p.Give | p.Take)]
+    kept = [op for partition in (host, device) for op in partition.ops if not isinstance(op, p.Send | p.Recv)]
     assert len(kept) == len(program.ops) and set(map(id, kept)) == set(map(id, program.ops))
 
 
@@ -90,10 +90,10 @@ def test_dense_layers_go_to_the_cpu_whole(tmp_path: Path) -> None:
     program = build(Weights(GGUFFile(tmp_path / "tiny.gguf")), 64)
     for gpu_layers in range(N_LAYERS):
         host, device = cut(program, on_cpu(program, gpu_layers))
-        layers = [[op.layer for op in half.ops if isinstance(op, p.Attention)] for half in (host, device)]
+        layers = [[op.layer for op in partition.ops if isinstance(op, p.Attention)] for partition in (host, device)]
         assert layers == [[*range(N_LAYERS - gpu_layers)], [*range(N_LAYERS - gpu_layers, N_LAYERS)]]
-        handed = [type(op) for half in (host, device) for op in half.ops if isinstance(op, p.Give | p.Take)]
-        assert handed == [p.Give, p.Take]
+        handed = [type(op) for partition in (host, device) for op in partition.ops if isinstance(op, p.Send | p.Recv)]
+        assert handed == [p.Send, p.Recv]
 
 
 @pytest.mark.parametrize("t", [MODELS["moe"], Tiny(n_layers=N_LAYERS, tied=True)], ids=["moe", "tied"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...results import Tuned
 from ...source.architecture import Linear
-from ...transform.weight_layout import FileBasis
+from ...transform.weight_layout import WeightLayout
 from ..matrix import Quantized, QuantizedExperts
 from .layer_pair import ATTENTION, FFN, ROUTER, LayerPair
 
@@ -31,15 +31,15 @@ STEP = 0.3  # Adam's, in steps of int8
 class Codebooks:
     """Real-valued codebooks and assignments of one linear, of all its experts.
 
-    original float32 [experts, rows, cols] in the file's basis; centroids [experts, rows, n_codebooks * K] in steps of
+    original float32 [experts, rows, cols] in the file's layout; centroids [experts, rows, n_codebooks * K] in steps of
     int8; scale [experts, rows, 1]; indices int64 [experts, rows, cols] into centroids.
     """
 
-    def __init__(self, linear: Linear, quantized: Quantized | QuantizedExperts, basis: FileBasis) -> None:
+    def __init__(self, linear: Linear, quantized: Quantized | QuantizedExperts, layout: WeightLayout) -> None:
         """From what the k-means found. Only for rows with codebooks of their own, no group scales and no transform."""
-        self.linear, self.quantized, self.basis = linear, quantized, basis
+        self.linear, self.quantized, self.layout = linear, quantized, layout
         fits = quantized.fits
-        assert not basis.hadamard and all(fit.codebook_rows == 1 and fit.group_scales is None for fit in fits)
+        assert not layout.hadamard and all(fit.codebook_rows == 1 and fit.group_scales is None for fit in fits)
         self.n_centroids, self.codebook_cols = fits[0].cq.n_centroids, fits[0].codebook_cols
         self.original = torch.stack([torch.from_numpy(fit.w) for fit in fits])
         self.scale = torch.stack([torch.from_numpy(fit.scales) for fit in fits])[..., None].clone()
@@ -53,7 +53,7 @@ class Codebooks:
     def weight(self) -> Tensor:
         """The float weight of transformers' layer, differentiable by the centroids."""
         stored = self.scale * self.centroids.gather(-1, self.indices)
-        return self.basis.from_file(stored.reshape(self.quantized.planned.shape))
+        return self.layout.from_file(stored.reshape(self.quantized.planned.shape))
 
     def assign(self, ratio: Tensor) -> None:
         """Every weight w_ij takes the centroid nearest to ratio_j w_ij; ratio [experts, cols] = D2 / D1."""
@@ -143,13 +143,13 @@ class CentroidTuner:
     def _assign(self, pair: LayerPair, books: list[Codebooks], quantized_hidden: Tensor) -> None:
         hidden = self.hidden[: len(quantized_hidden)]
         batches = zip(*(x.split(SEQUENCES_PER_STEP) for x in (hidden, quantized_hidden)), strict=True)
-        sums: dict[str, Tensor] = {}  # site -> D1 and D2 [2, experts, cols]
+        sums: dict[str, Tensor] = {}  # input_name -> D1 and D2 [2, experts, cols]
         with torch.no_grad():
             for x, quantized in batches:
-                for site, products in pair.input_products(x, quantized, _weights(books)).items():
-                    sums[site] = sums[site] + products if site in sums else products
+                for input_name, products in pair.input_products(x, quantized, _weights(books)).items():
+                    sums[input_name] = sums[input_name] + products if input_name in sums else products
         for book in books:
-            d1, d2 = sums[book.linear.site]
+            d1, d2 = sums[book.linear.input]
             book.assign(torch.where(d1 > 0, d2 / d1, 1.0))
 
 

@@ -33,7 +33,7 @@ class LayerPair:
         return found
 
     def input_products(self, hidden: Tensor, other_hidden: Tensor, weights: Layer) -> dict[str, Tensor]:
-        """Per site the diagonals of X~^T X~ and of X~^T X, [2, experts or 1, cols].
+        """Per input_name the diagonals of X~^T X~ and of X~^T X, [2, experts or 1, cols].
 
         X~: the inputs in the layer with other weights and hidden states; X: those of the original one, for the same
         tokens and, where there are experts, for the experts that the other one chose.
@@ -45,9 +45,7 @@ class LayerPair:
             self._run(other_hidden, weights)
         with _hooks(_input_hooks(self.arch, self.module, own, routing)):
             self._run(hidden, None)
-        return {
-            site: torch.stack([_products(other[site], other[site]), _products(other[site], own[site])]) for site in own
-        }
+        return {name: torch.stack([_products(other[name], x) for x in (other[name], own[name])]) for name in own}
 
     def _run(self, hidden: Tensor, weights: Layer | None) -> None:
         parameters: dict[str, Tensor] = {}
@@ -85,11 +83,14 @@ def _output_hooks(arch: Architecture, module: nn.Module, found: dict[str, Tensor
         return hook
 
     linears = {linear.name: linear for linear in arch.linears}
-    sites = {ATTENTION: _module_of(linears[arch.heads.output].parameter), FFN: "mlp"}  # transformers' name everywhere
+    modules = {
+        ATTENTION: _module_of(linears[arch.heads.output].parameter),
+        FFN: "mlp",
+    }  # transformers' name everywhere
     for linear in arch.linears:
         if linear.router:
-            sites[ROUTER] = _module_of(linear.parameter)
-    return [(module.get_submodule(site), False, keep(part)) for part, site in sites.items()]
+            modules[ROUTER] = _module_of(linear.parameter)
+    return [(module.get_submodule(name), False, keep(part)) for part, name in modules.items()]
 
 
 def _module_of(parameter: str) -> str:
@@ -99,11 +100,11 @@ def _module_of(parameter: str) -> str:
 def _input_hooks(
     arch: Architecture, module: nn.Module, found: dict[str, list[Tensor]], routing: list[Tensor]
 ) -> list[Hook]:
-    """Rows per site, and per expert by the routing [tokens, top_k] in the list, which the first run puts there."""
+    """Rows per input, and per expert by the routing [tokens, top_k] in the list, which the first run puts there."""
 
-    def dense(site: str) -> Callable[..., None]:
+    def dense(input_name: str) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            found[site] = [arguments[0].flatten(0, -2)]
+            found[input_name] = [arguments[0].flatten(0, -2)]
 
         return hook
 
@@ -113,11 +114,11 @@ def _input_hooks(
             routing.append(arguments[1])
         rows = [states[(routing[0] == e).any(dim=-1)] for e in range(len(layer.gate_up_proj))]
         halves = [(x @ w.T).chunk(2, dim=-1) for x, w in zip(rows, layer.gate_up_proj, strict=True)]
-        found[arch.experts_site or ""] = rows
-        found[f"{arch.experts_site}.hidden"] = [layer.act_fn(gate) * up for gate, up in halves]
+        found[arch.experts_module or ""] = rows
+        found[f"{arch.experts_module}.hidden"] = [layer.act_fn(gate) * up for gate, up in halves]
 
-    sites = {linear.site for linear in arch.linears if linear.measured and not linear.experts}
-    hooks: list[Hook] = [(module.get_submodule(site), True, dense(site)) for site in sorted(sites)]
-    if arch.experts_site:
-        hooks.append((module.get_submodule(arch.experts_site), True, experts))
+    inputs = {linear.input for linear in arch.linears if linear.measured and not linear.experts}
+    hooks: list[Hook] = [(module.get_submodule(input_name), True, dense(input_name)) for input_name in sorted(inputs)]
+    if arch.experts_module:
+        hooks.append((module.get_submodule(arch.experts_module), True, experts))
     return hooks

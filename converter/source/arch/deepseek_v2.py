@@ -65,9 +65,9 @@ def _rope(config: Any) -> HParams:
 def _attention(config: Any) -> tuple[Linear, ...]:
     heads, nope = config.num_attention_heads, config.qk_nope_head_dim
     q_low = config.q_lora_rank is not None
-    site = "self_attn.q_a_proj" if q_low else "self_attn.q_proj"
+    input_name = "self_attn.q_a_proj" if q_low else "self_attn.q_proj"
     queries = (
-        Linear("attn_q_a" if q_low else "attn_q", f"{site}.weight", site, "attn_norm"),
+        Linear("attn_q_a" if q_low else "attn_q", f"{input_name}.weight", input_name, "attn_norm"),
         *([Linear("attn_q_b", "self_attn.q_b_proj.weight", "self_attn.q_b_proj")] if q_low else []),
     )
 
@@ -82,7 +82,7 @@ def _attention(config: Any) -> tuple[Linear, ...]:
     kv_b = ("self_attn.kv_b_proj.weight", "self_attn.kv_b_proj")
     return (
         *queries,
-        Linear("attn_kv_a_mqa", "self_attn.kv_a_proj_with_mqa.weight", site, "attn_norm", sensitive=True),
+        Linear("attn_kv_a_mqa", "self_attn.kv_a_proj_with_mqa.weight", input_name, "attn_norm", sensitive=True),
         Linear("attn_k_b", *kv_b, view=half(keys=True), q8_0=True),
         Linear("attn_v_b", *kv_b, view=half(keys=False), q8_0=True),
         Linear("attn_output", "self_attn.o_proj.weight", "self_attn.o_proj", writes_residual=True),

@@ -27,7 +27,7 @@ VECTORS = (
 
 ATTENTION = tuple(replace(linear, bias=f"{linear.name}.bias") for linear in qwen2.ATTENTION)
 
-ROUTER = replace(mixtral.MOE[0], parameter="mlp.router.weight", site="mlp.router")
+ROUTER = replace(mixtral.MOE[0], parameter="mlp.router.weight", input="mlp.router")
 
 
 def check(config: Any) -> None:
