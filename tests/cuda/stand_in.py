@@ -1,7 +1,7 @@
 """A stand-in for CuPy: device memory is the host's, kernels run in the emulator, and everything is recorded.
 
-It has what the CUDA backend uses and nothing else, and is as strict as the device: kernels of a capturing stream run when
-the graph is launched and not before, memory is not what NumPy left there, reading past an allocation kills the process.
+It has what the CUDA backend uses and nothing else, and is as strict as the device: kernels of a capturing stream run
+only when the graph is launched, memory is not what NumPy left there, and reading past an allocation kills the process.
 """
 
 from __future__ import annotations
