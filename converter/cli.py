@@ -34,7 +34,7 @@ from .settings import (
 )
 
 LONG_SECONDS = 7200  # from here on a dry run says what is faster
-DEFAULT_CALIBRATION_TOKENS = 16384  # more are better, and slower: docs/decisions.md
+DEFAULT_CALIBRATION_TOKENS = 16384  # more are better, and slower: docs/decisions/clustering.md
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ Of a Mixture of Experts a token reads everything but the experts in full, and of
 experts are what the first layers leave in host memory, where the CPU multiplies them; attention, KV cache, router and
 shared expert of all layers stay on the GPU. A dense layer has nothing of that kind: there whole layers go to the CPU,
 which hands the residual stream over once. The embedding, one row a token, is the CPU's in both cases.
-docs/decisions.md has the figures.
+docs/decisions/cuda.md has the figures.
 """
 
 from __future__ import annotations

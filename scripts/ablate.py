@@ -55,13 +55,11 @@ def paper(group: str, name: str, *options: str, model: str = "smol") -> Case:
 
 A4 = ("--activation-bits", "4")
 UNTUNED = (*A4, "--no-finetune")  # what the rotation and the grouping are worth does not wait for the tuning
-ONE_TYPE = ("--no-expert-types",)
 BLOCKS = (*UNTUNED, "--group-size", "64")
 CASES = (
     Case("acceptance", "SmolLM2, default", tokens=16384, chunks=40),
     Case("acceptance", "SmolLM2, 3.5 bpw", ("--target-bpw", "3.5"), tokens=16384, chunks=40),
     Case("acceptance", "SmolMoE, default", model="moe", tokens=16384, chunks=20),
-    Case("acceptance", "SmolMoE, no fine-tuning", ("--no-finetune",), model="moe", tokens=16384, chunks=20),
     Case("stages", "all stages"),
     Case("size", "4.0 bpw, mixed", ("--target-bpw", "4.0")),
     Case("size", "CQ3", ("--bits", "3")),
@@ -75,15 +73,15 @@ CASES = (
     paper("tuning", "lambda 1", model="moe"),
     paper("tuning", "lambda 0", "--router-weight", "0", model="moe"),
     paper("tuning", "no fine-tuning", "--no-finetune", model="moe"),
-    Case("router", "lambda 1", model="moe"),
-    Case("router", "lambda 1, one type for all experts", ONE_TYPE, model="moe"),
-    Case("router", "lambda 0, one type for all experts", (*ONE_TYPE, "--router-weight", "0"), model="moe"),
-    Case("router", "no fine-tuning, one type for all experts", (*ONE_TYPE, "--no-finetune"), model="moe"),
+    Case("moe stages", "all stages", model="moe"),
+    Case("moe stages", "one type for all experts of a linear", ("--no-expert-types",), model="moe"),
+    Case("moe stages", "routers' choices not in the sensitivity", ("--router-weight", "0"), model="moe"),
+    Case("moe stages", "no coordinate descent", ("--no-finetune",), model="moe"),
     Case("stages", "types not mixed: CQ4, attn_v in Q8_0", ("--bits", "4")),
     Case("stages", "no types with a trellis", ("--no-trellis",)),
     Case("stages", "no sensitivity, types not mixed", ("--no-sensitivity",)),
     Case("stages", "no sensitivity, no error feedback", ("--no-feedback",)),
-    Case("stages", "codebooks as k-means finds them", ("--no-finetune",)),
+    Case("stages", "no coordinate descent", ("--no-finetune",)),
     Case("stages", "a codebook per row", ("--codebook-rows", "1")),
     Case("stages", "no group scales", ("--scale-group", "-1")),
     Case("stages", "a scale per 128 columns", ("--scale-group", "128")),
@@ -103,8 +101,6 @@ CASES = (
     Case("moe stages", "no sensitivity, types not mixed", ("--no-sensitivity",), model="moe"),
     Case("moe stages", "no sensitivity, no error feedback", ("--no-feedback",), model="moe"),
     Case("moe stages", "all that --fast leaves out", ("--fast",), model="moe"),
-    Case("router", "no fine-tuning", ("--no-finetune",), model="moe"),
-    Case("router", "lambda 0", ("--router-weight", "0"), model="moe"),
     *(Case("peer", name, model="llama.cpp") for name in peer_quality.TYPES),
 )
 

@@ -8,13 +8,36 @@ from typing import Any
 
 INTRODUCTION = """# Quality, measured
 
-Written by `scripts/ablate.py`; nothing here is typed in. KLD is the mean divergence in nats
-of the next-token distribution from the original's F32 logits, on text that calibration never saw, of the file as the
-runner runs it (int8 activations where not said otherwise), in chunks of 512 tokens. `tokens` are those of calibration.
-Seconds are of the conversion, on two cores that other work may have shared; with a star on a slower processor of 2019,
-none where the conversion was stopped in between. Results are of the code as it was when they were measured; later
-changes and what they did are in [decisions.md](decisions.md): damping by the number of tokens, and no descent where a
-column has fewer than eight, which is all cases of 4096 tokens.
+`scripts/ablate.py` measures what is in these tables and writes the page from [quality.json](quality.json).
+
+| column | meaning |
+|---|---|
+| bpw | bits per weight of all tensors but the embedding and the output, with centroids and scales |
+| tokens | calibration tokens |
+| chunks | chunks of 512 tokens measured, of text that calibration has not seen |
+| perplexity | of the file as the runner runs it, with int8 activations unless said otherwise |
+| original's | perplexity of the F32 original |
+| mean KLD | mean KL divergence of the next-token distribution from that of the F32 original, in nats |
+| same top | share of tokens for which the most probable next token is that of the original |
+| routing changed | share of tokens and layers whose set of experts is not that of the original |
+
+SmolLM2 is SmolLM2-135M-Instruct. SmolMoE is a Mixture of Experts of Mixtral's architecture that
+`scripts/make_smolmoe.py` makes from SmolLM2: 8 experts of width 1088, 2 per token.
+
+How to read the figures:
+
+- Two conversions that differ only in `--seed` differ by about 1% of mean KLD for SmolLM2 and 5% for SmolMoE. Smaller
+  differences mean nothing ([decisions/clustering.md](decisions/clustering.md)).
+- Only the first table has the output layer as `cq-convert` writes it (CQ5). The other tables keep it in Q8_0, as the
+  files of llama.cpp beside them do, so that only the linear layers differ.
+- bpw says nothing about the size of a whole file. Of SmolLM2's 110.2 MB by default settings, 30.1 MB are the embedding
+  in Q8_0 and 18.5 MB the output in CQ5; in the checkpoint these two are one tensor.
+- At 576 columns llama.cpp replaces many K- and I-quants by other types, so its files of SmolLM2 are larger than their
+  names say, and two of them are the same. A model with wider rows compares otherwise.
+- All results are of November 2026. The rows of 4096 calibration tokens include coordinate descent, except those that
+  say otherwise. The converter leaves it out below eight calibration tokens per column, which is where 4096 tokens are
+  for both models; the rows "no coordinate descent" come closest to what the converter does today.
+- Both models are small. No full-size checkpoint has been converted.
 """
 
 TABLES = {
@@ -23,11 +46,10 @@ TABLES = {
     "size": "SmolLM2: size against quality",
     "peer": "SmolLM2: llama.cpp's types, importance matrix from the same calibration text",
     "tokens": "SmolLM2: calibration tokens, default settings",
-    "router": "SmolMoE: what the routers' choices count in the sensitivity, a type for each expert, and descent",
     "moe stages": "SmolMoE: one stage off at a time",
-    "rotation": "`--method paper`, 4-bit activations: the rotation (the paper's Table 4)",
+    "rotation": "`--method paper`, 4-bit activations, SmolLM2: the rotation (the paper's Table 4)",
     "moe rotation": "`--method paper`, 4-bit activations, SmolMoE: the rotation, centroids not fine-tuned",
-    "grouping": "`--method paper`, 4-bit activations: codebooks of 64 columns, POG",
+    "grouping": "`--method paper`, 4-bit activations, SmolLM2: codebooks of 64 columns, with POG or without",
     "tuning": "`--method paper`, SmolMoE: centroid fine-tuning",
 }
 
@@ -38,6 +60,8 @@ def render(cases: Iterable[Any], results: dict[str, dict[str, Any]], docs: Path)
     parts = [INTRODUCTION]
     for group, title in TABLES.items():
         rows = [(case, result) for case, result in done if case.group == group]
+        if group in ("size", "peer"):
+            rows.sort(key=lambda row: row[1]["bpw"])
         if rows:
             parts.append(f"## {title}\n\n{_table(rows)}")
         if group == "peer" and rows:
@@ -50,17 +74,16 @@ def render(cases: Iterable[Any], results: dict[str, dict[str, Any]], docs: Path)
 
 
 def _table(rows: list[tuple[Any, dict[str, Any]]]) -> str:
-    lines = [
-        "| | bpw | tokens | chunks | perplexity (original) | mean KLD | same top | routing changed | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["bpw", "tokens", "chunks", "perplexity", "original's", "mean KLD", "same top"]
+    routed = any(r["router_top_k_change"] is not None for _, r in rows)
+    head = ["", *columns, *(["routing changed"] if routed else [])]
+    lines = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
     for case, r in rows:
-        seconds = "" if "seconds" not in r else f"{r['seconds']:.0f}" + ("" if "machine" in r else "*")
-        routing = "" if r["router_top_k_change"] is None else f"{100 * r['router_top_k_change']:.2f}%"
-        lines.append(
-            f"| {case.name} | {r['bpw']:.3f} | {case.tokens} | {case.chunks} | {r['ppl']:.3f} ({r['base_ppl']:.3f}) "
-            f"| {r['mean_kld']:.4f} | {100 * r['same_top_p']:.2f}% | {routing} | {seconds} |"
-        )
+        cells = [case.name, f"{r['bpw']:.3f}", str(case.tokens), str(case.chunks), f"{r['ppl']:.3f}"]
+        cells += [f"{r['base_ppl']:.3f}", f"{r['mean_kld']:.4f}", f"{100 * r['same_top_p']:.2f}%"]
+        if routed:
+            cells.append("" if r["router_top_k_change"] is None else f"{100 * r['router_top_k_change']:.2f}%")
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"
 
 
@@ -76,7 +99,8 @@ def _plot_sizes(done: list[tuple[Any, dict[str, Any]]], file: Path) -> None:
         "cq, one type": ("s--", [(c, r) for c, r in done if c.group == "size" and "mixed" not in c.name]),
         "llama.cpp with an importance matrix": ("kx", peers := [(c, r) for c, r in done if c.group == "peer"]),
     }
-    points["cq, types mixed by sensitivity"][1].extend((c, r) for c, r in done if c.name == "all stages")
+    default = [(c, r) for c, r in done if (c.group, c.name) == ("stages", "all stages")]
+    points["cq, types mixed by sensitivity"][1].extend(default)
     for label, (style, results) in points.items():
         if results:
             line = sorted((r["bpw"], r["mean_kld"]) for _, r in results)

@@ -134,7 +134,7 @@ def test_rows_that_share_a_codebook_are_solved_as_one(cols):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_trellis_leaves_less_than_a_plain_type_of_as_many_bits(bits):
-    """Four states leave .82, .77 and .83 of a scalar quantizer's error of Gaussian values (docs/decisions.md)."""
+    """Four states leave .82, .77 and .83 of a scalar quantizer's error of Gaussians (docs/decisions/format.md)."""
     w = np.random.default_rng(15).standard_normal((32, 1024)).astype(np.float32)
     plain, trellis = (
         fitted(w, np.ones(1024, np.float32), CQType[f"CQ{bits}{t}"], Grouping(-1, -1, 8), 2) for t in ("", "T")

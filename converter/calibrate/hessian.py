@@ -24,7 +24,7 @@ ALIGN = 64  # columns of squares are a multiple of a packed block
 
 @dataclass(frozen=True)
 class Damping:
-    """What is added to the second moments' diagonal, relative to its mean (docs/decisions.md).
+    """What is added to the second moments' diagonal, relative to its mean (docs/decisions/clustering.md).
 
     A covariance of few rows is noise to about the share of columns per row: beyond `spared`, `noise` of them are added.
     """

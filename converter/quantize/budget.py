@@ -12,8 +12,8 @@ from ..settings import Settings
 from .plan import Plan, PlannedTensor
 
 # Squared error relative to a unit Gaussian's: CQ4 by Lloyd and Max's quantizer of 16 levels, the other clustered types
-# by what they leave relative to it after clustering (docs/decisions.md); Q8_0 with steps of 2.2 / 127, the mean largest
-# of 32 being 2.2.
+# by what they leave relative to it after clustering (docs/decisions/format.md); Q8_0 with steps of 2.2 / 127, the mean
+# largest of 32 being 2.2.
 DISTORTION = {
     "cq2": 0.140,
     "cq2t": 0.115,

@@ -172,7 +172,7 @@ def _descend(job: Any, hessian: NDArray[np.float32], n_threads: int) -> None:
 
 
 def weights_of(fit: Fit, n_threads: int) -> NDArray[np.float32]:
-    """The weights [rows, cols] that the fit stands for, aligned: torch multiplies them (docs/decisions.md)."""
+    """The weights [rows, cols] that the fit stands for, aligned for torch (docs/decisions/conversion.md)."""
     out = aligned_empty(4 * fit.indices.size).view(np.float32).reshape(fit.indices.shape)
     _check(lib.cq_clustered_weights(_job(fit, 0), pointer(out, "float *"), n_threads))
     return out

@@ -36,7 +36,7 @@ from .task_pool import Task
 F16_MAX = 65504.0
 PIECE = 1 << 24  # weights
 PIECE_ROWS = 1024
-DESCENT_ROWS = 8  # calibration tokens per column from which on descent pays: with fewer it fits noise (decisions.md)
+DESCENT_ROWS = 8  # calibration tokens per column from which on descent pays (docs/decisions/clustering.md)
 
 
 @dataclass(frozen=True)

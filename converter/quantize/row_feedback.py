@@ -18,7 +18,7 @@ from torch import Tensor
 from .clustering import Fit, OutputErrors, weights_of
 from .task_pool import stop_point
 
-ROWS = 16  # quantized side by side, without feedback among them: a batch of the native library's (docs/decisions.md)
+ROWS = 16  # quantized side by side, without feedback among them: the native batch (docs/decisions/clustering.md)
 
 
 def cluster_in_turn(fit: Fit, factor: Tensor, cluster_rows: Callable[[Fit], None], n_threads: int) -> None:

@@ -1,7 +1,7 @@
 """Where a checkpoint's tensors lie: safetensors files or a GGUF file, read one tensor at a time.
 
 What is read is copied into torch's own memory: sums over floats that start anywhere else may differ in their last bits
-from one process to the next (docs/decisions.md).
+from one process to the next (docs/decisions/conversion.md).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
  * sum(q v^2) - S1^2 / S0, so the program maximizes the sum of S1^2 / S0.
  *
  * Of more than CQ_KMEANS_CUTS values, clusters end only at every second, third, ... one: half the time for a start that
- * costs 1.5% more at 576 columns, and that the rounds of cluster.c bring to the same loss or below (docs/decisions.md).
+ * costs 1.5% more at 576 columns, and that the rounds of cluster.c bring to the same loss or below
+ * (docs/decisions/clustering.md).
  */
 #include "kmeans.h"
 
