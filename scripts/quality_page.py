@@ -37,7 +37,7 @@ How to read the figures:
 - All results are of November 2026. The rows of 4096 calibration tokens include coordinate descent, except those that
   say otherwise. The converter leaves it out below eight calibration tokens per column, which is where 4096 tokens are
   for both models; the rows "no coordinate descent" come closest to what the converter does today.
-- Both models are small. No full-size checkpoint has been converted.
+- Both models are small. No large Mixture of Experts has been converted.
 """
 
 TABLES = {
