@@ -6,7 +6,7 @@
  * (W + 128) * x that unsigned-by-signed instructions need: 255 * 127 * 65536 < 2^31. */
 #ifndef CQ_KERNELS_H
 #define CQ_KERNELS_H
-#include "../include/cq.h"
+#include "cq.h"
 #include <stddef.h>
 
 #define CQ_MAX_COLS 65536

@@ -1,6 +1,6 @@
 /* The inner loops of clustering, of which converted files depend on every instruction set, against plain C. */
-#include "../src/descent.h"
-#include "../src/kmeans.h"
+#include "cluster/descent.h"
+#include "cluster/kmeans.h"
 #include "check.h"
 
 static const double EPS = 0x1p-24;

@@ -3,7 +3,7 @@
  * The rows of a matrix are cut into units of whole panels, as many for each thread; threads take units as they become
  * free, so that a slower one does fewer. Few tokens: GEMV straight from the packed indices.
  * More: the unit is decoded once to int8 and multiplied with all tokens. */
-#include "linear.h"
+#include "ops/linear.h"
 #include <string.h>
 
 enum { CQ_UNIT_BYTES = 131072 }; /* at most: the first rows of a unit come from memory without a prefetch */

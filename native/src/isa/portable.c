@@ -1,5 +1,5 @@
 /* The reference: plain C, one weight at a time. Every other instruction set must equal its integers. */
-#include "indices.h"
+#include "isa/indices.h"
 #include <string.h>
 
 #define CQ_LANES 4
@@ -67,7 +67,7 @@ static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
     for (int32_t i = 0; i < n; i++) out[i] = f16_bits(x[i]);
 }
 
-#include "float_ops.h"
+#include "isa/template/float_ops.h"
 
 /* Of 2 to 5 bits; an odd number of bits: the plane of high bits follows the others. */
 static int32_t stored_bits(const uint8_t *block, int32_t bits, int32_t i) {

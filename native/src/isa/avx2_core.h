@@ -3,8 +3,8 @@
  * Only bytes of the matrix are read. */
 #ifndef CQ_AVX2_CORE_H
 #define CQ_AVX2_CORE_H
-#include "indices.h"
-#include "x86.h"
+#include "isa/indices.h"
+#include "isa/x86.h"
 
 #define CQ_LANES 8
 #define CQ_TILE_VECS 2
@@ -23,7 +23,7 @@ static inline void store_low_bytes(int8_t *out, vec v) {
                      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 }
 
-#include "float_ops.h"
+#include "isa/template/float_ops.h"
 
 /* Two tables of sixteen bytes, in both lanes, for vpshufb, or a codebook: two of sixteen int16. Of 32 entries `high` is
  * the codebook's second half, and in tables what that changes in the first, bit by bit; smaller ones do not use it. */
@@ -146,11 +146,11 @@ CQ_INLINE weights64 look_up_32(entries table, indices64 index, halves64 halves) 
                        _mm256_xor_si256(low.second, _mm256_and_si256(change.second, halves.second))};
 }
 
-#include "decode.h"
+#include "isa/template/decode.h"
 
-#include "avx2_gemv.h"
-#include "avx2_panel.h"
-#include "block_tiles.h"
+#include "isa/avx2_gemv.h"
+#include "isa/avx2_panel.h"
+#include "isa/template/gemm_blocks.h"
 
 /* Blocks [begin, end) of a row -> bytes at out; the span moves on with them. */
 CQ_INLINE void decode_blocks(const int32_t type, const cq_row *row, cq_span *span, int32_t begin, int32_t end,

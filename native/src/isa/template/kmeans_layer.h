@@ -3,7 +3,7 @@
  *
  * The best start grows with the end. So divide and conquer over every STRIDE-th end scans few starts for each, several
  * starts per vector; an end between two of these scans only the starts between theirs, several ends per vector. */
-#include "kmeans.h"
+#include "cluster/kmeans.h"
 
 typedef double stride_vec __attribute__((vector_size(8 * CQ_STRIDE)));
 typedef double unaligned_stride_vec __attribute__((vector_size(8 * CQ_STRIDE), aligned(8), may_alias));

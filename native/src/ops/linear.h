@@ -1,7 +1,7 @@
 /* What the kinds of linear layers share: which rows an expert reads and writes, and the bytes of a weight row. */
 #ifndef CQ_LINEAR_H
 #define CQ_LINEAR_H
-#include "worker.h"
+#include "ops/worker.h"
 
 enum {
     CQ_TOKEN_TILE =

@@ -11,7 +11,7 @@
  */
 #ifndef CQ_DECODE_H
 #define CQ_DECODE_H
-#include "indices.h"
+#include "isa/indices.h"
 
 /* A block, all its bits as docs/format.md lays them out; above, above2: the same block one and two rows above. */
 CQ_INLINE weights64 decode_block(const uint8_t *block, const uint8_t *above, const uint8_t *above2, const int32_t type,

@@ -8,7 +8,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
 #include <immintrin.h>
 #endif
-#include "avx512_core.h"
+#include "isa/avx512_core.h"
 
 const cq_kernels cq_kernels_avx512 = {"avx512",    has_avx512_vnni, gemv,       PANEL_ROWS,      0,
                                       PANEL_ROWS,  decode_panel,    pack_panel, gemm_panel,      gemm_panel_scaled,

@@ -1,8 +1,8 @@
 /* The inner loops of descent.c and refit.c, included by float_ops.h: CQ_ROWS rows of a weight matrix side by side, a
  * lane of ROW_VECS vectors each, a block of columns at a time. Inside the block every column's choice moves the columns
  * beside it at once; what it means for the columns outside is then added for the whole block by rank_update. */
-#include "descent.h"
-#include "trellis.h"
+#include "cluster/descent.h"
+#include "isa/template/trellis.h"
 
 enum { ROW_VECS = CQ_ROWS / CQ_LANES };
 enum { INDEX_BITS = 31 }; /* low bits of a distance that hold the index instead: 2^-18 of it */

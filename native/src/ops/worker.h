@@ -4,7 +4,7 @@
  * are bit-identical for any team. */
 #ifndef CQ_WORKER_H
 #define CQ_WORKER_H
-#include "barrier.h"
+#include "ops/barrier.h"
 #include "kernels.h"
 #include <omp.h>
 

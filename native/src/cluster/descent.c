@@ -15,7 +15,7 @@
  * set are always in one batch, so the result does not depend on the number of threads. With a trellis the rows of a set
  * choose their values together (trellis.h). H may consist of squares along its diagonal, of which the columns of
  * different ones do not influence each other. */
-#include "descent.h"
+#include "cluster/descent.h"
 #include <math.h>
 #include <omp.h>
 

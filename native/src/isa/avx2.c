@@ -9,7 +9,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #include <immintrin.h>
 #endif
-#include "avx2_core.h"
+#include "isa/avx2_core.h"
 
 const cq_kernels cq_kernels_avx2 = {"avx2",          has_avx2,     gemv,       PANEL_ROWS,      PANEL_HEAD,
                                     PANEL_COL_BYTES, decode_panel, pack_panel, gemm_panel,      gemm_panel_scaled,

@@ -18,7 +18,7 @@ enum { PANEL_ROWS = 16, HALF_ROWS = 8, PLANE = 4 * PANEL_ROWS, PANEL_STEP = PLAN
 enum { PANEL_HEAD = PLANES == 2 ? 4 * PANEL_ROWS : 0, PANEL_COL_BYTES = PLANES * PANEL_ROWS };
 enum { CHUNK_BLOCKS = 4, TILE_COLS = 1024 /* 16 or 32 KiB */ };
 
-#include "panel_tiles.h"
+#include "isa/template/gemm_panel.h"
 
 /* Four columns of eight rows. Returns, in pairs of columns as int16, what their signs take from the rows. */
 CQ_INLINE __m256i store_weights(__m256i w, uint8_t *out) {

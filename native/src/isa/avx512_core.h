@@ -12,8 +12,8 @@
 #ifndef CQ_AVX512_CORE_H
 #define CQ_AVX512_CORE_H
 #define CQ_DPBUSD _mm256_dpbusd_epi32
-#include "indices.h"
-#include "x86.h"
+#include "isa/indices.h"
+#include "isa/x86.h"
 
 #define CQ_LANES 16
 #define CQ_TILE_VECS 4
@@ -34,9 +34,9 @@ static inline void store_low_bytes(int8_t *out, vec v) {
     _mm_storeu_si128((__m128i *)out, _mm512_cvtepi32_epi8(_mm512_castps_si512(v)));
 }
 
-#include "float_ops.h"
-#include "avx512_panel.h"
-#include "block_tiles.h"
+#include "isa/template/float_ops.h"
+#include "isa/avx512_panel.h"
+#include "isa/template/gemm_blocks.h"
 
 /* Where tables come from: one for the whole row; a scale per block or per two blocks, under codebooks that change only
  * between groups of four blocks; anything else. */
@@ -56,7 +56,7 @@ typedef struct {
     __m512i half[2];
 } lanes_of_entries;
 
-#include "avx512_lookup.h"
+#include "isa/avx512_lookup.h"
 
 /* ROW_TABLE and SPANS: a row and the table of its current span. */
 typedef struct {
@@ -194,9 +194,9 @@ CQ_INLINE indices64 add_bit(indices64 index, uint64_t plane, const char value) {
     return _mm512_mask_add_epi8(index, plane, index, _mm512_set1_epi8(value));
 }
 
-#include "decode.h"
+#include "isa/template/decode.h"
 
-#include "avx512_gemv.h"
+#include "isa/avx512_gemv.h"
 
 /* Calls function(type, source, ...) with both as compile-time constants. */
 #define CQ_SOURCE_CASE(type, source, function, ...)                                                                    \
@@ -216,7 +216,7 @@ static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *
     CQ_SPECIALIZE(w, gemv_all, w, row, n_rows, x, x_sum, acc)
 }
 
-#include "avx512_decode.h"
+#include "isa/avx512_decode.h"
 
 static int64_t peak_macs(int32_t iterations) {
     __m512i sum[TILE_TOKENS], w = _mm512_set1_epi8(3), x = _mm512_set1_epi8(5);

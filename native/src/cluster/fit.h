@@ -2,7 +2,7 @@
 #ifndef CQ_FIT_H
 #define CQ_FIT_H
 #include "kernels.h"
-#include "kmeans.h"
+#include "cluster/kmeans.h"
 #include <string.h>
 
 typedef struct {

@@ -1,7 +1,7 @@
 /* What descent.c and refit.c share with their inner loops, compiled for each instruction set (column_block.h). */
 #ifndef CQ_DESCENT_H
 #define CQ_DESCENT_H
-#include "fit.h"
+#include "cluster/fit.h"
 #include "kernels.h"
 
 /* A block of columns of CQ_ROWS rows. matrix: its square of the second moments, or of their factor if `forward`. */

@@ -1,5 +1,5 @@
 /* The float weights that a clustering stands for. */
-#include "fit.h"
+#include "cluster/fit.h"
 
 int cq_clustered_weights(const cq_clustering *job, float *out, int32_t n_threads) {
     if (!cq_clustering_valid(job) || n_threads < 1) return CQ_ERR_ARGUMENT;

@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 #define CQ_DPBUSD _mm256_dpbusd_avx_epi32
-#include "avx2_core.h"
+#include "isa/avx2_core.h"
 #include <cpuid.h>
 
 static int supported(void) {

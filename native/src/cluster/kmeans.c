@@ -6,7 +6,7 @@
  * Of more than CQ_KMEANS_CUTS values, clusters end only at every second, third, ... one: half the time for a start that
  * costs 1.5% more at 576 columns, and that the rounds of cluster.c bring to the same loss or below (docs/decisions.md).
  */
-#include "kmeans.h"
+#include "cluster/kmeans.h"
 
 enum { RADIX_BITS = 11, RADIX = 1 << RADIX_BITS };
 

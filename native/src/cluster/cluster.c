@@ -7,7 +7,7 @@
  * least squares. A round counts only if the set's loss, measured on the effective int8 weights, falls.
  *
  * Sets are independent, so the result does not depend on the number of threads. */
-#include "descent.h"
+#include "cluster/descent.h"
 #include <math.h>
 #include <omp.h>
 

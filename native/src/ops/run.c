@@ -1,6 +1,6 @@
 /* The program executor: one team of threads walks the operations, with a barrier before those that ask for one. What is
  * a single row, as between two linear layers where one token is decoded, the last thread to arrive there computes. */
-#include "worker.h"
+#include "ops/worker.h"
 #include <float.h>
 #include <math.h>
 #include <string.h>

@@ -3,7 +3,7 @@
  * Tables are 16 bytes for tbl; sqrdmulh of a centroid and scale * 256 is (2 * c * scale * 256 + 32768) >> 16 =
  * (c * scale + 64) >> 7, the format's rounding. Only bytes of the matrix are read. */
 #if defined(__aarch64__)
-#include "indices.h"
+#include "isa/indices.h"
 #include <arm_neon.h>
 #if defined(__linux__)
 #include <sys/auxv.h>
@@ -38,7 +38,7 @@ static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
     for (; i < n; i++) out[i] = vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x[i]))), 0);
 }
 
-#include "float_ops.h"
+#include "isa/template/float_ops.h"
 
 typedef struct {
     int8x16_t v[4];
@@ -134,7 +134,7 @@ CQ_INLINE weights64 look_up_32(entries table, indices64 index, halves64 halves) 
     return out;
 }
 
-#include "decode.h"
+#include "isa/template/decode.h"
 
 enum { PANEL_ROWS = 8, QUAD_ROWS = 4 };
 
@@ -193,7 +193,7 @@ static int has_neon(void) { return 1; }
 
 #define CQ_NEON(name) name##_base
 #define CQ_NEON_DOTPROD 0
-#include "neon_dot.h"
+#include "isa/template/neon_products.h"
 #undef CQ_NEON
 #undef CQ_NEON_DOTPROD
 
@@ -205,7 +205,7 @@ static int has_neon(void) { return 1; }
 #endif
 #define CQ_NEON(name) name##_dotprod
 #define CQ_NEON_DOTPROD 1
-#include "neon_dot.h"
+#include "isa/template/neon_products.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -1,5 +1,5 @@
 /* The integer core alone, for tests: int32 accumulators of a whole matrix, nothing scaled. */
-#include "linear.h"
+#include "ops/linear.h"
 #include <string.h>
 
 static int arguments_ok(const cq_matrix *w, int32_t n_tokens, int32_t n_threads) {

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 #define CQ_VBMI
-#include "avx512_core.h"
+#include "isa/avx512_core.h"
 
 static int supported(void) { return has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi"); }
 

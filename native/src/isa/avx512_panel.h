@@ -8,7 +8,7 @@
 enum { PANEL_ROWS = 32, PANEL_HEAD = 0, PANEL_COL_BYTES = PANEL_ROWS, HALF_ROWS = 16, PANEL_STEP = 4 * PANEL_ROWS };
 enum { TILE_TOKENS = 12, BLOCK_TOKENS = 6, TILE_COLS = 4096 /* 128 KiB */ };
 
-#include "panel_tiles.h"
+#include "isa/template/gemm_panel.h"
 
 /* out[k * PANEL_STEP] = dword k of each of 16 rows, for k < 16: a transposition of 16 x 16 dwords. */
 static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t *out) {

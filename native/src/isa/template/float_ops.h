@@ -304,9 +304,9 @@ static void dot_f16(const uint16_t *w, const float *const *x, int32_t n_tokens, 
     }
 }
 
-#include "attention.h"
-#include "column_block.h"
-#include "kmeans_layer.h"
+#include "isa/template/attention.h"
+#include "isa/template/column_block.h"
+#include "isa/template/kmeans_layer.h"
 
 #define CQ_FLOAT_KERNELS                                                                                               \
     rms_norm, quantize, swiglu, rope, hadamard, axpy, scale_acc, dot_f32, dot_f16, f16_to_f32, f32_to_f16,             \
