@@ -110,7 +110,9 @@ typedef struct {
 int64_t cq_scratch_bytes(const cq_op *ops, int32_t n_ops, int32_t n_threads);
 int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step);
 
-/* Instruction sets: the names this host supports, best first; choosing NULL takes the best. */
+/* Instruction sets: the names this host supports, best first, and all that are known, those of other hosts too; NULL past
+ * the last. Choosing NULL takes the best. */
+const char *cq_isa_known(int32_t index);
 const char *cq_isa_name(int32_t index);
 const char *cq_isa_current(void);
 int cq_isa_choose(const char *name);

@@ -1,5 +1,6 @@
-/* What one instruction set provides. Each of portable.c, avx2.c, avxvnni.c, avx512.c, avx512vbmi.c and neon.c defines
- * one cq_kernels; dispatch.c lists them. Adding an instruction set is adding one such file and one line there.
+/* What one instruction set provides to run a model: a table of kernels, cq_kernels. isa/list.h names the instruction
+ * sets, each file of isa/ defines the tables of one or two, dispatch.c chooses. What clustering needs is a table of its
+ * own (cluster_kernels.h). docs/adding-an-instruction-set.md says how to add one.
  *
  * The effective weight is an int8: W = centroid, or (centroid * group_scale + 64) >> 7 where the matrix has group
  * scales. With |W| <= 128 and |x| <= 127, a sum over n_cols <= CQ_MAX_COLS stays inside int32, also in the offset form
@@ -7,27 +8,17 @@
 #ifndef CQ_KERNELS_H
 #define CQ_KERNELS_H
 #include "cq.h"
+#include "isa/list.h"
 #include <stddef.h>
+
+#define CQ_INLINE static inline __attribute__((always_inline))
 
 #define CQ_MAX_COLS 65536
 #define CQ_BLOCK 64 /* weights per packed block: 8 * bits bytes */
 #define CQ_MAX_HEAD_DIM 1024
 
-enum { CQ_ROWS = 16 };    /* rows of weights that clustering takes side by side (descent.c) */
-enum { CQ_MAX_RING = 8 }; /* rows that share codebooks */
-enum { CQ_MAX_CENTROIDS = 32 };
-
-/* Compilers that know the instruction set of avxvnni.c. */
-#if defined(__x86_64__)
-#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
-#define CQ_AVX_VNNI
-#endif
-#endif
-
-struct cq_kmeans;
-struct cq_kmeans_layer;
-struct cq_column_block;
-struct cq_centroid_columns;
+#define CQ_MAX_CODEBOOK_ROWS 8 /* consecutive rows that share their codebooks */
+#define CQ_MAX_CENTROIDS 32
 
 /* Where a panel's products go: out[t][r] (+)= acc[t][r] * (row_scales[r] * token_scales[t]) for r < n_rows. */
 typedef struct {
@@ -51,8 +42,7 @@ typedef struct {
 } cq_block_tokens;
 
 typedef struct cq_kernels {
-    const char *name;
-    int (*supported)(void);
+    int (*supported)(void); /* by the processor this runs on */
 
     /* ---- integers: exact, equal to the oracle in tests ---- */
 
@@ -84,7 +74,7 @@ typedef struct cq_kernels {
     /* Runs a fixed loop of int8 multiply-adds in registers; returns how many it made. */
     int64_t (*peak_macs)(int32_t iterations);
 
-    /* ---- floats: float_ops.h compiled for this instruction set ---- */
+    /* ---- floats: isa/template/float_ops.h and attention.h, compiled for this instruction set ---- */
     void (*rms_norm)(const float *x, const float *weight, float *out, int32_t n, float eps);
     void (*quantize)(const float *x, int32_t n, int32_t bits, int32_t group, int8_t *q, float *scales, int32_t *sums);
     void (*swiglu)(const float *gate, const float *up, float *out, int32_t n);
@@ -109,19 +99,13 @@ typedef struct cq_kernels {
      * 2^(score - m); scores are times log2 e. At most CQ_QUERY_TILE heads. */
     void (*attention_chunk)(const cq_attention *op, int32_t head, int32_t n_heads, int32_t first, int32_t end,
                             const float *q, float *parts, int64_t stride, float *scratch);
-
-    /* ---- clustering ---- */
-    void (*kmeans_layer)(const struct cq_kmeans *s, const struct cq_kmeans_layer *layer);
-    void (*nearest_block)(struct cq_column_block *b);
-    void (*descend_block)(struct cq_column_block *b);
-    void (*rank_update)(const float (*change)[CQ_ROWS], int32_t n_cols, const float *matrix, int64_t stride,
-                        float *const *rows, int32_t n);
-    void (*sum_by_centroid)(const struct cq_centroid_columns *columns, float (*sums)[CQ_BLOCK]);
 } cq_kernels;
 
-extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avxvnni, cq_kernels_avx512,
-    cq_kernels_avx512vbmi, cq_kernels_neon, cq_kernels_neon_dotprod;
+#define CQ_DECLARE(symbol, name, clustering, compiled) extern const cq_kernels cq_kernels_##symbol;
+CQ_INSTRUCTION_SETS(CQ_DECLARE)
+#undef CQ_DECLARE
 
+/* The table of the set in use; NULL if CQ_ISA in the environment names none. */
 const cq_kernels *cq_kernels_current(void);
 
 /* Of the clustered types. Bits per weight in the file, 2 to 5; bits of the index into a codebook, one more with a

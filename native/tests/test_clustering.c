@@ -1,7 +1,7 @@
-/* The inner loops of clustering, of which converted files depend on every instruction set, against plain C. */
-#include "cluster/descent.h"
-#include "cluster/kmeans.h"
+/* The inner loops of clustering, of which converted files depend on every instruction set, against loops written here.
+ */
 #include "check.h"
+#include "cluster_kernels.h"
 
 static const double EPS = 0x1p-24;
 
@@ -36,7 +36,7 @@ static void check_rank_update(int32_t n_cols, int32_t n) {
     for (int32_t r = 0; r < CQ_ROWS; r++) rows[r] = (float *)rows_memory.data + (size_t)r * (size_t)n;
     fill(change[0], CQ_BLOCK * CQ_ROWS, 1), fill(matrix, n_cols * n, 1), fill(rows[0], CQ_ROWS * n, 1);
     memcpy(before, rows[0], (size_t)CQ_ROWS * (size_t)n * 4);
-    cq_kernels_current()->rank_update((const float (*)[CQ_ROWS])change, n_cols, matrix, n, rows, n);
+    cq_cluster_kernels_current()->rank_update((const float (*)[CQ_ROWS])change, n_cols, matrix, n, rows, n);
     for (int32_t r = 0; r < CQ_ROWS; r++)
         for (int32_t j = 0; j < n; j++) {
             double want = before[r * n + j], size = fabs(want);
@@ -67,7 +67,7 @@ static void check_column_block(int32_t n_values, int32_t feedback) {
     for (int32_t i = 0; i < CQ_BLOCK; i++) matrix[i * CQ_BLOCK + i] = 1.0f + 0.1f * (float)(i % 7);
     was = b;
     b.forward = feedback;
-    cq_kernels_current()->descend_block(&b);
+    cq_cluster_kernels_current()->descend_block(&b);
     for (int32_t r = 0; r < CQ_ROWS; r++) {
         double state[CQ_BLOCK];
         for (int32_t i = 0; i < CQ_BLOCK; i++) state[i] = was.state[i][r];
@@ -91,7 +91,7 @@ static void check_trellis(int32_t n_values, int32_t n_rows, int32_t ring) {
     cq_column_block b = {.n_cols = 5, .n_values = n_values, .n_rows = n_rows, .ring = ring, .trellis = 1};
     fill(b.values[0], CQ_MAX_CENTROIDS * CQ_ROWS, 1), fill(b.state[0], CQ_BLOCK * CQ_ROWS, 1);
     for (int32_t r = 0; r < CQ_ROWS; r++) b.weight[r] = 0.1f * (float)random_between(1, 100);
-    cq_kernels_current()->nearest_block(&b);
+    cq_cluster_kernels_current()->nearest_block(&b);
     const int32_t part_size = n_values / 4;
     for (int32_t i = 0; i < b.n_cols; i++)
         for (int32_t first = 0; first < n_rows; first += ring) {
@@ -124,7 +124,7 @@ static void check_trellis(int32_t n_values, int32_t n_rows, int32_t ring) {
         }
 }
 
-/* Sums of a block of columns by centroid against plain loops; rows from `begin` on count half, from `end` on nothing.
+/* Sums of a block of columns by centroid against loops; rows from `begin` on count half, from `end` on nothing.
  */
 static void check_sum_by_centroid(int32_t n_centroids, int32_t n, int32_t begin, int32_t end) {
     float (*rows)[CQ_BLOCK] = malloc((size_t)n * sizeof *rows), *step = malloc((size_t)n * 4);
@@ -138,7 +138,7 @@ static void check_sum_by_centroid(int32_t n_centroids, int32_t n, int32_t begin,
     }
     first[n_centroids] = used;
     const cq_centroid_columns of = {n_centroids, begin, end, first, columns, step, (const float (*)[CQ_BLOCK])rows};
-    cq_kernels_current()->sum_by_centroid(&of, sums);
+    cq_cluster_kernels_current()->sum_by_centroid(&of, sums);
     for (int32_t c = 0; c < n_centroids; c++)
         for (int32_t j = 0; j < CQ_BLOCK; j++) {
             double want = 0;
@@ -162,7 +162,7 @@ static void check_kmeans_layer(int32_t n, int32_t first) {
     for (int32_t i = 1; i <= n; i++) best[i] = s0[i] > 0 ? s1[i] * s1[i] / s0[i] : 0;
     const cq_kmeans s = {.s0 = s0, .s1 = s1, .best = best, .next = next, .tiny = 1e-20 * s0[n]};
     const cq_kmeans_layer layer = {first, first + 1, n, fewer, split};
-    cq_kernels_current()->kmeans_layer(&s, &layer);
+    cq_cluster_kernels_current()->kmeans_layer(&s, &layer);
     for (int32_t i = first + 1; i <= n; i++) {
         double top = -1;
         for (int32_t j = first; j < i; j++) {
@@ -182,7 +182,7 @@ void test_clustering(void) {
         for (int32_t feedback = 0; feedback < 2; feedback++) check_column_block(n_values, feedback);
     for (int32_t n_values = 4; n_values <= CQ_MAX_CENTROIDS; n_values *= 2)
         for (int32_t n_rows = 1; n_rows <= CQ_ROWS; n_rows++)
-            for (int32_t ring = 1; ring <= CQ_MAX_RING; ring *= 2) check_trellis(n_values, n_rows, ring);
+            for (int32_t ring = 1; ring <= CQ_MAX_CODEBOOK_ROWS; ring *= 2) check_trellis(n_values, n_rows, ring);
     for (int32_t n_centroids = 1; n_centroids <= CQ_MAX_CENTROIDS; n_centroids += 5)
         check_sum_by_centroid(n_centroids, 200, 64, 128), check_sum_by_centroid(n_centroids, 200, 128, 168);
     for (int32_t n = 2; n < 200; n += 7) check_kmeans_layer(n, 1), check_kmeans_layer(n, n / 2);

@@ -1,4 +1,4 @@
-/* GEMV, panel GEMM and Q8_0 against a plain reference that packs the bytes itself, in guarded memory. */
+/* GEMV, panel GEMM and Q8_0 against a reference that packs the bytes itself, in guarded memory. */
 #include "check.h"
 
 enum content { RANDOM, LARGEST, SMALLEST, N_CONTENTS };
@@ -69,9 +69,9 @@ static sample sample_new(int32_t type, int32_t n_rows, int32_t n_cols, int32_t c
             s.weights[(int64_t)r * n_cols + c] = (int8_t)weight;
         }
     free(stored);
-    s.w = (cq_matrix){type,          n_experts,  expert_rows, n_cols,    book_rows,
-                      codebook_cols, scale_cols, s.data.data, centroids, scale_cols ? scales : NULL,
-                      NULL,          NULL};
+    s.w = (cq_matrix){.type = type, .n_experts = n_experts, .n_rows = expert_rows, .n_cols = n_cols};
+    s.w.codebook_rows = book_rows, s.w.codebook_cols = codebook_cols, s.w.scale_cols = scale_cols;
+    s.w.data = s.data.data, s.w.centroids = centroids, s.w.group_scales = scale_cols ? scales : NULL;
     return s;
 }
 

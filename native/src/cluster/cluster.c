@@ -7,7 +7,9 @@
  * least squares. A round counts only if the set's loss, measured on the effective int8 weights, falls.
  *
  * Sets are independent, so the result does not depend on the number of threads. */
-#include "cluster/descent.h"
+#include "cluster/carve.h"
+#include "cluster/fit.h"
+#include "cluster/kmeans.h"
 #include <math.h>
 #include <omp.h>
 
@@ -24,10 +26,10 @@ typedef struct {
 
 /* Per thread. */
 typedef struct {
-    const cq_kernels *kernels;
+    const cq_cluster_kernels *kernels;
     cq_kmeans kmeans;
     double *codebook; /* [n_codebooks * n_centroids]: centroids before rounding */
-    lane lanes[CQ_MAX_RING];
+    lane lanes[CQ_MAX_CODEBOOK_ROWS];
     int32_t n; /* rows of the set at work */
 } workspace;
 
@@ -287,7 +289,7 @@ int64_t cq_cluster_scratch_bytes(const cq_clustering *job) {
 
 /* Sets in any order, one workspace per thread. */
 int cq_cluster_rows(const cq_clustering *job, int32_t n_threads, uint8_t *scratch) {
-    const cq_kernels *kernels = cq_kernels_current();
+    const cq_cluster_kernels *kernels = cq_cluster_kernels_current();
     if (!cq_clustering_valid(job) || n_threads < 1 || !kernels) return CQ_ERR_ARGUMENT;
     int64_t bytes = cq_cluster_scratch_bytes(job);
 #pragma omp parallel num_threads(n_threads)

@@ -15,7 +15,9 @@
  * set are always in one batch, so the result does not depend on the number of threads. With a trellis the rows of a set
  * choose their values together (trellis.h). H may consist of squares along its diagonal, of which the columns of
  * different ones do not influence each other. */
-#include "cluster/descent.h"
+#include "cluster/batch.h"
+#include "cluster/carve.h"
+#include "cluster/refit.h"
 #include <math.h>
 #include <omp.h>
 
@@ -183,7 +185,7 @@ static int matrix_valid(const cq_clustering *job) {
 /* Batches in any order, one workspace per thread. */
 static int for_batches(const cq_clustering *job, void (*function)(const cq_batch *), const float *matrix,
                        int32_t n_threads, uint8_t *scratch) {
-    const cq_kernels *kernels = cq_kernels_current();
+    const cq_cluster_kernels *kernels = cq_cluster_kernels_current();
     if (!cq_clustering_valid(job) || !matrix_valid(job) || n_threads < 1 || !kernels) return CQ_ERR_ARGUMENT;
     int64_t bytes = cq_descent_scratch_bytes(job);
 #pragma omp parallel num_threads(n_threads)

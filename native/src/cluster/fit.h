@@ -2,7 +2,6 @@
 #ifndef CQ_FIT_H
 #define CQ_FIT_H
 #include "kernels.h"
-#include "cluster/kmeans.h"
 #include <string.h>
 
 typedef struct {
@@ -44,6 +43,6 @@ static inline int cq_clustering_valid(const cq_clustering *job) {
     return job->n_rows >= 0 && job->n_cols > 0 && job->n_cols <= CQ_MAX_COLS && job->n_centroids > 0 &&
            job->n_centroids <= CQ_MAX_CENTROIDS && job->codebook_cols > 0 && job->codebook_cols % CQ_BLOCK == 0 &&
            job->scale_cols >= 0 && job->scale_cols % CQ_BLOCK == 0 && job->codebook_rows > 0 &&
-           CQ_MAX_RING % job->codebook_rows == 0 && (!job->trellis || job->n_centroids % 4 == 0);
+           CQ_MAX_CODEBOOK_ROWS % job->codebook_rows == 0 && (!job->trellis || job->n_centroids % 4 == 0);
 }
 #endif

@@ -7,6 +7,7 @@
  * costs 1.5% more at 576 columns, and that the rounds of cluster.c bring to the same loss or below (docs/decisions.md).
  */
 #include "cluster/kmeans.h"
+#include "cluster/carve.h"
 
 enum { RADIX_BITS = 11, RADIX = 1 << RADIX_BITS };
 
@@ -68,7 +69,7 @@ static int32_t merge_cuts(cq_kmeans *s, int32_t n) {
     return cuts;
 }
 
-void cq_kmeans_solve(const cq_kernels *kernels, cq_kmeans *s, int32_t n, int32_t k, double *centroids) {
+void cq_kmeans_solve(const cq_cluster_kernels *kernels, cq_kmeans *s, int32_t n, int32_t k, double *centroids) {
     sort_pairs(s, n);
     s->s0[0] = s->s1[0] = 0;
     for (int32_t i = 0; i < n; i++) {

@@ -5,7 +5,7 @@
  * itself rows are apart by powers of two): by centroid over the rows of H, then by centroid over the block's columns. H
  * is symmetric, so rows beyond the block are left out and the block's own count half; the result is added to its
  * transpose. */
-#include "cluster/descent.h"
+#include "cluster/refit.h"
 #include <math.h>
 
 #define RIDGE 1e-6 /* relative to the diagonal: centroids that no column uses stay where they are */

@@ -1,7 +1,10 @@
-/* The GEMV half of avx2_core.h. Four rows at once, where they share their codebooks: activations, codebook and the
- * packing of tables serve all four, and their independent sums hide latency. */
+/* GEMV in AVX2, with or without a dot product of bytes (CQ_DPBUSD). Four rows at once, where they share their
+ * codebooks: activations, codebook and the packing of tables serve all four, and their independent sums hide latency.
+ */
 #ifndef CQ_AVX2_GEMV_H
 #define CQ_AVX2_GEMV_H
+#include "isa/avx2_lookup.h"
+#include "isa/template/decode.h"
 
 enum { GEMV_ROWS = 4, PREFETCH_BYTES = 2048, MAX_BLOCKS = CQ_MAX_COLS / CQ_BLOCK };
 
@@ -29,8 +32,9 @@ CQ_INLINE __m256i add_products(__m256i sum, __m256i weights, __m256i x, const in
 /* Consecutive rows that share their codebooks. */
 typedef struct {
     cq_row first;
-    const uint8_t *stored[2 + CQ_MAX_RING]; /* indices of the two rows above the first in its ring, then of the rows */
-    int32_t scales[CQ_MAX_RING * MAX_BLOCKS]; /* [row][block], twice as int16 */
+    const uint8_t
+        *stored[2 + CQ_MAX_CODEBOOK_ROWS]; /* indices of the two rows above the first in its ring, then of the rows */
+    int32_t scales[CQ_MAX_CODEBOOK_ROWS * MAX_BLOCKS]; /* [row][block], twice as int16 */
 } row_group;
 
 static inline void spread_eight(__m128i eight, int32_t *scales) {
@@ -56,7 +60,7 @@ static inline void spread_scales(const cq_row *first, int32_t n_rows, int32_t *s
         }
 }
 
-static inline void group_at(const cq_matrix *w, int64_t row, int32_t n_rows, row_group *g) {
+CQ_INLINE void group_at(const cq_matrix *w, int64_t row, int32_t n_rows, row_group *g) {
     const int64_t row_bytes = (int64_t)w->n_cols / 8 * cq_stored_bits(w->type);
     g->first = cq_row_at(w, row);
     g->stored[0] = g->first.above2, g->stored[1] = g->first.above;
@@ -114,7 +118,7 @@ CQ_INLINE void gemv_scaled(const int32_t type, const int32_t scaled, const cq_ma
     for (int32_t done = 0, n; done < n_rows; done += n) {
         __m256i sum[GEMV_ROWS];
         int32_t r = 0;
-        n = cq_min(cq_min(n_rows - done, CQ_MAX_RING), cq_sharing_rows(w, row + done));
+        n = cq_min(cq_min(n_rows - done, CQ_MAX_CODEBOOK_ROWS), cq_sharing_rows(w, row + done));
         group_at(w, row + done, n, &g);
         for (; r + GEMV_ROWS <= n; r += GEMV_ROWS) {
             gemv_rows(GEMV_ROWS, type, scaled, &g, r, x, ahead, sum);

@@ -1,4 +1,4 @@
-/* The panel half of avx2_core.h: transposing decoded rows into a panel, and multiplying it with tokens.
+/* Panels in AVX2: decoding rows, transposing them into a panel, and multiplying it with tokens.
  *
  * With a dot product of unsigned and signed bytes a panel is bytes [n_cols / 4][PANEL_ROWS][4], W + 128. Without one
  * vpmaddubsw multiplies |W| with an x that has W's sign, but for a one: x ^ m = -x - 1 where m is -1. An exclusive or
@@ -7,6 +7,11 @@
  * is at most 2 * 128 * 127 and at least 2 * 128 * -128, which int16 holds. */
 #ifndef CQ_AVX2_PANEL_H
 #define CQ_AVX2_PANEL_H
+#include "isa/avx2_lookup.h"
+#include "isa/avx2_vectors.h"
+#include "isa/panel_tiles.h"
+#include "isa/template/decode.h"
+#include "isa/template/float_ops.h"
 
 /* Of a tile: accumulators, weights (and their signs), an activation and a product fill 16 registers. */
 #ifdef CQ_DPBUSD
@@ -17,8 +22,6 @@ enum { PANEL_OFFSET = 0, TILE_TOKENS = 4, BLOCK_TOKENS = 4, PLANES = 2 };
 enum { PANEL_ROWS = 16, HALF_ROWS = 8, PLANE = 4 * PANEL_ROWS, PANEL_STEP = PLANES * PLANE };
 enum { PANEL_HEAD = PLANES == 2 ? 4 * PANEL_ROWS : 0, PANEL_COL_BYTES = PLANES * PANEL_ROWS };
 enum { CHUNK_BLOCKS = 4, TILE_COLS = 1024 /* 16 or 32 KiB */ };
-
-#include "isa/template/gemm_panel.h"
 
 /* Four columns of eight rows. Returns, in pairs of columns as int16, what their signs take from the rows. */
 CQ_INLINE __m256i store_weights(__m256i w, uint8_t *out) {
@@ -72,6 +75,50 @@ static void pack_panel(const int8_t *rows, int64_t stride, int32_t n_rows, int32
                                                     _mm256_set1_epi8((char)PANEL_OFFSET)));
             transpose_block(eight, 32, panel + PANEL_HEAD + k / 4 * PANEL_STEP + 32 * half, panel + 32 * half);
         }
+}
+
+/* Blocks [begin, end) of a row -> bytes at out; the span moves on with them. */
+CQ_INLINE void decode_blocks(const int32_t type, const cq_row *row, cq_span *span, int32_t begin, int32_t end,
+                             uint8_t *out) {
+    for (int32_t b = begin; b < end;) {
+        if (b == span->end) cq_next_span(row, type, span);
+        const __m256i scale = _mm256_set1_epi16(span->group_scale ? *span->group_scale : NO_SCALE);
+        entries table;
+        make_tables(1, type, load_codebook(span->centroids, type), &scale, (char)PANEL_OFFSET, &table);
+        for (const int32_t stop = cq_min(end, span->end); b < stop; b++, out += CQ_BLOCK) {
+            const weights64 weights = decode_row_block(row, type, b, table);
+            _mm256_store_si256((__m256i *)out, weights.first);
+            _mm256_store_si256((__m256i *)(out + 32), weights.second);
+        }
+    }
+}
+
+/* Rows of one half of a panel. */
+CQ_INLINE void decode_half(const int32_t type, const cq_matrix *w, int64_t row, int32_t n_rows, int32_t half,
+                           uint8_t *panel) {
+    enum { CHUNK = CHUNK_BLOCKS * CQ_BLOCK };
+    const int32_t n_blocks = w->n_cols / CQ_BLOCK;
+    uint8_t decoded[HALF_ROWS * CHUNK] __attribute__((aligned(32)));
+    cq_row rows[HALF_ROWS];
+    cq_span spans[HALF_ROWS];
+    memset(decoded, PANEL_OFFSET, sizeof decoded); /* rows beyond the matrix: weight zero */
+    for (int32_t r = 0; r < n_rows; r++) rows[r] = cq_row_at(w, row + r), spans[r] = cq_first_span(&rows[r]);
+    for (int32_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
+        const int32_t end = cq_min(n_blocks, b + CHUNK_BLOCKS);
+        for (int32_t r = 0; r < n_rows; r++) decode_blocks(type, &rows[r], &spans[r], b, end, decoded + r * CHUNK);
+        for (int32_t col = 0; col < (end - b) * CQ_BLOCK; col += 32)
+            transpose_block(decoded + col, CHUNK,
+                            panel + PANEL_HEAD + ((int64_t)b * CQ_BLOCK + col) * PANEL_COL_BYTES + 32 * half,
+                            panel + 32 * half);
+    }
+}
+
+static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
+    memset(panel, 0, PANEL_HEAD);
+    for (int32_t half = 0; half < 2; half++) {
+        const int32_t first = half * HALF_ROWS, n = cq_min(n_rows - first, HALF_ROWS) * (n_rows > first);
+        CQ_WITH_TYPE(w, decode_half, w, row + first, n, half, panel)
+    }
 }
 
 typedef struct {
@@ -167,4 +214,24 @@ static tile_function *const tiles[TILE_TOKENS] = {
 #endif
 };
 /* clang-format on */
+
+static int64_t peak_macs(int32_t iterations) {
+    enum { CHAINS = 12 };
+    __m256i sum[CHAINS], w = _mm256_set1_epi8(3), x = _mm256_set1_epi8(5);
+#pragma GCC unroll 12
+    for (int32_t i = 0; i < CHAINS; i++) sum[i] = _mm256_setzero_si256();
+    for (int32_t i = 0; i < iterations; i++)
+#pragma GCC unroll 12
+        for (int32_t j = 0; j < CHAINS; j++) {
+#ifdef CQ_DPBUSD
+            sum[j] = CQ_DPBUSD(sum[j], w, x);
+#else
+            __asm__ volatile("" : "+x"(x)); /* each product is computed anew */
+            const __m256i pairs = _mm256_maddubs_epi16(w, x);
+            sum[j] = _mm256_add_epi32(sum[j], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+            __asm__ volatile("" : "+x"(sum[j]));
+        }
+    return (int64_t)iterations * CHAINS * 32;
+}
 #endif

@@ -1,7 +1,9 @@
-/* The GEMV half of avx512_core.h. Four rows at once, where they share their codebooks: one codebook in registers serves
+/* GEMV in AVX-512. Four rows at once, where they share their codebooks: one codebook in registers serves
  * all four, their independent sums hide latency, and with a trellis three of four find the row above already loaded. */
 #ifndef CQ_AVX512_GEMV_H
 #define CQ_AVX512_GEMV_H
+#include "isa/avx512_tables.h"
+#include "isa/template/decode.h"
 
 enum { GEMV_ROWS = 4 };
 
@@ -69,7 +71,7 @@ CQ_INLINE void gemv_rows(const int32_t N, const int32_t type, const enum table_s
                          int64_t row, const int8_t *x, __m512i *sum) {
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
     /* The same place whole rings on, as the first rows of a ring with a trellis read its last ones; at least a page. */
-    const int32_t ring_bytes = CQ_MAX_RING * n_blocks * 8 * cq_stored_bits(type);
+    const int32_t ring_bytes = CQ_MAX_CODEBOOK_ROWS * n_blocks * 8 * cq_stored_bits(type);
     const int64_t ahead = (int64_t)ring_bytes * cq_ceil_div(4096, ring_bytes);
     row_group g = group_at(N, type, source, w, row);
 #pragma GCC unroll 4
@@ -115,5 +117,9 @@ CQ_INLINE void gemv_all(const int32_t type, const enum table_source source, cons
             acc[r++] = _mm512_reduce_add_epi32(sum[0]) - 128 * x_sum;
         }
     }
+}
+
+static void gemv(const cq_matrix *w, int64_t row, int32_t n_rows, const int8_t *x, int32_t x_sum, int32_t *acc) {
+    CQ_SPECIALIZE(w, gemv_all, w, row, n_rows, x, x_sum, acc)
 }
 #endif

@@ -1,4 +1,5 @@
-/* How avx512_core.h looks up 64 weights at once.
+/* Tables of weights and look-ups of 64 indices in AVX-512, the primitives of template/decode.h: with VBMI (CQ_VBMI) or
+ * without. Included after the target pragma.
  *
  * Without VBMI vpshufb finds 16 bytes in the lane of the index, so a block's table is spread over all lanes, and of 32
  * entries a mask takes the second half: two to five shuffles, all on one port. With it vpermb finds 64 bytes anywhere:
@@ -6,8 +7,17 @@
  * twice. */
 #ifndef CQ_AVX512_LOOKUP_H
 #define CQ_AVX512_LOOKUP_H
+#include "isa/indices.h"
+#include "isa/x86.h"
 
 typedef __m512i indices64, weights64; /* weights: W + 128 */
+
+CQ_INLINE int32_t n_halves(const int32_t type) { return cq_index_bits(type) == 5 ? 2 : 1; }
+
+/* In each lane the entries of a block's table, 0 to 15 and 16 to 31; the latter unused by smaller codebooks. */
+typedef struct {
+    __m512i half[2];
+} lanes_of_entries;
 
 CQ_INLINE __m512i load_both_halves(const uint8_t *block) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)block));
@@ -89,4 +99,37 @@ CQ_INLINE weights64 look_up_32(entries table, indices64 index, halves64 halves) 
 }
 
 #endif
+
+CQ_INLINE __m512i load_all_lanes(const uint8_t *block) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)block));
+}
+
+CQ_INLINE __m512i align_twos(__m512i lanes) {
+    return _mm512_srlv_epi64(lanes, _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0));
+}
+
+CQ_INLINE indices64 four_bits(const uint8_t *block) { return fours_of(load_both_halves(block)); }
+
+CQ_INLINE indices64 two_bits(const uint8_t *block) {
+    return _mm512_and_si512(align_twos(load_all_lanes(block)), _mm512_set1_epi8(3));
+}
+
+CQ_INLINE __m512i xor_masked(__m512i a, __m512i b, const char mask) { /* a ^ (b & mask) */
+    return _mm512_ternarylogic_epi64(a, b, _mm512_set1_epi8(mask), 0x78);
+}
+
+CQ_INLINE indices64 four_bits_on_trellis(const uint8_t *block, const uint8_t *above2) {
+    return fours_of(xor_masked(load_both_halves(block), load_both_halves(above2), (char)0x88));
+}
+
+CQ_INLINE indices64 two_bits_on_trellis(const uint8_t *block, const uint8_t *above, const uint8_t *above2) {
+    const __m512i lower = align_twos(xor_masked(load_all_lanes(block), load_all_lanes(above2), (char)0xaa));
+    const __m512i upper = _mm512_rolv_epi64(load_all_lanes(above), _mm512_set_epi64(59, 59, 61, 61, 63, 63, 1, 1));
+    const __m512i selected = _mm512_ternarylogic_epi64(lower, upper, _mm512_set1_epi8(4), 0xd8); /* 4: of upper */
+    return _mm512_and_si512(selected, _mm512_set1_epi8(7));
+}
+
+CQ_INLINE indices64 add_bit(indices64 index, uint64_t plane, const char value) {
+    return _mm512_mask_add_epi8(index, plane, index, _mm512_set1_epi8(value));
+}
 #endif

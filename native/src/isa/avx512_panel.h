@@ -1,14 +1,15 @@
-/* The panel half of avx512_core.h: transposing decoded rows into a panel, and multiplying it with tokens.
+/* Panels in AVX-512: decoding rows, transposing them into a panel, and multiplying it with tokens.
  *
  * A panel is uint8 [n_cols / 4][PANEL_ROWS][4], W + 128: one vpdpbusd multiplies four columns of 16 rows with four
  * columns of a token, broadcast. */
 #ifndef CQ_AVX512_PANEL_H
 #define CQ_AVX512_PANEL_H
+#include "isa/avx512_tables.h"
+#include "isa/panel_tiles.h"
+#include "isa/template/decode.h"
 
 enum { PANEL_ROWS = 32, PANEL_HEAD = 0, PANEL_COL_BYTES = PANEL_ROWS, HALF_ROWS = 16, PANEL_STEP = 4 * PANEL_ROWS };
 enum { TILE_TOKENS = 12, BLOCK_TOKENS = 6, TILE_COLS = 4096 /* 128 KiB */ };
-
-#include "isa/template/gemm_panel.h"
 
 /* out[k * PANEL_STEP] = dword k of each of 16 rows, for k < 16: a transposition of 16 x 16 dwords. */
 static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t *out) {
@@ -54,6 +55,50 @@ static void pack_panel(const int8_t *rows, int64_t stride, int32_t n_rows, int32
     }
 }
 
+enum { CHUNK_BLOCKS = 4, CHUNK = CHUNK_BLOCKS * CQ_BLOCK };
+
+/* Blocks b .. b + n - 1, n <= CHUNK_BLOCKS, of up to HALF_ROWS rows. Rows that share a codebook follow each other. The
+ * same place in the next panel is fetched, for when this one has been multiplied. */
+CQ_INLINE void decode_chunk(const int32_t n, const int32_t type, const enum table_source source, cursor *c,
+                            int32_t n_rows, int32_t b, uint8_t *rows) {
+    const int32_t which = b / c->row.codebook_blocks << cq_index_bits(type);
+    codebook book = {0};
+    for (int32_t r = 0; r < n_rows; r++) {
+        const cq_row *row = &c[r].row;
+        if (scales_codebook(source) && row->centroids + which != book.centroids)
+            book = load_codebook(row->centroids + which, 0, type);
+        const int32_t block_bytes = 8 * cq_stored_bits(type);
+        const uint8_t *next = row->indices + (int64_t)block_bytes * (row->n_blocks * PANEL_ROWS + b);
+        for (int32_t line = 0; line < n * block_bytes; line += 64) _mm_prefetch((const char *)next + line, _MM_HINT_T1);
+        entries tables[CHUNK_BLOCKS];
+        tables_at(&c[r], &book, type, source, b, n, tables);
+#pragma GCC unroll 4
+        for (int32_t i = 0; i < n; i++)
+            _mm512_store_si512(rows + r * CHUNK + i * CQ_BLOCK, decode_row_block(row, type, b + i, tables[i]));
+    }
+}
+
+CQ_INLINE void decode_half(const int32_t type, const enum table_source source, const cq_matrix *w, int64_t row,
+                           int32_t n_rows, uint8_t *panel) {
+    const int32_t n_blocks = w->n_cols / CQ_BLOCK;
+    uint8_t rows[HALF_ROWS * CHUNK] __attribute__((aligned(64)));
+    cursor c[HALF_ROWS];
+    if (n_rows < HALF_ROWS) memset(rows, 128, sizeof rows); /* rows beyond the matrix: weight zero */
+    for (int32_t r = 0; r < n_rows; r++) c[r] = cursor_at(w, row + r, type, source);
+    for (int32_t b = 0, n; b < n_blocks; b += n) {
+        n = n_blocks - b < CHUNK_BLOCKS ? 1 : CHUNK_BLOCKS;
+        if (n_rows > 0 && n == CHUNK_BLOCKS) decode_chunk(CHUNK_BLOCKS, type, source, c, n_rows, b, rows);
+        if (n_rows > 0 && n == 1) decode_chunk(1, type, source, c, n_rows, b, rows);
+        for (int32_t i = 0; i < n; i++)
+            transpose_block(rows + i * CQ_BLOCK, CHUNK, panel + (int64_t)(b + i) * CQ_BLOCK * PANEL_ROWS);
+    }
+}
+
+static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
+    const int32_t first = cq_min(n_rows, HALF_ROWS), second = n_rows - first;
+    CQ_SPECIALIZE(w, decode_half, w, row, first, panel)
+    CQ_SPECIALIZE(w, decode_half, w, row + first, second, panel + 4 * HALF_ROWS)
+}
 typedef struct {
     __m512i half[2];
 } tile_sums;
@@ -130,4 +175,17 @@ CQ_TILE(7) CQ_TILE(8) CQ_TILE(9) CQ_TILE(10) CQ_TILE(11) CQ_TILE(12)
 static tile_function *const tiles[TILE_TOKENS] = {
     tile_1, tile_2, tile_3, tile_4, tile_5, tile_6, tile_7, tile_8, tile_9, tile_10, tile_11, tile_12};
 /* clang-format on */
+
+static int64_t peak_macs(int32_t iterations) {
+    __m512i sum[TILE_TOKENS], w = _mm512_set1_epi8(3), x = _mm512_set1_epi8(5);
+#pragma GCC unroll 12
+    for (int32_t i = 0; i < TILE_TOKENS; i++) sum[i] = _mm512_setzero_si512();
+    for (int32_t i = 0; i < iterations; i++)
+#pragma GCC unroll 12
+        for (int32_t j = 0; j < TILE_TOKENS; j++) {
+            sum[j] = _mm512_dpbusd_epi32(sum[j], w, x);
+            __asm__ volatile("" : "+v"(sum[j])); /* no iteration is dropped or merged */
+        }
+    return (int64_t)iterations * TILE_TOKENS * 64;
+}
 #endif

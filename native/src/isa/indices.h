@@ -34,27 +34,27 @@ typedef struct {
     }
 
 /* Whether no expert's last rows are fewer than share codebooks: then nothing needs a division. */
-static inline int cq_full_rings(const cq_matrix *w) { return (w->n_rows & (w->codebook_rows - 1)) == 0; }
+static inline int cq_full_sets(const cq_matrix *w) { return (w->n_rows & (w->codebook_rows - 1)) == 0; }
 
 /* Which row of codebooks a row (counted over all experts) looks up. */
 static inline int64_t cq_codebook_row(const cq_matrix *w, int64_t row) {
     const int32_t shift = __builtin_ctz((unsigned)w->codebook_rows);
-    if (w->n_experts == 1 || cq_full_rings(w)) return row >> shift;
+    if (w->n_experts == 1 || cq_full_sets(w)) return row >> shift;
     const int64_t expert = row / w->n_rows;
     return expert * cq_ceil_div(w->n_rows, w->codebook_rows) + ((row - expert * w->n_rows) >> shift);
 }
 
 /* How many rows from this one on share its codebooks, those of its ring: at least one. */
 static inline int32_t cq_sharing_rows(const cq_matrix *w, int64_t row) {
-    const int64_t in_expert = w->n_experts == 1 || cq_full_rings(w) ? row : row % w->n_rows;
+    const int64_t in_expert = w->n_experts == 1 || cq_full_sets(w) ? row : row % w->n_rows;
     const int32_t in_ring = w->codebook_rows - (int32_t)(in_expert & (w->codebook_rows - 1));
-    return cq_full_rings(w) ? in_ring : cq_min(in_ring, (int32_t)(w->n_rows - in_expert));
+    return cq_full_sets(w) ? in_ring : cq_min(in_ring, (int32_t)(w->n_rows - in_expert));
 }
 
 /* The row `up` rows above (1 or 2), in the ring of rows that share their codebooks: the first row follows the last. */
 static inline int64_t cq_row_above(const cq_matrix *w, int64_t row, int32_t up) {
     const int64_t last = w->codebook_rows - 1;
-    if (cq_full_rings(w)) return (row & ~last) | ((row - up) & last);
+    if (cq_full_sets(w)) return (row & ~last) | ((row - up) & last);
     const int32_t in_expert = (int32_t)(row % w->n_rows), position = in_expert & (w->codebook_rows - 1);
     const int32_t size = cq_min(w->codebook_rows, w->n_rows - (in_expert - position));
     return row - position + (position + 2 * size - up) % size;

@@ -4,27 +4,11 @@
  * (c * scale + 64) >> 7, the format's rounding. Only bytes of the matrix are read. */
 #if defined(__aarch64__)
 #include "isa/indices.h"
+#include "isa/neon_vectors.h" /* vec and its primitives */
 #include <arm_neon.h>
 #if defined(__linux__)
 #include <sys/auxv.h>
 #endif
-
-#define CQ_LANES 4
-#define CQ_TILE_VECS 4
-#define CQ_SCORE_KEYS 4
-#define CQ_SCORE_VECS 4
-typedef float32x4_t vec;
-
-static inline vec repeat_four(const float *p) { return vld1q_f32(p); }
-static inline vec min_vec(vec a, vec b) { return vminq_f32(a, b); } /* NaN if either is */
-static inline vec max_vec(vec a, vec b) { return vmaxq_f32(a, b); }
-static inline vec reciprocal(vec v) { return 1.0f / v; }
-static inline float sum_lanes(vec v) { return vaddvq_f32(v); }
-static inline void store_low_bytes(int8_t *out, vec v) {
-    const uint8x16_t bytes = vreinterpretq_u8_f32(v), even = vuzp1q_u8(bytes, bytes);
-    const uint32_t four = vgetq_lane_u32(vreinterpretq_u32_u8(vuzp1q_u8(even, even)), 0);
-    memcpy(out, &four, 4);
-}
 
 static void f16_to_f32(const uint16_t *x, float *out, int32_t n) {
     int32_t i = 0;
@@ -38,7 +22,9 @@ static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
     for (; i < n; i++) out[i] = vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x[i]))), 0);
 }
 
-#include "isa/template/float_ops.h"
+#include "isa/template/float_ops.h" /* rms_norm ... dot_f16 */
+
+#include "isa/template/attention.h" /* attention_heads, attention_chunk */
 
 typedef struct {
     int8x16_t v[4];
@@ -134,7 +120,7 @@ CQ_INLINE weights64 look_up_32(entries table, indices64 index, halves64 halves) 
     return out;
 }
 
-#include "isa/template/decode.h"
+#include "isa/template/decode.h" /* decode_block, decode_row_block */
 
 enum { PANEL_ROWS = 8, QUAD_ROWS = 4 };
 
@@ -212,11 +198,29 @@ static int has_neon(void) { return 1; }
 #pragma GCC pop_options
 #endif
 
-const cq_kernels cq_kernels_neon = {"neon",     has_neon,      gemv_base,      PANEL_ROWS,      0,
-                                    PANEL_ROWS, decode_panel,  pack_panel,     gemm_panel_base, NULL,
-                                    NULL,       dot_q8_0_base, peak_macs_base, CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_neon = {
+    .supported = has_neon,
+    .gemv = gemv_base,
+    .panel_rows = PANEL_ROWS,
+    .panel_col_bytes = PANEL_ROWS,
+    .decode_panel = decode_panel,
+    .pack_panel = pack_panel,
+    .gemm_panel = gemm_panel_base,
+    .dot_q8_0 = dot_q8_0_base,
+    .peak_macs = peak_macs_base,
+    CQ_FLOAT_KERNELS,
+};
+
 const cq_kernels cq_kernels_neon_dotprod = {
-    "neon-dotprod", has_dotprod,      gemv_dotprod,      PANEL_ROWS,         0,
-    PANEL_ROWS,     decode_panel,     pack_panel,        gemm_panel_dotprod, NULL,
-    NULL,           dot_q8_0_dotprod, peak_macs_dotprod, CQ_FLOAT_KERNELS};
+    .supported = has_dotprod,
+    .gemv = gemv_dotprod,
+    .panel_rows = PANEL_ROWS,
+    .panel_col_bytes = PANEL_ROWS,
+    .decode_panel = decode_panel,
+    .pack_panel = pack_panel,
+    .gemm_panel = gemm_panel_dotprod,
+    .dot_q8_0 = dot_q8_0_dotprod,
+    .peak_macs = peak_macs_dotprod,
+    CQ_FLOAT_KERNELS,
+};
 #endif

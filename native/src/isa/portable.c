@@ -1,29 +1,6 @@
 /* The reference: plain C, one weight at a time. Every other instruction set must equal its integers. */
 #include "isa/indices.h"
-#include <string.h>
-
-#define CQ_LANES 4
-#define CQ_TILE_VECS 2  /* 4 queries x 2 vectors of accumulators fit 16 registers of SSE2 */
-#define CQ_SCORE_KEYS 2 /* as do 2 keys x 4 vectors of queries */
-#define CQ_SCORE_VECS 4
-typedef float vec __attribute__((vector_size(4 * CQ_LANES)));
-
-static inline vec repeat_four(const float *p) { return (vec){p[0], p[1], p[2], p[3]}; }
-static inline vec min_vec(vec a, vec b) {
-    for (int32_t i = 0; i < CQ_LANES; i++) b[i] = a[i] < b[i] ? a[i] : b[i];
-    return b;
-}
-static inline vec max_vec(vec a, vec b) {
-    for (int32_t i = 0; i < CQ_LANES; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
-    return b;
-}
-static inline vec reciprocal(vec v) { return 1.0f / v; }
-static inline float sum_lanes(vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
-static inline void store_low_bytes(int8_t *out, vec v) {
-    int32_t bits[CQ_LANES];
-    memcpy(bits, &v, sizeof bits);
-    for (int32_t i = 0; i < CQ_LANES; i++) out[i] = (int8_t)bits[i];
-}
+#include "isa/portable_vectors.h" /* vec and its primitives */
 
 static float f16_value(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
@@ -67,7 +44,9 @@ static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
     for (int32_t i = 0; i < n; i++) out[i] = f16_bits(x[i]);
 }
 
-#include "isa/template/float_ops.h"
+#include "isa/template/float_ops.h" /* rms_norm ... dot_f16 */
+
+#include "isa/template/attention.h" /* attention_heads, attention_chunk */
 
 /* Of 2 to 5 bits; an odd number of bits: the plane of high bits follows the others. */
 static int32_t stored_bits(const uint8_t *block, int32_t bits, int32_t i) {
@@ -153,6 +132,15 @@ static int64_t peak_macs(int32_t iterations) {
 
 static int supported(void) { return 1; }
 
-const cq_kernels cq_kernels_portable = {"scalar",   supported,    gemv,       PANEL_ROWS,      0,
-                                        PANEL_ROWS, decode_panel, pack_panel, gemm_panel,      NULL,
-                                        NULL,       dot_q8_0,     peak_macs,  CQ_FLOAT_KERNELS};
+const cq_kernels cq_kernels_portable = {
+    .supported = supported,
+    .gemv = gemv,
+    .panel_rows = PANEL_ROWS,
+    .panel_col_bytes = PANEL_ROWS,
+    .decode_panel = decode_panel,
+    .pack_panel = pack_panel,
+    .gemm_panel = gemm_panel,
+    .dot_q8_0 = dot_q8_0,
+    .peak_macs = peak_macs,
+    CQ_FLOAT_KERNELS,
+};

@@ -4,7 +4,7 @@
  * and heads that share keys and values would each read them anew: a unit is a group of such heads and a chunk of keys,
  * and a head's parts are joined afterwards. How keys are cut into chunks depends on their number only, so that results
  * do not depend on the team. */
-#include "ops/worker.h"
+#include "ops/attention.h"
 #include <float.h>
 #include <math.h>
 #include <string.h>

@@ -1,10 +1,11 @@
 /* The integer core alone, for tests: int32 accumulators of a whole matrix, nothing scaled. */
 #include "ops/linear.h"
+#include "ops/linear_items.h"
 #include <string.h>
 
 static int arguments_ok(const cq_matrix *w, int32_t n_tokens, int32_t n_threads) {
     return cq_is_clustered(w->type) && n_tokens > 0 && n_threads > 0 && w->n_cols % CQ_BLOCK == 0 &&
-           w->n_cols <= CQ_MAX_COLS && w->codebook_rows > 0 && w->codebook_rows <= CQ_MAX_RING &&
+           w->n_cols <= CQ_MAX_COLS && w->codebook_rows > 0 && w->codebook_rows <= CQ_MAX_CODEBOOK_ROWS &&
            (w->codebook_rows & (w->codebook_rows - 1)) == 0;
 }
 

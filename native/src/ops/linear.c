@@ -4,6 +4,8 @@
  * free, so that a slower one does fewer. Few tokens: GEMV straight from the packed indices.
  * More: the unit is decoded once to int8 and multiplied with all tokens. */
 #include "ops/linear.h"
+#include "ops/linear_items.h"
+#include "ops/linear_q8_0.h"
 #include <string.h>
 
 enum { CQ_UNIT_BYTES = 131072 }; /* at most: the first rows of a unit come from memory without a prefetch */

@@ -2,7 +2,7 @@
  *
  * A few tokens: dot products. More: each block of columns of a panel of rows is a small integer GEMM of its own, whose
  * accumulators are scaled and added up as floats. Rows are packed into panels once for all tokens. */
-#include "ops/linear.h"
+#include "ops/linear_q8_0.h"
 #include <string.h>
 
 static int64_t weight_bytes(const cq_kernels *kernels, const cq_matrix *w) {

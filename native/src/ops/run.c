@@ -1,6 +1,7 @@
 /* The program executor: one team of threads walks the operations, with a barrier before those that ask for one. What is
  * a single row, as between two linear layers where one token is decoded, the last thread to arrive there computes. */
-#include "ops/worker.h"
+#include "ops/attention.h"
+#include "ops/linear.h"
 #include <float.h>
 #include <math.h>
 #include <string.h>

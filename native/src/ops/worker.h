@@ -45,10 +45,4 @@ static inline int32_t cq_row_count(const cq_op *op, const cq_step *step) {
         return step->n_tokens;
     }
 }
-
-void cq_run_attention(const cq_worker *worker, const cq_attention *op);
-int64_t cq_attention_parts_bytes(const cq_attention *op);
-void cq_run_linear(const cq_worker *worker, const cq_linear *op, int32_t n_rows);
-int64_t cq_linear_scratch_bytes(const cq_kernels *kernels, const cq_matrix *w);
-void cq_dequantize_row(const cq_kernels *kernels, const cq_matrix *w, int64_t row, float *out);
 #endif

@@ -1,8 +1,12 @@
-/* The inner loops of descent.c and refit.c, included by float_ops.h: CQ_ROWS rows of a weight matrix side by side, a
- * lane of ROW_VECS vectors each, a block of columns at a time. Inside the block every column's choice moves the columns
- * beside it at once; what it means for the columns outside is then added for the whole block by rank_update. */
-#include "cluster/descent.h"
+/* TEMPLATE. The inner loops of descent.c and refit.c, over the primitives that vectors.h lists: CQ_ROWS rows of a
+ * weight matrix side by side, a lane of ROW_VECS vectors each, a block of columns at a time. Inside the block every
+ * column's choice moves the columns beside it at once; what it means for the columns outside is then added for the
+ * whole block by rank_update. */
+#ifndef CQ_COLUMN_BLOCK_H
+#define CQ_COLUMN_BLOCK_H
+#include "cluster_kernels.h"
 #include "isa/template/trellis.h"
+#include "isa/template/vectors.h"
 
 enum { ROW_VECS = CQ_ROWS / CQ_LANES };
 enum { INDEX_BITS = 31 }; /* low bits of a distance that hold the index instead: 2^-18 of it */
@@ -135,3 +139,4 @@ static void sum_by_centroid(const cq_centroid_columns *of, float (*sums)[CQ_BLOC
         for (int32_t v = 0; v < VECS; v++) store_vec(sums[c] + v * CQ_LANES, total[v]);
     }
 }
+#endif

@@ -1,4 +1,4 @@
-/* Packed indices -> weights, the same in every instruction set. Included after these of its own:
+/* TEMPLATE. Packed indices -> weights, the same in every instruction set. Included after these of its own:
  *
  *   indices64, weights64, entries     64 indices, 64 bytes of weights in column order, and a table
  *   halves64                          which of 64 weights take the second half of a table of 32 entries

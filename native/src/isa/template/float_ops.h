@@ -1,64 +1,8 @@
-/* The float operations, in generic C that each instruction set's file compiles once for itself.
- *
- * The including file defines, before the include:
- *   CQ_LANES, vec     floats per vector, and a vector_size type of that many
- *   sum_lanes(vec)    their sum
- *   repeat_four(p)    four floats at p, over and over
- *   min_vec, max_vec  elementwise; where the second operand is NaN, NaN
- *   reciprocal(v)     1 / v within 2 ulp
- *   store_low_bytes(out, v)  the lowest byte of each float
- *   f16_to_f32, f32_to_f16   as in cq_kernels
- *   CQ_TILE_VECS, CQ_SCORE_KEYS, CQ_SCORE_VECS   register tiles of attention.h
- * and lists CQ_FLOAT_KERNELS at the end of its cq_kernels. */
+/* TEMPLATE. The float operations of cq_kernels, in generic C that each instruction set's file compiles once for itself.
+ * Included after the primitives that vectors.h lists, and after f16_to_f32 and f32_to_f16 as in cq_kernels. */
 #ifndef CQ_FLOAT_OPS_H
 #define CQ_FLOAT_OPS_H
-#include "kernels.h"
-#include <math.h>
-#include <string.h>
-
-#define CQ_INLINE static inline __attribute__((always_inline))
-
-typedef float unaligned_vec __attribute__((vector_size(4 * CQ_LANES), aligned(4), may_alias));
-
-CQ_INLINE vec load_vec(const float *p) { return *(const unaligned_vec *)p; }
-CQ_INLINE void store_vec(float *p, vec v) { *(unaligned_vec *)p = v; }
-
-typedef int32_t int_vec __attribute__((vector_size(4 * CQ_LANES)));
-typedef uint32_t uint_vec __attribute__((vector_size(4 * CQ_LANES)));
-
-CQ_INLINE vec all_lanes(float value) { return value - (vec){0}; }
-
-/* exp(x) within 2 ulp for x in [-87, 88]; outside it is clamped to exp of the nearer end, NaN stays NaN. Written with
- * vectors, as compilers turn the clamps of a scalar loop into branches.
- *
- * x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 leaves the integer n in the low bits of the float, from where
- * a shift moves it into the exponent: no float-to-int conversion, which NaN would make undefined. */
-CQ_INLINE vec exp_vec(vec x) {
-    x = min_vec(all_lanes(88.0f), max_vec(all_lanes(-87.0f), x));
-    const vec shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    vec r = x - n * 0.693359375f; /* ln 2 in two parts; the first has 9 bits, so n times it is exact */
-    r = r + n * 2.12194440e-4f;
-    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f; /* the minimax polynomial of Cephes' expf */
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return p * (vec)(((uint_vec)shifted << 23) + 0x3f800000u);
-}
-
-/* 2^x within 2 ulp for x in [-125, 125], below it 2^-125; NaN stays NaN. n and what is left of x as in exp_vec; the
- * minimax polynomial of degree five that is 1 at 0, of relative error 9.2e-8. */
-CQ_INLINE vec exp2_vec(vec x) {
-    x = max_vec(all_lanes(-125.0f), x);
-    const vec shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);
-    vec p = r * 1.326472709e-3f + 9.671512862e-3f;
-    p = p * r + 5.550733746e-2f;
-    p = p * r + 2.402224208e-1f;
-    p = p * r + 6.931469776e-1f;
-    p = p * r + 1.0f;
-    return p * (vec)(((uint_vec)shifted << 23) + 0x3f800000u);
-}
+#include "isa/template/vectors.h"
 
 /* Squares are summed in double, so that every instruction set gives the same scale to the last bit or nearly so. */
 static void rms_norm(const float *x, const float *weight, float *out, int32_t n, float eps) {
@@ -161,50 +105,6 @@ static void rope(float *x, const float *cos_sin, int32_t n_rot, int32_t interlea
         rotate_pairs(x, cos_sin, n_rot / 2, 1, n_rot / 2);
 }
 
-/* Each lane beside the one whose index differs in the bit `half`, a power of two known to the compiler. */
-CQ_INLINE vec swap_lanes(vec v, int32_t half) {
-#ifdef __clang__
-    vec swapped;
-    for (int32_t lane = 0; lane < CQ_LANES; lane++) swapped[lane] = v[lane ^ half];
-    return swapped;
-#else
-    int_vec from;
-    for (int32_t lane = 0; lane < CQ_LANES; lane++) from[lane] = lane ^ half;
-    return __builtin_shuffle(v, from);
-#endif
-}
-
-/* Lanes of a and b by their numbers, b's following a's. */
-CQ_INLINE vec shuffle_lanes(vec a, vec b, int_vec from) {
-#ifdef __clang__
-    vec out;
-    for (int32_t lane = 0; lane < CQ_LANES; lane++)
-        out[lane] = from[lane] < CQ_LANES ? a[from[lane]] : b[from[lane] - CQ_LANES];
-    return out;
-#else
-    return __builtin_shuffle(a, b, from);
-#endif
-}
-
-/* rows[i][lane] and rows[lane][i] change places in every group of n rows and n lanes: blocks of half as many rows and
- * lanes, then blocks within these. */
-CQ_INLINE void transpose_groups(vec *rows, const int32_t n) {
-#pragma GCC unroll 4
-    for (int32_t half = n / 2; half >= 1; half /= 2) {
-        int_vec upper, lower;
-        for (int32_t lane = 0; lane < CQ_LANES; lane++) {
-            upper[lane] = lane & half ? CQ_LANES + lane - half : lane;
-            lower[lane] = lane & half ? CQ_LANES + lane : lane + half;
-        }
-#pragma GCC unroll 16
-        for (int32_t i = 0; i < n; i++) {
-            if (i & half) continue;
-            const vec a = rows[i], b = rows[i + half];
-            rows[i] = shuffle_lanes(a, b, upper), rows[i + half] = shuffle_lanes(a, b, lower);
-        }
-    }
-}
-
 /* Sums into the lanes without the bit `half`, differences into those with it. */
 CQ_INLINE vec butterfly(vec v, int32_t half) {
     vec sign;
@@ -244,11 +144,6 @@ static void hadamard(float *x, int32_t n, int32_t block) {
         v = butterfly(butterfly(v, 2), 1);
         store_vec(x + i, v * scale);
     }
-}
-
-static void axpy(float a, const float *x, float *y, int32_t n) {
-#pragma omp simd
-    for (int32_t i = 0; i < n; i++) y[i] += a * x[i];
 }
 
 static void scale_acc(const int32_t *acc, const float *row_scales, float token_scale, float *out, int32_t n,
@@ -304,11 +199,9 @@ static void dot_f16(const uint16_t *w, const float *const *x, int32_t n_tokens, 
     }
 }
 
-#include "isa/template/attention.h"
-#include "isa/template/column_block.h"
-#include "isa/template/kmeans_layer.h"
-
+/* Of a cq_kernels, with attention.h. */
 #define CQ_FLOAT_KERNELS                                                                                               \
-    rms_norm, quantize, swiglu, rope, hadamard, axpy, scale_acc, dot_f32, dot_f16, f16_to_f32, f32_to_f16,             \
-        attention_heads, attention_chunk, kmeans_layer, nearest_block, descend_block, rank_update, sum_by_centroid
+    .rms_norm = rms_norm, .quantize = quantize, .swiglu = swiglu, .rope = rope, .hadamard = hadamard, .axpy = axpy,    \
+    .scale_acc = scale_acc, .dot_f32 = dot_f32, .dot_f16 = dot_f16, .f16_to_f32 = f16_to_f32,                          \
+    .f32_to_f16 = f32_to_f16, .attention_heads = attention_heads, .attention_chunk = attention_chunk
 #endif

@@ -1,10 +1,10 @@
-/* Q8_0 in the x86 sets: a panel in blocks of 32 columns, each with scales of its own. A tile keeps a block's sums in
- * registers and adds them, scaled, to floats. Each set defines BLOCK_TOKENS, the most
- * tokens of a tile, 6 or fewer, and what panel halves have in common: tile_sums of 2 * CQ_LANES rows, first_sums and
- * add_columns. */
-#ifndef CQ_BLOCK_TILES_H
-#define CQ_BLOCK_TILES_H
-#include "kernels.h"
+/* TEMPLATE. gemm_blocks of the x86 sets, Q8_0: a panel in blocks of 32 columns, each with scales of its own. A tile
+ * keeps a block's sums in registers and adds them, scaled, to floats. Included after the primitives of vectors.h and
+ * after what the sets' panels have in common: BLOCK_TOKENS, the most tokens of a tile, 6 or fewer; PANEL_ROWS,
+ * PANEL_HEAD, PANEL_COL_BYTES; tile_sums of 2 * CQ_LANES rows, first_sums and add_columns. */
+#ifndef CQ_GEMM_BLOCKS_H
+#define CQ_GEMM_BLOCKS_H
+#include "isa/template/vectors.h"
 
 enum { BLOCK_COLS = 32, MAX_BLOCK_TOKENS = 6 };
 _Static_assert((int)BLOCK_TOKENS <= (int)MAX_BLOCK_TOKENS, "a function for each");

@@ -1,22 +1,8 @@
-/* What the panel halves of the x86 sets share: how tokens are dealt to tiles. Each defines PANEL_ROWS, TILE_TOKENS (the
- * most of a tile) and TILE_COLS, includes this, and defines tiles[TILE_TOKENS], of 1, 2, ... tokens. */
-#ifndef CQ_PANEL_TILES_H
-#define CQ_PANEL_TILES_H
-#include "kernels.h"
-
-/* Columns [col, col + n_cols) of a panel; `to`: where products go when they are complete, NULL: sums stay in acc. */
-typedef struct {
-    const uint8_t *panel;
-    int32_t col, n_cols;
-    const cq_scaling *to;
-} tile_columns;
-
-/* Some tokens times columns of a panel: sums start from acc [tokens][PANEL_ROWS], at column 0 from what the panel's
- * form of a weight adds to them. */
-typedef void tile_function(const tile_columns *c, const int8_t *const *x, const int32_t *x_sum, int32_t first_token,
-                           int32_t *acc);
-
-static tile_function *const tiles[TILE_TOKENS];
+/* TEMPLATE. gemm_panel and gemm_panel_scaled of the x86 sets. Included after PANEL_ROWS, TILE_TOKENS (the most tokens
+ * of a tile), TILE_COLS and tiles[TILE_TOKENS], of 1, 2, ... tokens (panel_tiles.h). */
+#ifndef CQ_GEMM_PANEL_H
+#define CQ_GEMM_PANEL_H
+#include "isa/panel_tiles.h"
 
 /* TILE_COLS columns of the panel serve all tokens before the next ones; tokens are dealt evenly, as 13 of them in tiles
  * of 7 and 6 take less than in 12 and 1. */
@@ -38,10 +24,4 @@ static void gemm_panel(const uint8_t *panel, int32_t n_cols, const int8_t *const
                        int32_t n_tokens, int32_t *acc) {
     gemm_panel_scaled(panel, n_cols, x, x_sum, n_tokens, acc, NULL);
 }
-
-#define CQ_TILE(N)                                                                                                     \
-    static void tile_##N(const tile_columns *c, const int8_t *const *x, const int32_t *x_sum, int32_t first_token,     \
-                         int32_t *acc) {                                                                               \
-        tile(N, c, x, x_sum, first_token, acc);                                                                        \
-    }
 #endif

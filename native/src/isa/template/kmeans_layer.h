@@ -1,9 +1,12 @@
-/* One layer of the k-means dynamic program (kmeans.c), included by float_ops.h: for every end i, where the last cluster
- * best starts, given the best values with one cluster fewer.
+/* TEMPLATE. One layer of the k-means dynamic program (kmeans.c), with vectors of doubles that any set compiles: for
+ * every end i, where the last cluster best starts, given the best values with one cluster fewer.
  *
  * The best start grows with the end. So divide and conquer over every STRIDE-th end scans few starts for each, several
  * starts per vector; an end between two of these scans only the starts between theirs, several ends per vector. */
-#include "cluster/kmeans.h"
+#ifndef CQ_KMEANS_LAYER_H
+#define CQ_KMEANS_LAYER_H
+#include "cluster_kernels.h"
+#include <string.h>
 
 typedef double stride_vec __attribute__((vector_size(8 * CQ_STRIDE)));
 typedef double unaligned_stride_vec __attribute__((vector_size(8 * CQ_STRIDE), aligned(8), may_alias));
@@ -84,3 +87,4 @@ static void kmeans_layer(const cq_kmeans *s, const cq_kmeans_layer *layer) {
     for (int32_t i = n_strides ? lo + CQ_STRIDE * (n_strides - 1) + 1 : lo; i < hi; i++)
         split_end(s, layer, i, i > lo ? layer->split[i - 1] : layer->first, last);
 }
+#endif

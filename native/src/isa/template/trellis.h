@@ -2,6 +2,10 @@
  * them a row takes follows from one free bit u per row, part = (u[r] ^ u[r - 2]) + 2 u[r - 1] around the ring of rows
  * that share the codebook. This is the four-state code of Ungerboeck (1982) in the quantizer of Marcellin and Fischer
  * (1990), closed to a ring. */
+#ifndef CQ_TRELLIS_H
+#define CQ_TRELLIS_H
+#include "isa/template/vectors.h"
+
 enum { PATHS = 16, PATH_VECS = PATHS / CQ_LANES }; /* four states for each of four states to start from */
 
 /* Lanes 2 l or, odd, 2 l + 1 of each group of four, twice. */
@@ -11,12 +15,12 @@ CQ_INLINE vec every_second(vec v, const int32_t odd) {
     return shuffle_lanes(v, v, from);
 }
 
-/* part[n]: the way around a ring of n <= CQ_MAX_RING rows that costs least (Viterbi, for all states to start from and
- * to return to at once). cost[n]: of parts 0, 2, 1, 3. A state is 2 u[r - 1] + u[r - 2]. */
+/* part[n]: the way around a ring of n <= CQ_MAX_CODEBOOK_ROWS rows that costs least (Viterbi, for all states to start
+ * from and to return to at once). cost[n]: of parts 0, 2, 1, 3. A state is 2 u[r - 1] + u[r - 2]. */
 CQ_INLINE void trellis_path(const float (*cost)[4], int32_t n, int32_t *part) {
     vec total[PATH_VECS];
     float sums[PATHS];
-    int32_t from_odd[CQ_MAX_RING][PATHS]; /* whether the better way into a state had u[r - 2] = 1 */
+    int32_t from_odd[CQ_MAX_CODEBOOK_ROWS][PATHS]; /* whether the better way into a state had u[r - 2] = 1 */
     for (int32_t path = 0; path < PATHS; path++) sums[path] = path / 4 == path % 4 ? 0 : INFINITY;
     memcpy(total, sums, sizeof total);
     for (int32_t r = 0; r < n; r++) {
@@ -38,3 +42,4 @@ CQ_INLINE void trellis_path(const float (*cost)[4], int32_t n, int32_t *part) {
         state = 2 * u1 + u2;
     }
 }
+#endif

@@ -1,29 +1,9 @@
-/* AVX2 kernels, compiled twice: by avx2.c, and by avxvnni.c with a dot product of bytes.
- *
- * Only bytes of the matrix are read. */
-#ifndef CQ_AVX2_CORE_H
-#define CQ_AVX2_CORE_H
+/* Tables of weights and look-ups of 64 indices in AVX2: the primitives of template/decode.h. Included after the target
+ * pragma. Only bytes of the matrix are read. */
+#ifndef CQ_AVX2_LOOKUP_H
+#define CQ_AVX2_LOOKUP_H
 #include "isa/indices.h"
 #include "isa/x86.h"
-
-#define CQ_LANES 8
-#define CQ_TILE_VECS 2
-#define CQ_SCORE_KEYS 4
-#define CQ_SCORE_VECS 2
-typedef __m256 vec;
-
-static inline vec repeat_four(const float *p) { return _mm256_broadcast_ps((const __m128 *)p); }
-static inline vec min_vec(vec a, vec b) { return _mm256_min_ps(a, b); }
-static inline vec max_vec(vec a, vec b) { return _mm256_max_ps(a, b); }
-static inline vec reciprocal(vec v) { return 1.0f / v; }
-static inline float sum_lanes(vec v) { return sum_f32(v); }
-static inline void store_low_bytes(int8_t *out, vec v) {
-    const __m256i first = _mm256_set1_epi32(0x0c080400), bytes = _mm256_shuffle_epi8(_mm256_castps_si256(v), first);
-    _mm_storel_epi64((__m128i *)out,
-                     _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
-}
-
-#include "isa/template/float_ops.h"
 
 /* Two tables of sixteen bytes, in both lanes, for vpshufb, or a codebook: two of sixteen int16. Of 32 entries `high` is
  * the codebook's second half, and in tables what that changes in the first, bit by bit; smaller ones do not use it. */
@@ -144,80 +124,5 @@ CQ_INLINE weights64 look_up_32(entries table, indices64 index, halves64 halves) 
     const weights64 low = look_up(table, index), change = look_up((entries){table.high, table.high}, index);
     return (weights64){_mm256_xor_si256(low.first, _mm256_and_si256(change.first, halves.first)),
                        _mm256_xor_si256(low.second, _mm256_and_si256(change.second, halves.second))};
-}
-
-#include "isa/template/decode.h"
-
-#include "isa/avx2_gemv.h"
-#include "isa/avx2_panel.h"
-#include "isa/template/gemm_blocks.h"
-
-/* Blocks [begin, end) of a row -> bytes at out; the span moves on with them. */
-CQ_INLINE void decode_blocks(const int32_t type, const cq_row *row, cq_span *span, int32_t begin, int32_t end,
-                             uint8_t *out) {
-    for (int32_t b = begin; b < end;) {
-        if (b == span->end) cq_next_span(row, type, span);
-        const __m256i scale = _mm256_set1_epi16(span->group_scale ? *span->group_scale : NO_SCALE);
-        entries table;
-        make_tables(1, type, load_codebook(span->centroids, type), &scale, (char)PANEL_OFFSET, &table);
-        for (const int32_t stop = cq_min(end, span->end); b < stop; b++, out += CQ_BLOCK) {
-            const weights64 weights = decode_row_block(row, type, b, table);
-            _mm256_store_si256((__m256i *)out, weights.first);
-            _mm256_store_si256((__m256i *)(out + 32), weights.second);
-        }
-    }
-}
-
-/* Rows of one half of a panel. */
-CQ_INLINE void decode_half(const int32_t type, const cq_matrix *w, int64_t row, int32_t n_rows, int32_t half,
-                           uint8_t *panel) {
-    enum { CHUNK = CHUNK_BLOCKS * CQ_BLOCK };
-    const int32_t n_blocks = w->n_cols / CQ_BLOCK;
-    uint8_t decoded[HALF_ROWS * CHUNK] __attribute__((aligned(32)));
-    cq_row rows[HALF_ROWS];
-    cq_span spans[HALF_ROWS];
-    memset(decoded, PANEL_OFFSET, sizeof decoded); /* rows beyond the matrix: weight zero */
-    for (int32_t r = 0; r < n_rows; r++) rows[r] = cq_row_at(w, row + r), spans[r] = cq_first_span(&rows[r]);
-    for (int32_t b = 0; b < n_blocks; b += CHUNK_BLOCKS) {
-        const int32_t end = cq_min(n_blocks, b + CHUNK_BLOCKS);
-        for (int32_t r = 0; r < n_rows; r++) decode_blocks(type, &rows[r], &spans[r], b, end, decoded + r * CHUNK);
-        for (int32_t col = 0; col < (end - b) * CQ_BLOCK; col += 32)
-            transpose_block(decoded + col, CHUNK,
-                            panel + PANEL_HEAD + ((int64_t)b * CQ_BLOCK + col) * PANEL_COL_BYTES + 32 * half,
-                            panel + 32 * half);
-    }
-}
-
-static void decode_panel(const cq_matrix *w, int64_t row, int32_t n_rows, uint8_t *panel) {
-    memset(panel, 0, PANEL_HEAD);
-    for (int32_t half = 0; half < 2; half++) {
-        const int32_t first = half * HALF_ROWS, n = cq_min(n_rows - first, HALF_ROWS) * (n_rows > first);
-        CQ_WITH_TYPE(w, decode_half, w, row + first, n, half, panel)
-    }
-}
-
-static int64_t peak_macs(int32_t iterations) {
-    enum { CHAINS = 12 };
-    __m256i sum[CHAINS], w = _mm256_set1_epi8(3), x = _mm256_set1_epi8(5);
-#pragma GCC unroll 12
-    for (int32_t i = 0; i < CHAINS; i++) sum[i] = _mm256_setzero_si256();
-    for (int32_t i = 0; i < iterations; i++)
-#pragma GCC unroll 12
-        for (int32_t j = 0; j < CHAINS; j++) {
-#ifdef CQ_DPBUSD
-            sum[j] = CQ_DPBUSD(sum[j], w, x);
-#else
-            __asm__ volatile("" : "+x"(x)); /* each product is computed anew */
-            const __m256i pairs = _mm256_maddubs_epi16(w, x);
-            sum[j] = _mm256_add_epi32(sum[j], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-#endif
-            __asm__ volatile("" : "+x"(sum[j]));
-        }
-    return (int64_t)iterations * CHAINS * 32;
-}
-
-static int has_avx2(void) {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 #endif
