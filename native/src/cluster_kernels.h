@@ -26,11 +26,12 @@ typedef struct cq_kmeans_layer {
     uint16_t *split;
 } cq_kmeans_layer;
 
-/* A block of columns of CQ_ROWS rows. matrix: its square of the second moments, or of their factor if `forward`. */
+/* A block of columns of CQ_ROWS rows. matrix: its square of the Hessian H (cluster/descent.c), or of the Cholesky
+ * factor if `forward`. */
 typedef struct cq_column_block {
     int32_t n_cols, n_values;
-    int32_t n_rows, ring, trellis; /* with a trellis, `ring` rows choose together */
-    int32_t forward;               /* a column moves only those after it */
+    int32_t n_rows, codebook_rows, trellis; /* with a trellis, the rows that share a codebook choose together */
+    int32_t forward;                        /* a column moves only those after it */
     const float *matrix;
     int64_t stride;
     _Alignas(4 * CQ_ROWS) float weight[CQ_ROWS]; /* what a row's squared error counts beside the others' */

@@ -95,10 +95,10 @@ typedef struct cq_kernels {
     void (*attention_heads)(const cq_attention *op, int32_t head, int32_t n_heads, int32_t position, int32_t n_queries,
                             const float *q, float *out, float *scratch);
     /* One token's queries q[n_heads][head_dim] of heads `head` .. that share keys and values, over keys first .. end
-     * - 1. parts, `stride` floats per head: sum of 2^(score - m) * value [value_dim], the largest score m, sum of
+     * - 1. partials, `stride` floats per head: sum of 2^(score - m) * value [value_dim], the largest score m, sum of
      * 2^(score - m); scores are times log2 e. At most CQ_QUERY_TILE heads. */
     void (*attention_chunk)(const cq_attention *op, int32_t head, int32_t n_heads, int32_t first, int32_t end,
-                            const float *q, float *parts, int64_t stride, float *scratch);
+                            const float *q, float *partials, int64_t stride, float *scratch);
 } cq_kernels;
 
 #define CQ_DECLARE(symbol, name, clustering, compiled) extern const cq_kernels cq_kernels_##symbol;

@@ -22,7 +22,7 @@ static void put_index(uint8_t *block, int32_t type, int32_t i, int32_t stored) {
     if (k == 5) put_bit(block + 32, i, stored >> 4);
 }
 
-/* The index that the stored bits of a row and of those above it mean, all rows of a ring at one column. */
+/* The index that the stored bits of a row and of those above it mean, all rows of a set at one column. */
 static int32_t index_of(int32_t type, const uint8_t *stored, int32_t n, int32_t r) {
     const int32_t k = type % 10, own = stored[r], above = stored[(r + n - 1) % n], above2 = stored[(r + 2 * n - 2) % n];
     if (type < CQ_CQ2T) return own;
@@ -59,10 +59,10 @@ static sample sample_new(int32_t type, int32_t n_rows, int32_t n_cols, int32_t c
         }
     for (int32_t r = 0; r < n_rows; r++)
         for (int32_t c = 0; c < n_cols; c++) {
-            const int32_t in_expert = r % expert_rows, in_ring = in_expert % book_rows,
-                          rest = expert_rows - in_expert + in_ring;
-            const uint8_t *ring = stored + (int64_t)c * n_rows + r - in_ring;
-            const int32_t index = index_of(type, ring, rest < book_rows ? rest : book_rows, in_ring);
+            const int32_t in_expert = r % expert_rows, in_set = in_expert % book_rows,
+                          rest = expert_rows - in_expert + in_set;
+            const uint8_t *set = stored + (int64_t)c * n_rows + r - in_set;
+            const int32_t index = index_of(type, set, rest < book_rows ? rest : book_rows, in_set);
             const int32_t book = r / expert_rows * expert_books + in_expert / book_rows * n_books;
             int32_t weight = centroids[(book + c / codebook_cols) * k + index];
             if (scale_cols) weight = (int32_t)floor((weight * scales[r * n_groups + c / scale_cols] + 64) / 128.0);
@@ -206,9 +206,9 @@ static void check_q8_0(int32_t n_blocks, int32_t extreme) {
         uint8_t *block = (uint8_t *)w.data + b * 34;
         int8_t *weights = (int8_t *)block + 2, *x = (int8_t *)q.data + b * 32;
         const int32_t exponent = random_between(1, 14), mantissa = random_between(0, 1023);
-        const uint16_t half = (uint16_t)(exponent << 10 | mantissa);
+        const uint16_t f16 = (uint16_t)(exponent << 10 | mantissa);
         const float scale = 0.01f * (float)random_between(1, 1000);
-        memcpy(block, &half, 2);
+        memcpy(block, &f16, 2);
         memcpy((char *)scales.data + 4 * b, &scale, 4);
         for (int32_t i = 0; i < 32; i++) {
             weights[i] = (int8_t)(extreme ? -128 : random_between(-128, 127));

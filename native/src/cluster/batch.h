@@ -13,37 +13,38 @@ typedef struct {
     float *state;     /* [n_cols]: the gradient, H (value - w); in error feedback what the columns before have left */
     float *step;      /* [n_cols]: what one step of a column's centroid changes in its weight */
     int32_t *columns; /* [n_cols]: sorted by centroid */
-    double *normal;   /* [n_centroids][n_centroids]: of one codebook; of its set's first lane, as the next two */
+    double *normal;   /* [n_centroids][n_centroids]: of one codebook; of its set's first row, as the next two */
     double *slope;    /* [n_centroids]: of the loss */
     double *target;   /* [n_codebooks * n_centroids]: centroids before rounding */
-    float (*rows)[CQ_BLOCK]; /* [n_cols]: a block of columns of H; of the first lane */
-    int active;              /* whether the last round improved its set */
-} cq_descent_lane;
+    float (*hessian_rows)[CQ_BLOCK]; /* [n_cols]: a block of columns of H; of the first row at work */
+    int active;                      /* whether the last round improved its set */
+} cq_descent_row;
 
-/* CQ_ROWS rows at work. matrix: H, or its factor V, in squares along the diagonal of job->matrix_cols columns each. */
+/* CQ_ROWS rows at work. matrix: H, or its Cholesky factor V, in squares along the diagonal, of job->hessian_width
+ * columns each. */
 typedef struct {
     const cq_clustering *job;
     const cq_cluster_kernels *kernels;
-    const float *matrix; /* [n_cols][matrix_cols] */
-    cq_descent_lane *lanes;
+    const float *matrix; /* [n_cols][hessian_width] */
+    cq_descent_row *rows;
     int32_t n;
 } cq_batch;
 
 /* The columns [begin, end) that influence column i: its square of the matrix. */
 static inline int32_t cq_square_begin(const cq_batch *b, int32_t i) {
-    return i / b->job->matrix_cols * b->job->matrix_cols;
+    return i / b->job->hessian_width * b->job->hessian_width;
 }
 static inline int32_t cq_square_end(const cq_batch *b, int32_t i) {
-    return cq_min(cq_square_begin(b, i) + b->job->matrix_cols, b->job->n_cols);
+    return cq_min(cq_square_begin(b, i) + b->job->hessian_width, b->job->n_cols);
 }
 /* Where the matrix has row i and column j of the same square. */
 static inline const float *cq_matrix_at(const cq_batch *b, int32_t i, int32_t j) {
-    return b->matrix + (size_t)i * b->job->matrix_cols + (j - cq_square_begin(b, i));
+    return b->matrix + (size_t)i * b->job->hessian_width + (j - cq_square_begin(b, i));
 }
 
-/* Where the set that starts with lane `first` ends. */
-static inline cq_descent_lane *cq_end_of_set(const cq_batch *b, cq_descent_lane *first) {
-    cq_descent_lane *end = first + b->job->codebook_rows;
-    return end < b->lanes + b->n ? end : b->lanes + b->n;
+/* Where the set that starts with `first` ends. */
+static inline cq_descent_row *cq_end_of_set(const cq_batch *b, cq_descent_row *first) {
+    cq_descent_row *end = first + b->job->codebook_rows;
+    return end < b->rows + b->n ? end : b->rows + b->n;
 }
 #endif

@@ -22,14 +22,14 @@ typedef struct {
     float weight;     /* what its loss counts beside the others' of its set */
     float *amplitude; /* [n_groups]: real scale of each group */
     cq_fit fit;       /* its centroids are the set's */
-} lane;
+} set_row;
 
 /* Per thread. */
 typedef struct {
     const cq_cluster_kernels *kernels;
     cq_kmeans kmeans;
     double *codebook; /* [n_codebooks * n_centroids]: centroids before rounding */
-    lane lanes[CQ_MAX_CODEBOOK_ROWS];
+    set_row rows[CQ_MAX_CODEBOOK_ROWS];
     int32_t n; /* rows of the set at work */
 } workspace;
 
@@ -39,7 +39,7 @@ static size_t carve(workspace *s, uint8_t *base, const cq_clustering *job) {
     int8_t *centroids;
     cq_take(base, &used, &s->codebook, 8 * blocks * CQ_MAX_CENTROIDS);
     cq_take(base, &used, &centroids, blocks * CQ_MAX_CENTROIDS);
-    for (lane *r = s->lanes; r < s->lanes + job->codebook_rows; r++) {
+    for (set_row *r = s->rows; r < s->rows + job->codebook_rows; r++) {
         cq_take(base, &used, &r->amplitude, 4 * blocks);
         cq_take(base, &used, &r->fit.indices, n);
         cq_take(base, &used, &r->fit.group_scales, blocks);
@@ -53,7 +53,7 @@ static size_t carve(workspace *s, uint8_t *base, const cq_clustering *job) {
 static int32_t group_of(const cq_clustering *job, int32_t col) { return job->scale_cols ? col / job->scale_cols : 0; }
 
 /* Rounds the amplitudes of all groups to the file's grid: u8 steps of the row's scale. */
-static void set_scales(const cq_clustering *job, lane *r) {
+static void set_scales(const cq_clustering *job, set_row *r) {
     float top = 0;
     for (int32_t g = 0; g < cq_n_groups(job); g++) top = fmaxf(top, r->amplitude[g]);
     r->fit.scale = top;
@@ -76,7 +76,7 @@ static columns group_columns(const cq_clustering *job, int32_t g) {
 }
 
 /* Start: each group's weighted root mean square. */
-static void start_scales(const cq_clustering *job, lane *r) {
+static void start_scales(const cq_clustering *job, set_row *r) {
     for (int32_t g = 0; g < cq_n_groups(job); g++) {
         const columns group = group_columns(job, g);
         double sum = 0, total = 0;
@@ -91,7 +91,7 @@ static void start_scales(const cq_clustering *job, lane *r) {
 }
 
 /* Least squares of each group's amplitude with centroids and assignments fixed. */
-static void refit_scales(const cq_clustering *job, lane *r) {
+static void refit_scales(const cq_clustering *job, set_row *r) {
     for (int32_t g = 0; g < cq_n_groups(job); g++) {
         const columns group = group_columns(job, g);
         double wc = 0, cc = 0;
@@ -146,12 +146,12 @@ static void fit_scale(const cq_clustering *job, const float *w, cq_fit *f) {
 /* Codebooks by k-means for the current amplitudes. */
 static void solve_codebooks(const cq_clustering *job, workspace *s) {
     float top = 0; /* weights are taken relative to the largest amplitude: its square may not fit a float */
-    for (lane *r = s->lanes; r < s->lanes + s->n; r++)
+    for (set_row *r = s->rows; r < s->rows + s->n; r++)
         for (int32_t g = 0; g < cq_n_groups(job); g++) top = fmaxf(top, r->amplitude[g]);
     for (int32_t b = 0; b < cq_n_codebooks(job); b++) {
         int32_t begin = b * job->codebook_cols, end = begin + job->codebook_cols, n = 0;
         if (end > job->n_cols) end = job->n_cols;
-        for (lane *r = s->lanes; r < s->lanes + s->n; r++)
+        for (set_row *r = s->rows; r < s->rows + s->n; r++)
             for (int32_t first = begin; first < end; first += CQ_BLOCK) {
                 const float a = r->amplitude[group_of(job, first)], share = a > 0 ? (a / top) * (a / top) : 0;
                 for (int32_t i = first; i < cq_min(first + CQ_BLOCK, end); i++, n++) {
@@ -172,7 +172,7 @@ static void refit_codebooks(const cq_clustering *job, workspace *s) {
         double sums[4][2][CQ_MAX_CENTROIDS] = {{{0}}};
         int32_t begin = b * job->codebook_cols, end = begin + job->codebook_cols;
         if (end > job->n_cols) end = job->n_cols;
-        for (lane *r = s->lanes; r < s->lanes + s->n; r++)
+        for (set_row *r = s->rows; r < s->rows + s->n; r++)
             for (int32_t first = begin; first < end; first += CQ_BLOCK) {
                 const double a = r->amplitude[group_of(job, first)], ra = r->weight * a;
                 for (int32_t i = first; i < cq_min(first + CQ_BLOCK, end); i++) {
@@ -185,13 +185,13 @@ static void refit_codebooks(const cq_clustering *job, workspace *s) {
             const int32_t at = b * job->n_centroids + c;
             const double wa = (sums[0][0][c] + sums[1][0][c]) + (sums[2][0][c] + sums[3][0][c]);
             const double aa = (sums[0][1][c] + sums[1][1][c]) + (sums[2][1][c] + sums[3][1][c]);
-            s->codebook[at] = aa > 0 ? wa / aa : s->lanes->fit.centroids[at];
+            s->codebook[at] = aa > 0 ? wa / aa : s->rows->fit.centroids[at];
         }
     }
 }
 
-/* A codebook in ascending order -> the four parts of the trellis (trellis.h), each of every fourth centroid. */
-static void deal_to_parts(int8_t *centroids, int32_t k) {
+/* A codebook in ascending order -> the four subsets of the trellis (trellis.h), each of every fourth centroid. */
+static void deal_to_subsets(int8_t *centroids, int32_t k) {
     int8_t ascending[CQ_MAX_CENTROIDS];
     memcpy(ascending, centroids, (size_t)k);
     for (int32_t i = 0; i < k; i++) centroids[i / 4 + i % 4 * (k / 4)] = ascending[i];
@@ -200,27 +200,27 @@ static void deal_to_parts(int8_t *centroids, int32_t k) {
 /* Rounds the real codebooks to int8, the largest of the set to 127, and sorts each. */
 static void set_centroids(const cq_clustering *job, workspace *s) {
     int32_t k = job->n_centroids, n = cq_n_codebooks(job) * k;
-    int8_t *centroids = s->lanes->fit.centroids;
+    int8_t *centroids = s->rows->fit.centroids;
     double top = 0;
     for (int32_t i = 0; i < n; i++) top = fmax(top, fabs(s->codebook[i]));
-    for (lane *r = s->lanes; r < s->lanes + s->n; r++) r->fit.scale = (float)(r->fit.scale * top / 127.0);
+    for (set_row *r = s->rows; r < s->rows + s->n; r++) r->fit.scale = (float)(r->fit.scale * top / 127.0);
     for (int32_t i = 0; i < n; i++) {
         int8_t c = (int8_t)(top > 0 ? lrint(s->codebook[i] * 127.0 / top) : 0);
         int32_t at = i, first = i / k * k;
         for (; at > first && centroids[at - 1] > c; at--) centroids[at] = centroids[at - 1];
         centroids[at] = c;
     }
-    for (int32_t i = 0; i < n && job->trellis; i += k) deal_to_parts(centroids + i, k);
+    for (int32_t i = 0; i < n && job->trellis; i += k) deal_to_subsets(centroids + i, k);
 }
 
 /* The nearest effective weights that the trellis allows, for columns [begin, end) of all rows together. Each row has
- * several of the block's lanes, for a part of the columns each. */
+ * several of the block's rows, for some of the columns each. */
 static void assign_block_on_trellis(const cq_clustering *job, workspace *s, int32_t begin, int32_t end) {
-    const int32_t parts = CQ_ROWS / s->n;
-    cq_column_block block = {.n_cols = cq_ceil_div(end - begin, parts), .n_values = job->n_centroids};
-    block.n_rows = parts * s->n, block.ring = s->n, block.trellis = 1;
+    const int32_t pieces = CQ_ROWS / s->n;
+    cq_column_block block = {.n_cols = cq_ceil_div(end - begin, pieces), .n_values = job->n_centroids};
+    block.n_rows = pieces * s->n, block.codebook_rows = s->n, block.trellis = 1;
     for (int32_t l = 0; l < block.n_rows; l++) {
-        const lane *r = s->lanes + l % s->n;
+        const set_row *r = s->rows + l % s->n;
         float w8[CQ_MAX_CENTROIDS];
         cq_effective_weights(job, &r->fit, begin, w8);
         block.weight[l] = r->weight;
@@ -231,7 +231,7 @@ static void assign_block_on_trellis(const cq_clustering *job, workspace *s, int3
     s->kernels->nearest_block(&block);
     for (int32_t l = 0; l < block.n_rows; l++)
         for (int32_t i = 0, at = begin + l / s->n * block.n_cols; i < block.n_cols && at < end; i++, at++)
-            s->lanes[l % s->n].fit.indices[at] = (uint8_t)block.index[i][l];
+            s->rows[l % s->n].fit.indices[at] = (uint8_t)block.index[i][l];
 }
 
 static void assign_on_trellis(const cq_clustering *job, workspace *s) {
@@ -244,7 +244,7 @@ static double settle(const cq_clustering *job, workspace *s) {
     double loss = 0;
     set_centroids(job, s);
     if (job->trellis) assign_on_trellis(job, s);
-    for (lane *r = s->lanes; r < s->lanes + s->n; r++) {
+    for (set_row *r = s->rows; r < s->rows + s->n; r++) {
         if (!job->trellis) assign(job, r->w, &r->fit);
         fit_scale(job, r->w, &r->fit);
         loss += r->weight * r->fit.loss;
@@ -255,7 +255,7 @@ static double settle(const cq_clustering *job, workspace *s) {
 static void keep(const cq_clustering *job, int32_t row, const workspace *s) {
     for (int32_t r = 0; r < s->n; r++) {
         cq_fit best = cq_fit_of_row(job, row + r);
-        cq_fit_copy(job, &best, &s->lanes[r].fit);
+        cq_fit_copy(job, &best, &s->rows[r].fit);
         job->scales[row + r] = best.scale, job->loss[row + r] = best.loss;
     }
 }
@@ -263,15 +263,15 @@ static void keep(const cq_clustering *job, int32_t row, const workspace *s) {
 static void cluster_set(const cq_clustering *job, int32_t row, workspace *s) {
     s->n = job->n_rows - row < job->codebook_rows ? job->n_rows - row : job->codebook_rows;
     for (int32_t r = 0; r < s->n; r++) {
-        s->lanes[r].w = job->w + (size_t)(row + r) * job->n_cols;
-        s->lanes[r].weight = job->row_weight[row + r];
-        start_scales(job, &s->lanes[r]);
+        s->rows[r].w = job->w + (size_t)(row + r) * job->n_cols;
+        s->rows[r].weight = job->row_weight[row + r];
+        start_scales(job, &s->rows[r]);
     }
     solve_codebooks(job, s);
     double best = settle(job, s);
     keep(job, row, s);
     for (int32_t round = 0; round < job->n_iterations; round++) {
-        for (int32_t r = 0; r < s->n; r++) refit_scales(job, &s->lanes[r]);
+        for (int32_t r = 0; r < s->n; r++) refit_scales(job, &s->rows[r]);
         refit_codebooks(job, s);
         const double loss = settle(job, s);
         if (!(loss < best)) break;

@@ -1,10 +1,10 @@
-/* Codebooks and assignments under the full second moments H = X^T X of the inputs: a row's loss is the squared error of
- * its outputs, r^T H r with r = effective weights - w. Starts from what cluster.c found under H's diagonal.
+/* Codebooks and assignments under the full Hessian H = X^T X, the inputs' second moments: a row's loss is the squared
+ * error of its outputs, r^T H r with r = effective weights - w. Starts from what cluster.c found under H's diagonal.
  *
  * 1. Error feedback (GPTQ, arXiv 2210.17323): columns from left to right take their nearest effective weight, and the
- *    error is moved to the columns after it. With H = V V^T, V upper triangular, the loss is |V^T r|^2, of which a
- *    column's entry depends on the columns before it: (V^T r)_j = V_jj r_j + sum over i < j of V_ij r_i (the same as by
- *    a factor of the inverse, as in QuIP, arXiv 2307.13304).
+ *    error is moved to the columns after it. With H = V V^T, V upper triangular (Cholesky), the loss is |V^T r|^2, of
+ * which a column's entry depends on the columns before it: (V^T r)_j = V_jj r_j + sum over i < j of V_ij r_i (the same
+ * as by a factor of the inverse, as in QuIP, arXiv 2307.13304).
  * 2. Rounds of (LNQ, arXiv 2505.07004): centroids by their normal equations (refit.c), rounded to int8; then coordinate
  *    descent, each column taking the value that minimizes the loss with the others fixed, its gradient kept up to date.
  *    A round counts only if the loss falls.
@@ -23,9 +23,9 @@
 
 enum { SWEEPS = 2 }; /* sweeps of coordinate descent per round */
 
-static size_t carve(cq_descent_lane *lanes, uint8_t *base, const cq_clustering *job) {
+static size_t carve(cq_descent_row *rows, uint8_t *base, const cq_clustering *job) {
     size_t n = (size_t)job->n_cols, k = (size_t)job->n_centroids, blocks = n / CQ_BLOCK + 1, used = 0;
-    for (cq_descent_lane *s = lanes; s < lanes + CQ_ROWS; s++) {
+    for (cq_descent_row *s = rows; s < rows + CQ_ROWS; s++) {
         cq_take(base, &used, &s->value, 4 * n);
         cq_take(base, &used, &s->state, 4 * n);
         cq_take(base, &used, &s->step, 4 * n);
@@ -37,7 +37,7 @@ static size_t carve(cq_descent_lane *lanes, uint8_t *base, const cq_clustering *
         cq_take(base, &used, &s->fit.centroids, blocks * CQ_MAX_CENTROIDS);
         cq_take(base, &used, &s->fit.group_scales, blocks);
     }
-    cq_take(base, &used, &lanes->rows, sizeof *lanes->rows * n);
+    cq_take(base, &used, &rows->hessian_rows, sizeof *rows->hessian_rows * n);
     return used;
 }
 
@@ -45,10 +45,10 @@ static size_t carve(cq_descent_lane *lanes, uint8_t *base, const cq_clustering *
 static cq_column_block block_at(const cq_batch *b, int32_t begin) {
     const int32_t rest = b->job->n_cols - begin;
     cq_column_block block = {.n_cols = rest < CQ_BLOCK ? rest : CQ_BLOCK, .n_values = b->job->n_centroids};
-    block.matrix = cq_matrix_at(b, begin, begin), block.stride = b->job->matrix_cols;
-    block.n_rows = b->n, block.ring = b->job->codebook_rows, block.trellis = b->job->trellis;
+    block.matrix = cq_matrix_at(b, begin, begin), block.stride = b->job->hessian_width;
+    block.n_rows = b->n, block.codebook_rows = b->job->codebook_rows, block.trellis = b->job->trellis;
     for (int32_t r = 0; r < b->n; r++) {
-        const cq_descent_lane *s = b->lanes + r;
+        const cq_descent_row *s = b->rows + r;
         block.weight[r] = s->weight;
         float w8[CQ_MAX_CENTROIDS];
         cq_effective_weights(b->job, &s->fit, begin, w8);
@@ -64,7 +64,7 @@ static cq_column_block block_at(const cq_batch *b, int32_t begin) {
 /* Takes over the block's choices. */
 static void leave_block(const cq_batch *b, const cq_column_block *block, int32_t begin) {
     for (int32_t r = 0; r < b->n; r++) {
-        cq_descent_lane *s = b->lanes + r;
+        cq_descent_row *s = b->rows + r;
         for (int32_t i = 0; i < block->n_cols; i++) {
             s->fit.indices[begin + i] = (uint8_t)block->index[i][r];
             s->value[begin + i] = block->value[i][r];
@@ -75,10 +75,10 @@ static void leave_block(const cq_batch *b, const cq_column_block *block, int32_t
 
 /* Adds what the block's columns changed to the states of the columns [first, end) of its square. */
 static void update_states(const cq_batch *b, const cq_column_block *block, int32_t begin, int32_t first, int32_t end) {
-    float *rows[CQ_ROWS];
-    for (int32_t r = 0; r < CQ_ROWS; r++) rows[r] = b->lanes[r].state + first;
+    float *states[CQ_ROWS];
+    for (int32_t r = 0; r < CQ_ROWS; r++) states[r] = b->rows[r].state + first;
     const float *matrix = cq_matrix_at(b, begin, first);
-    b->kernels->rank_update(block->change, block->n_cols, matrix, b->job->matrix_cols, rows, end - first);
+    b->kernels->rank_update(block->change, block->n_cols, matrix, b->job->hessian_width, states, end - first);
 }
 
 /* One sweep over the columns. */
@@ -94,15 +94,15 @@ static void sweep(const cq_batch *b, int32_t forward) {
 }
 
 static void clear_states(const cq_batch *b) {
-    for (cq_descent_lane *s = b->lanes; s < b->lanes + CQ_ROWS; s++) memset(s->state, 0, 4 * (size_t)b->job->n_cols);
+    for (cq_descent_row *s = b->rows; s < b->rows + CQ_ROWS; s++) memset(s->state, 0, 4 * (size_t)b->job->n_cols);
 }
 
 /* Error feedback starts from w, where nothing is left over. */
 static void feedback(const cq_batch *b) {
     clear_states(b);
-    for (cq_descent_lane *s = b->lanes; s < b->lanes + b->n; s++) memcpy(s->value, s->w, 4 * (size_t)b->job->n_cols);
+    for (cq_descent_row *s = b->rows; s < b->rows + b->n; s++) memcpy(s->value, s->w, 4 * (size_t)b->job->n_cols);
     sweep(b, 1);
-    for (cq_descent_lane *s = b->lanes; s < b->lanes + b->n; s++) cq_fit_copy(b->job, &s->best, &s->fit);
+    for (cq_descent_row *s = b->rows; s < b->rows + b->n; s++) cq_fit_copy(b->job, &s->best, &s->fit);
 }
 
 /* Fills value and state, the gradient. */
@@ -112,7 +112,7 @@ static void evaluate(const cq_batch *b) {
         cq_column_block block = block_at(b, begin);
         for (int32_t r = 0; r < b->n; r++)
             for (int32_t i = 0; i < block.n_cols; i++) {
-                cq_descent_lane *s = b->lanes + r;
+                cq_descent_row *s = b->rows + r;
                 s->value[begin + i] = block.values[s->fit.indices[begin + i]][r];
                 block.change[i][r] = s->value[begin + i] - s->w[begin + i];
             }
@@ -120,25 +120,25 @@ static void evaluate(const cq_batch *b) {
     }
 }
 
-static double loss_of(const cq_batch *b, const cq_descent_lane *s) {
+static double loss_of(const cq_batch *b, const cq_descent_row *s) {
     double loss = 0;
     for (int32_t i = 0; i < b->job->n_cols; i++) loss += (double)(s->value[i] - s->w[i]) * s->state[i];
     return loss;
 }
 
-static void keep_gradient(const cq_batch *b, const cq_descent_lane *s, float *gradients) {
+static void keep_gradient(const cq_batch *b, const cq_descent_row *s, float *gradients) {
     const size_t n = (size_t)b->job->n_cols, row = (size_t)(s->w - b->job->w) / n;
     if (gradients) memcpy(gradients + row * n, s->state, 4 * n);
 }
 
 /* Keeps a set's round if its loss fell, else the set is done. */
-static void judge(const cq_batch *b, cq_descent_lane *set) {
+static void judge(const cq_batch *b, cq_descent_row *set) {
     double loss = 0, best = 0;
-    for (cq_descent_lane *s = set; s < cq_end_of_set(b, set); s++) {
+    for (cq_descent_row *s = set; s < cq_end_of_set(b, set); s++) {
         s->fit.loss = loss_of(b, s);
         loss += s->weight * s->fit.loss, best += s->weight * s->best.loss;
     }
-    for (cq_descent_lane *s = set; s < cq_end_of_set(b, set); s++) {
+    for (cq_descent_row *s = set; s < cq_end_of_set(b, set); s++) {
         s->active = loss < best;
         if (!s->active) continue;
         cq_fit_copy(b->job, &s->best, &s->fit);
@@ -148,7 +148,7 @@ static void judge(const cq_batch *b, cq_descent_lane *set) {
 
 static void descend(const cq_batch *b) {
     evaluate(b);
-    for (cq_descent_lane *s = b->lanes; s < b->lanes + b->n; s++) {
+    for (cq_descent_row *s = b->rows; s < b->rows + b->n; s++) {
         s->best.loss = loss_of(b, s);
         keep_gradient(b, s, b->job->gradient_before), keep_gradient(b, s, b->job->gradient_after);
     }
@@ -156,7 +156,7 @@ static void descend(const cq_batch *b) {
         cq_refit_codebooks(b);
         evaluate(b);
         for (int32_t i = 0; i < SWEEPS; i++) sweep(b, 0);
-        for (cq_descent_lane *set = b->lanes; set < b->lanes + b->n; set += b->job->codebook_rows)
+        for (cq_descent_row *set = b->rows; set < b->rows + b->n; set += b->job->codebook_rows)
             if (set->active) judge(b, set);
     }
 }
@@ -164,11 +164,11 @@ static void descend(const cq_batch *b) {
 /* ---- entry points ---- */
 
 int64_t cq_descent_scratch_bytes(const cq_clustering *job) {
-    cq_descent_lane lanes[CQ_ROWS];
-    return (int64_t)carve(lanes, NULL, job);
+    cq_descent_row rows[CQ_ROWS];
+    return (int64_t)carve(rows, NULL, job);
 }
 
-static void start_lane(const cq_clustering *job, int32_t row, cq_descent_lane *s, const cq_descent_lane *set) {
+static void start_row(const cq_clustering *job, int32_t row, cq_descent_row *s, const cq_descent_row *set) {
     s->w = job->w + (size_t)row * job->n_cols;
     s->weight = job->row_weight[row];
     s->best = cq_fit_of_row(job, row);
@@ -178,36 +178,36 @@ static void start_lane(const cq_clustering *job, int32_t row, cq_descent_lane *s
 }
 
 /* Blocks of columns lie in one square each. */
-static int matrix_valid(const cq_clustering *job) {
-    return job->matrix_cols > 0 && (job->matrix_cols >= job->n_cols || job->matrix_cols % CQ_BLOCK == 0);
+static int hessian_valid(const cq_clustering *job) {
+    return job->hessian_width > 0 && (job->hessian_width >= job->n_cols || job->hessian_width % CQ_BLOCK == 0);
 }
 
 /* Batches in any order, one workspace per thread. */
 static int for_batches(const cq_clustering *job, void (*function)(const cq_batch *), const float *matrix,
                        int32_t n_threads, uint8_t *scratch) {
     const cq_cluster_kernels *kernels = cq_cluster_kernels_current();
-    if (!cq_clustering_valid(job) || !matrix_valid(job) || n_threads < 1 || !kernels) return CQ_ERR_ARGUMENT;
+    if (!cq_clustering_valid(job) || !hessian_valid(job) || n_threads < 1 || !kernels) return CQ_ERR_ARGUMENT;
     int64_t bytes = cq_descent_scratch_bytes(job);
 #pragma omp parallel num_threads(n_threads)
     {
-        cq_descent_lane lanes[CQ_ROWS];
-        carve(lanes, scratch + bytes * omp_get_thread_num(), job);
+        cq_descent_row rows[CQ_ROWS];
+        carve(rows, scratch + bytes * omp_get_thread_num(), job);
 #pragma omp for schedule(dynamic, 1)
         for (int32_t row = 0; row < job->n_rows; row += CQ_ROWS) {
-            cq_batch b = {job, kernels, matrix, lanes, job->n_rows - row < CQ_ROWS ? job->n_rows - row : CQ_ROWS};
-            for (int32_t i = 0; i < b.n; i++) start_lane(job, row + i, lanes + i, lanes + i - i % job->codebook_rows);
+            cq_batch b = {job, kernels, matrix, rows, job->n_rows - row < CQ_ROWS ? job->n_rows - row : CQ_ROWS};
+            for (int32_t i = 0; i < b.n; i++) start_row(job, row + i, rows + i, rows + i - i % job->codebook_rows);
             function(&b);
             for (int32_t i = 0; i < b.n; i++)
-                job->scales[row + i] = lanes[i].best.scale, job->loss[row + i] = lanes[i].best.loss;
+                job->scales[row + i] = rows[i].best.scale, job->loss[row + i] = rows[i].best.loss;
         }
     }
     return CQ_OK;
 }
 
-int cq_feedback_rows(const cq_clustering *job, const float *v, int32_t n_threads, uint8_t *scratch) {
-    return for_batches(job, feedback, v, n_threads, scratch);
+int cq_feedback_rows(const cq_clustering *job, const float *cholesky, int32_t n_threads, uint8_t *scratch) {
+    return for_batches(job, feedback, cholesky, n_threads, scratch);
 }
 
-int cq_descend_rows(const cq_clustering *job, const float *h, int32_t n_threads, uint8_t *scratch) {
-    return for_batches(job, descend, h, n_threads, scratch);
+int cq_descend_rows(const cq_clustering *job, const float *hessian, int32_t n_threads, uint8_t *scratch) {
+    return for_batches(job, descend, hessian, n_threads, scratch);
 }

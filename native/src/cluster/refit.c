@@ -1,4 +1,4 @@
-/* Codebooks of rows under the second moments H of the inputs, assignments fixed: with P having a column per centroid,
+/* Codebooks of rows under the Hessian H of the inputs, assignments fixed: with P having a column per centroid,
  * the normal equations (P^T H P) d = -P^T H r give what to add to the centroids (LNQ, arXiv 2505.07004).
  *
  * P^T H P is summed a block of columns at a time, for all rows of a batch, from a copy that stays in the caches (in H
@@ -28,7 +28,7 @@ static void solve(double *a, double *b, int32_t n) {
 }
 
 /* Sorts a row's columns [begin, end), counted from `begin`, by centroid; first [n_centroids + 1]. */
-static void sort_columns(const cq_batch *b, cq_descent_lane *s, int32_t begin, int32_t end, int32_t *first) {
+static void sort_columns(const cq_batch *b, cq_descent_row *s, int32_t begin, int32_t end, int32_t *first) {
     const int32_t k = b->job->n_centroids;
     int32_t next[CQ_MAX_CENTROIDS + 1] = {0};
     for (int32_t i = begin; i < end; i++) next[s->fit.indices[i] + 1]++;
@@ -38,7 +38,7 @@ static void sort_columns(const cq_batch *b, cq_descent_lane *s, int32_t begin, i
 }
 
 /* Adds what a row's columns [begin, end) of the block bring to its set's equations. sums: by centroid over the rows. */
-static void add_to_equations(const cq_batch *b, cq_descent_lane *set, const cq_descent_lane *s, int32_t begin,
+static void add_to_equations(const cq_batch *b, cq_descent_row *set, const cq_descent_row *s, int32_t begin,
                              int32_t end, const float (*sums)[CQ_BLOCK]) {
     const int32_t k = b->job->n_centroids;
     for (int32_t i = begin; i < end; i++) {
@@ -52,15 +52,15 @@ static void add_to_equations(const cq_batch *b, cq_descent_lane *set, const cq_d
 /* The columns [begin, end) of one codebook and of one square of the matrix. */
 static void add_square(const cq_batch *b, int32_t begin, int32_t end) {
     int32_t first[CQ_ROWS][CQ_MAX_CENTROIDS + 1];
-    for (int32_t r = 0; r < b->n; r++) sort_columns(b, b->lanes + r, begin, end, first[r]);
+    for (int32_t r = 0; r < b->n; r++) sort_columns(b, b->rows + r, begin, end, first[r]);
     for (int32_t block = begin; block < end; block += CQ_BLOCK) {
         const int32_t block_end = cq_min(block + CQ_BLOCK, end);
-        float (*rows)[CQ_BLOCK] = b->lanes->rows;
+        float (*hessian_rows)[CQ_BLOCK] = b->rows->hessian_rows;
         for (int32_t i = begin; i < block_end; i++)
-            memcpy(rows[i - begin], cq_matrix_at(b, i, block), 4 * (size_t)(block_end - block));
+            memcpy(hessian_rows[i - begin], cq_matrix_at(b, i, block), 4 * (size_t)(block_end - block));
         for (int32_t r = 0; r < b->n; r++) {
             float sums[CQ_MAX_CENTROIDS][CQ_BLOCK];
-            cq_descent_lane *s = b->lanes + r, *set = s - r % b->job->codebook_rows;
+            cq_descent_row *s = b->rows + r, *set = s - r % b->job->codebook_rows;
             if (!s->active) continue;
             const cq_centroid_columns columns = {b->job->n_centroids,
                                                  block - begin,
@@ -68,7 +68,7 @@ static void add_square(const cq_batch *b, int32_t begin, int32_t end) {
                                                  first[r],
                                                  s->columns,
                                                  s->step + begin,
-                                                 (const float (*)[CQ_BLOCK])rows};
+                                                 (const float (*)[CQ_BLOCK])hessian_rows};
             b->kernels->sum_by_centroid(&columns, sums);
             add_to_equations(b, set, s, block, block_end, (const float (*)[CQ_BLOCK])sums);
         }
@@ -76,7 +76,7 @@ static void add_square(const cq_batch *b, int32_t begin, int32_t end) {
 }
 
 /* Real centroids of a set's codebook, into target: they minimize the loss with everything else fixed. */
-static void solve_codebook(const cq_batch *b, cq_descent_lane *set, int32_t book) {
+static void solve_codebook(const cq_batch *b, cq_descent_row *set, int32_t book) {
     const int32_t k = b->job->n_centroids;
     double a[CQ_MAX_CENTROIDS * CQ_MAX_CENTROIDS], d[CQ_MAX_CENTROIDS], top = 0;
     for (int32_t i = 0; i < k; i++) {
@@ -89,16 +89,16 @@ static void solve_codebook(const cq_batch *b, cq_descent_lane *set, int32_t book
 }
 
 /* Rounds a set's targets to int8, the largest to 127. */
-static void round_centroids(const cq_batch *b, cq_descent_lane *set) {
+static void round_centroids(const cq_batch *b, cq_descent_row *set) {
     int32_t n = cq_n_codebooks(b->job) * b->job->n_centroids;
     double top = 0;
     for (int32_t i = 0; i < n; i++) top = fmax(top, fabs(set->target[i]));
     if (top == 0) return;
-    for (cq_descent_lane *s = set; s < cq_end_of_set(b, set); s++) s->fit.scale = (float)(s->fit.scale * top / 127.0);
+    for (cq_descent_row *s = set; s < cq_end_of_set(b, set); s++) s->fit.scale = (float)(s->fit.scale * top / 127.0);
     for (int32_t i = 0; i < n; i++) set->fit.centroids[i] = (int8_t)lrint(set->target[i] * 127.0 / top);
 }
 
-static void fill_steps(const cq_batch *b, cq_descent_lane *s) {
+static void fill_steps(const cq_batch *b, cq_descent_row *s) {
     for (int32_t i = 0; i < b->job->n_cols; i++)
         s->step[i] = b->job->scale_cols ? s->fit.scale * (float)s->fit.group_scales[i / b->job->scale_cols] / 128.0f
                                         : s->fit.scale;
@@ -106,17 +106,17 @@ static void fill_steps(const cq_batch *b, cq_descent_lane *s) {
 
 void cq_refit_codebooks(const cq_batch *b) {
     const int32_t n = b->job->n_cols, cols = b->job->codebook_cols, k = b->job->n_centroids;
-    cq_descent_lane *end_of_lanes = b->lanes + b->n;
-    for (cq_descent_lane *s = b->lanes; s < end_of_lanes; s++) fill_steps(b, s);
+    cq_descent_row *end_of_rows = b->rows + b->n;
+    for (cq_descent_row *s = b->rows; s < end_of_rows; s++) fill_steps(b, s);
     for (int32_t book = 0; book < cq_n_codebooks(b->job); book++) {
         const int32_t end = cq_min((book + 1) * cols, n);
-        for (cq_descent_lane *set = b->lanes; set < end_of_lanes; set += b->job->codebook_rows)
+        for (cq_descent_row *set = b->rows; set < end_of_rows; set += b->job->codebook_rows)
             memset(set->normal, 0, 8 * (size_t)(k * k)), memset(set->slope, 0, 8 * (size_t)k);
         for (int32_t begin = book * cols; begin < end; begin = cq_square_end(b, begin))
             add_square(b, begin, cq_min(end, cq_square_end(b, begin)));
-        for (cq_descent_lane *set = b->lanes; set < end_of_lanes; set += b->job->codebook_rows)
+        for (cq_descent_row *set = b->rows; set < end_of_rows; set += b->job->codebook_rows)
             if (set->active) solve_codebook(b, set, book);
     }
-    for (cq_descent_lane *set = b->lanes; set < end_of_lanes; set += b->job->codebook_rows)
+    for (cq_descent_row *set = b->rows; set < end_of_rows; set += b->job->codebook_rows)
         if (set->active) round_centroids(b, set);
 }

@@ -33,7 +33,7 @@ CQ_INLINE __m256i add_products(__m256i sum, __m256i weights, __m256i x, const in
 typedef struct {
     cq_row first;
     const uint8_t
-        *stored[2 + CQ_MAX_CODEBOOK_ROWS]; /* indices of the two rows above the first in its ring, then of the rows */
+        *stored[2 + CQ_MAX_CODEBOOK_ROWS]; /* indices of the two rows above the first in its set, then of the rows */
     int32_t scales[CQ_MAX_CODEBOOK_ROWS * MAX_BLOCKS]; /* [row][block], twice as int16 */
 } row_group;
 

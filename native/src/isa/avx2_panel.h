@@ -63,14 +63,14 @@ static inline void transpose_block(const uint8_t *rows, int32_t stride, uint8_t 
 }
 
 static void pack_panel(const int8_t *rows, int64_t stride, int32_t n_rows, int32_t n_cols, uint8_t *panel) {
-    uint8_t part[PANEL_ROWS * 32] __attribute__((aligned(32)));
-    memset(part, PANEL_OFFSET, sizeof part);
+    uint8_t block[PANEL_ROWS * 32] __attribute__((aligned(32)));
+    memset(block, PANEL_OFFSET, sizeof block);
     memset(panel, 0, PANEL_HEAD);
     for (int32_t k = 0; k < n_cols; k += 32)
         for (int32_t half = 0; half < 2; half++) {
-            uint8_t *eight = part + half * HALF_ROWS * 32;
+            uint8_t *eight = block + half * HALF_ROWS * 32;
             for (int32_t r = half * HALF_ROWS; r < cq_min(n_rows, (half + 1) * HALF_ROWS); r++)
-                _mm256_store_si256((__m256i *)(part + r * 32),
+                _mm256_store_si256((__m256i *)(block + r * 32),
                                    _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(rows + r * stride + k)),
                                                     _mm256_set1_epi8((char)PANEL_OFFSET)));
             transpose_block(eight, 32, panel + PANEL_HEAD + k / 4 * PANEL_STEP + 32 * half, panel + 32 * half);

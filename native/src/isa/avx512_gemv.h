@@ -7,7 +7,7 @@
 
 enum { GEMV_ROWS = 4 };
 
-/* Rows at once. stored: the two rows above the first in its ring, then the rows. */
+/* Rows at once. stored: the two rows above the first in its set, then the rows. */
 typedef struct {
     cursor c[GEMV_ROWS];
     codebook book;
@@ -70,9 +70,9 @@ CQ_INLINE void gemv_last(const int32_t type, const enum table_source source, row
 CQ_INLINE void gemv_rows(const int32_t N, const int32_t type, const enum table_source source, const cq_matrix *w,
                          int64_t row, const int8_t *x, __m512i *sum) {
     const int32_t n_blocks = w->n_cols / CQ_BLOCK;
-    /* The same place whole rings on, as the first rows of a ring with a trellis read its last ones; at least a page. */
-    const int32_t ring_bytes = CQ_MAX_CODEBOOK_ROWS * n_blocks * 8 * cq_stored_bits(type);
-    const int64_t ahead = (int64_t)ring_bytes * cq_ceil_div(4096, ring_bytes);
+    /* The same place whole sets on, as the first rows of a set with a trellis read its last ones; at least a page. */
+    const int32_t set_bytes = CQ_MAX_CODEBOOK_ROWS * n_blocks * 8 * cq_stored_bits(type);
+    const int64_t ahead = (int64_t)set_bytes * cq_ceil_div(4096, set_bytes);
     row_group g = group_at(N, type, source, w, row);
 #pragma GCC unroll 4
     for (int32_t r = 0; r < N; r++) sum[r] = _mm512_setzero_si512();

@@ -1,4 +1,5 @@
-/* Walks one row of a clustered matrix: where its bytes lie, and which table applies to which blocks. */
+/* Walks one row of a clustered matrix: where its bytes lie, and which table applies to which blocks. A set is the rows
+ * that share their codebooks. */
 #ifndef CQ_INDICES_H
 #define CQ_INDICES_H
 #include "kernels.h"
@@ -6,7 +7,7 @@
 
 typedef struct {
     const uint8_t *indices;
-    const uint8_t *above, *above2; /* indices of the rows one and two above in its ring; of the row itself without T */
+    const uint8_t *above, *above2; /* indices of the rows one and two above in its set; of the row itself without T */
     const int8_t *centroids, *group_scales; /* group_scales: NULL where the matrix has none */
     int32_t n_blocks, codebook_blocks, scale_blocks;
 } cq_row;
@@ -44,14 +45,14 @@ static inline int64_t cq_codebook_row(const cq_matrix *w, int64_t row) {
     return expert * cq_ceil_div(w->n_rows, w->codebook_rows) + ((row - expert * w->n_rows) >> shift);
 }
 
-/* How many rows from this one on share its codebooks, those of its ring: at least one. */
+/* How many rows from this one on share its codebooks, those of its set: at least one. */
 static inline int32_t cq_sharing_rows(const cq_matrix *w, int64_t row) {
     const int64_t in_expert = w->n_experts == 1 || cq_full_sets(w) ? row : row % w->n_rows;
-    const int32_t in_ring = w->codebook_rows - (int32_t)(in_expert & (w->codebook_rows - 1));
-    return cq_full_sets(w) ? in_ring : cq_min(in_ring, (int32_t)(w->n_rows - in_expert));
+    const int32_t in_set = w->codebook_rows - (int32_t)(in_expert & (w->codebook_rows - 1));
+    return cq_full_sets(w) ? in_set : cq_min(in_set, (int32_t)(w->n_rows - in_expert));
 }
 
-/* The row `up` rows above (1 or 2), in the ring of rows that share their codebooks: the first row follows the last. */
+/* The row `up` rows above (1 or 2), in the set of rows that share their codebooks: the first follows the last. */
 static inline int64_t cq_row_above(const cq_matrix *w, int64_t row, int32_t up) {
     const int64_t last = w->codebook_rows - 1;
     if (cq_full_sets(w)) return (row & ~last) | ((row - up) & last);

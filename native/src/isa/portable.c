@@ -2,8 +2,8 @@
 #include "isa/indices.h"
 #include "isa/portable_vectors.h" /* vec and its primitives */
 
-static float f16_value(uint16_t half) {
-    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
+static float f16_value(uint16_t f16) {
+    const uint32_t sign = (uint32_t)(f16 & 0x8000) << 16, exponent = f16 >> 10 & 31, mantissa = f16 & 1023;
     uint32_t bits;
     float value;
     if (exponent == 0) { /* zero or subnormal: mantissa * 2^-24, exact */
@@ -113,8 +113,8 @@ static void gemm_panel(const uint8_t *panel, int32_t n_cols, const int8_t *const
 static float dot_q8_0(const uint8_t *blocks, const int8_t *q, const float *scales, int32_t n_cols) {
     float sum = 0;
     for (int32_t b = 0; b < n_cols / 32; b++, blocks += 34) {
-        const uint16_t half = (uint16_t)(blocks[0] | blocks[1] << 8);
-        sum += (float)dot_i8((const int8_t *)blocks + 2, q + b * 32, 32) * (f16_value(half) * scales[b]);
+        const uint16_t f16 = (uint16_t)(blocks[0] | blocks[1] << 8);
+        sum += (float)dot_i8((const int8_t *)blocks + 2, q + b * 32, 32) * (f16_value(f16) * scales[b]);
     }
     return sum;
 }

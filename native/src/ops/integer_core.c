@@ -15,9 +15,9 @@ int cq_gemv_i32(const cq_matrix *w, const int8_t *x, const int32_t *sums, int32_
     const cq_kernels *kernels = cq_kernels_current();
     for (int64_t t = 0; t < n_tokens; t++) {
 #pragma omp parallel for schedule(static) num_threads(n_threads)
-        for (int32_t part = 0; part < n_threads; part++) {
-            int32_t begin = (int32_t)((int64_t)w->n_rows * part / n_threads);
-            int32_t end = (int32_t)((int64_t)w->n_rows * (part + 1) / n_threads);
+        for (int32_t share = 0; share < n_threads; share++) {
+            int32_t begin = (int32_t)((int64_t)w->n_rows * share / n_threads);
+            int32_t end = (int32_t)((int64_t)w->n_rows * (share + 1) / n_threads);
             kernels->gemv(w, begin, end - begin, x + t * w->n_cols, sums[t], acc + t * w->n_rows + begin);
         }
     }

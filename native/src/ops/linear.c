@@ -162,10 +162,10 @@ void cq_dequantize_row(const cq_kernels *kernels, const cq_matrix *w, int64_t ro
     if (w->type == CQ_F16) kernels->f16_to_f32((const uint16_t *)data, out, w->n_cols);
     if (w->type != CQ_Q8_0) return;
     for (int32_t block = 0; block < w->n_cols / CQ_Q8_0_COLS; block++, data += CQ_Q8_0_BYTES) {
-        uint16_t half;
+        uint16_t f16;
         float scale;
-        memcpy(&half, data, 2);
-        kernels->f16_to_f32(&half, &scale, 1);
+        memcpy(&f16, data, 2);
+        kernels->f16_to_f32(&f16, &scale, 1);
         for (int32_t j = 0; j < CQ_Q8_0_COLS; j++) out[block * CQ_Q8_0_COLS + j] = scale * (float)(int8_t)data[2 + j];
     }
 }

@@ -35,11 +35,11 @@ static void pack_rows(const cq_kernels *kernels, const cq_matrix *w, int64_t row
                       float *scales) {
     const int64_t stride = cq_row_bytes(w);
     const uint8_t *block = w->data + row * stride;
-    uint16_t halves[CQ_MAX_PANEL_ROWS] = {0};
+    uint16_t f16[CQ_MAX_PANEL_ROWS] = {0};
     for (int32_t b = 0; b < w->n_cols / CQ_Q8_0_COLS; b++, block += CQ_Q8_0_BYTES) {
-        for (int32_t r = 0; r < n_rows; r++) memcpy(halves + r, block + r * stride, 2);
+        for (int32_t r = 0; r < n_rows; r++) memcpy(f16 + r, block + r * stride, 2);
         kernels->pack_panel((const int8_t *)block + 2, stride, n_rows, CQ_Q8_0_COLS, panel);
-        kernels->f16_to_f32(halves, scales, kernels->panel_rows);
+        kernels->f16_to_f32(f16, scales, kernels->panel_rows);
         panel += cq_panel_bytes(kernels, CQ_Q8_0_COLS);
         scales += kernels->panel_rows;
     }

@@ -236,7 +236,8 @@ static int64_t thread_scratch_bytes(const cq_op *ops, int32_t n_ops) {
     return cq_align64(most);
 }
 
-/* What the team shares: the barrier and a work counter per operation, zero at the start; then parts of attention. */
+/* What the team shares: the barrier and a work counter per operation, zero at the start; then attention's partial
+ * results. */
 static int64_t counted_bytes(int32_t n_ops) {
     return (int64_t)sizeof(cq_barrier) + cq_align64((int64_t)sizeof(int32_t) * n_ops);
 }
@@ -244,8 +245,8 @@ static int64_t counted_bytes(int32_t n_ops) {
 static int64_t shared_scratch_bytes(const cq_op *ops, int32_t n_ops) {
     int64_t most = 0;
     for (int32_t i = 0; i < n_ops; i++)
-        if (ops[i].code == CQ_OP_ATTENTION && cq_attention_parts_bytes(&ops[i].u.attention) > most)
-            most = cq_attention_parts_bytes(&ops[i].u.attention);
+        if (ops[i].code == CQ_OP_ATTENTION && cq_attention_partial_bytes(&ops[i].u.attention) > most)
+            most = cq_attention_partial_bytes(&ops[i].u.attention);
     return counted_bytes(n_ops) + cq_align64(most);
 }
 
@@ -260,15 +261,15 @@ int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step) {
     for (int32_t i = 0; i < n_ops; i++)
         if (ops[i].code < 0 || ops[i].code >= CQ_OP_COUNT) return CQ_ERR_ARGUMENT;
     int32_t *counters = (int32_t *)(step->scratch + sizeof(cq_barrier));
-    const int64_t shared = shared_scratch_bytes(ops, n_ops), part = thread_scratch_bytes(ops, n_ops);
+    const int64_t shared = shared_scratch_bytes(ops, n_ops), own = thread_scratch_bytes(ops, n_ops);
     memset(step->scratch, 0, (size_t)counted_bytes(n_ops));
 #pragma omp parallel num_threads(step->n_threads)
     {
         cq_worker worker = {.kernels = cq_kernels_current(), .step = step, .barrier = (cq_barrier *)step->scratch};
         worker.thread = omp_get_thread_num();
         worker.n_threads = omp_get_num_threads();
-        worker.parts = (float *)(step->scratch + counted_bytes(n_ops));
-        worker.scratch = step->scratch + shared + worker.thread * part;
+        worker.partials = (float *)(step->scratch + counted_bytes(n_ops));
+        worker.scratch = step->scratch + shared + worker.thread * own;
         run_all(&worker, ops, n_ops, counters);
     }
     return CQ_OK;

@@ -14,7 +14,7 @@ typedef struct {
     int32_t thread, n_threads;
     cq_barrier *barrier;
     int32_t *counter; /* of the current operation: units handed out so far, shared by the team */
-    float *parts;     /* of attention, shared by the team */
+    float *partials;  /* of attention, shared by the team */
     uint8_t *scratch; /* this thread's own, 64-byte aligned */
 } cq_worker;
 

@@ -175,22 +175,22 @@ static void attention_heads(const cq_attention *op, int32_t head, int32_t n_head
 }
 
 static void attention_chunk(const cq_attention *op, int32_t head, int32_t n_heads, int32_t first, int32_t end,
-                            const float *q, float *parts, int64_t stride, float *scratch) {
+                            const float *q, float *partials, int64_t stride, float *scratch) {
     const int32_t dim = op->value_dim;
     const int64_t kv_head = head / (op->n_heads / op->n_kv_heads);
     const attention_tile a = carve_scratch(op, 0, 0, n_heads, scratch);
-    for (int32_t i = 0; i < n_heads; i++) memset(parts + i * stride, 0, sizeof(float) * (size_t)dim);
+    for (int32_t i = 0; i < n_heads; i++) memset(partials + i * stride, 0, sizeof(float) * (size_t)dim);
     for (; first < end; first += CQ_KEY_TILE) {
         const int32_t n_keys = cq_min(end - first, CQ_KEY_TILE);
         load_keys(&a, kv_head, first, n_keys);
         group_scores(&a, q, n_keys);
         group_softmax(&a, n_keys);
         load_values(&a, kv_head, first, n_keys);
-        add_group_values(&a, n_keys, parts, stride);
+        add_group_values(&a, n_keys, partials, stride);
     }
     for (int32_t i = 0; i < n_heads; i++) {
-        parts[i * stride + dim] = a.max[i];
-        parts[i * stride + dim + 1] = a.sum[i];
+        partials[i * stride + dim] = a.max[i];
+        partials[i * stride + dim + 1] = a.sum[i];
     }
 }
 #endif

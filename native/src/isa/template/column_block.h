@@ -1,7 +1,7 @@
 /* TEMPLATE. The inner loops of descent.c and refit.c, over the primitives that vectors.h lists: CQ_ROWS rows of a
- * weight matrix side by side, a lane of ROW_VECS vectors each, a block of columns at a time. Inside the block every
- * column's choice moves the columns beside it at once; what it means for the columns outside is then added for the
- * whole block by rank_update. */
+ * weight matrix side by side, each in one lane of ROW_VECS vectors, a block of columns at a time. Inside the block
+ * every column's choice moves the columns beside it at once; what it means for the columns outside is then added for
+ * the whole block by rank_update. */
 #ifndef CQ_COLUMN_BLOCK_H
 #define CQ_COLUMN_BLOCK_H
 #include "cluster_kernels.h"
@@ -28,10 +28,10 @@ CQ_INLINE void take_values(const cq_column_block *b, const int32_t *index, float
     for (int32_t r = 0; r < CQ_ROWS; r++) value[r] = b->values[index[r]][r];
 }
 
-/* The nearest that the trellis allows: each part's nearest, then the best way through the parts. */
+/* The nearest that the trellis allows: each subset's nearest, then the best path through the subsets. */
 CQ_INLINE void nearest_on_trellis(const cq_column_block *b, const vec *wanted, int32_t *index) {
     const int32_t size = b->n_values / 4;
-    int32_t nearest[4][CQ_ROWS], part[CQ_ROWS] = {0};
+    int32_t nearest[4][CQ_ROWS], subset[CQ_ROWS] = {0};
     float cost[CQ_ROWS][4];
     for (int32_t v = 0; v < ROW_VECS; v++) {
         const vec weight = load_vec(b->weight + v * CQ_LANES);
@@ -48,9 +48,9 @@ CQ_INLINE void nearest_on_trellis(const cq_column_block *b, const vec *wanted, i
             for (int32_t lane = 0; lane < CQ_LANES; lane += 4)
                 memcpy(cost[v * CQ_LANES + lane + p], (float *)&error[p] + lane, 16);
     }
-    for (int32_t r = 0; r < b->n_rows; r += b->ring)
-        trellis_path((const float (*)[4])cost + r, cq_min(b->ring, b->n_rows - r), part + r);
-    for (int32_t r = 0; r < CQ_ROWS; r++) index[r] = nearest[part[r]][r];
+    for (int32_t r = 0; r < b->n_rows; r += b->codebook_rows)
+        trellis_path((const float (*)[4])cost + r, cq_min(b->codebook_rows, b->n_rows - r), subset + r);
+    for (int32_t r = 0; r < CQ_ROWS; r++) index[r] = nearest[subset[r]][r];
 }
 
 CQ_INLINE void nearest_values(const cq_column_block *b, const vec *wanted, int32_t *index, float *value) {
@@ -75,7 +75,8 @@ static void nearest_block(cq_column_block *b) {
 }
 
 /* Takes the values that minimize the loss, column after column: the old one less state / m[i][i]. value: the old, then
- * the new. state: what the columns' changes add up to, by the block's square m of H or, forward, of its factor. */
+ * the new. state: what the columns' changes add up to, by the block's square m of H or, forward, of its Cholesky
+ * factor. */
 static void descend_block(cq_column_block *b) {
     for (int32_t i = 0; i < b->n_cols; i++) {
         const float *m = b->matrix + i * b->stride;

@@ -89,9 +89,9 @@ static void swiglu(const float *gate, const float *up, float *out, int32_t n) {
 }
 
 /* The distance between the two of a pair as a constant, so that loops become vectors. */
-CQ_INLINE void rotate_pairs(float *x, const float *cos_sin, int32_t half, const int32_t step, int32_t distance) {
+CQ_INLINE void rotate_pairs(float *x, const float *cos_sin, int32_t n_pairs, const int32_t step, int32_t distance) {
 #pragma omp simd
-    for (int32_t i = 0; i < half; i++) {
+    for (int32_t i = 0; i < n_pairs; i++) {
         const float a = x[i * step], b = x[i * step + distance], c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
         x[i * step] = a * c - b * s;
         x[i * step + distance] = b * c + a * s;
@@ -105,19 +105,19 @@ static void rope(float *x, const float *cos_sin, int32_t n_rot, int32_t interlea
         rotate_pairs(x, cos_sin, n_rot / 2, 1, n_rot / 2);
 }
 
-/* Sums into the lanes without the bit `half`, differences into those with it. */
-CQ_INLINE vec butterfly(vec v, int32_t half) {
+/* Sums into the lanes without the bit `distance`, differences into those with it. */
+CQ_INLINE vec butterfly(vec v, int32_t distance) {
     vec sign;
-    for (int32_t lane = 0; lane < CQ_LANES; lane++) sign[lane] = lane & half ? -1.0f : 1.0f;
-    return swap_lanes(v, half) + v * sign;
+    for (int32_t lane = 0; lane < CQ_LANES; lane++) sign[lane] = lane & distance ? -1.0f : 1.0f;
+    return swap_lanes(v, distance) + v * sign;
 }
 
 static void hadamard_narrow(float *x, int32_t n, int32_t block, float scale) {
-    for (int32_t half = block / 2; half >= 1; half /= 2)
-        for (int32_t begin = 0; begin < n; begin += 2 * half)
-            for (int32_t i = begin; i < begin + half; i++) {
-                const float a = x[i], b = x[i + half];
-                x[i] = a + b, x[i + half] = a - b;
+    for (int32_t distance = block / 2; distance >= 1; distance /= 2)
+        for (int32_t begin = 0; begin < n; begin += 2 * distance)
+            for (int32_t i = begin; i < begin + distance; i++) {
+                const float a = x[i], b = x[i + distance];
+                x[i] = a + b, x[i + distance] = a - b;
             }
     for (int32_t i = 0; i < n; i++) x[i] *= scale;
 }
@@ -130,12 +130,12 @@ static void hadamard(float *x, int32_t n, int32_t block) {
         hadamard_narrow(x, n, block, scale);
         return;
     }
-    for (int32_t half = block / 2; half >= CQ_LANES; half /= 2)
-        for (int32_t begin = 0; begin < n; begin += 2 * half)
-            for (int32_t i = begin; i < begin + half; i += CQ_LANES) {
-                const vec a = load_vec(x + i), b = load_vec(x + i + half);
+    for (int32_t distance = block / 2; distance >= CQ_LANES; distance /= 2)
+        for (int32_t begin = 0; begin < n; begin += 2 * distance)
+            for (int32_t i = begin; i < begin + distance; i += CQ_LANES) {
+                const vec a = load_vec(x + i), b = load_vec(x + i + distance);
                 store_vec(x + i, a + b);
-                store_vec(x + i + half, a - b);
+                store_vec(x + i + distance, a - b);
             }
     for (int32_t i = 0; i < n; i += CQ_LANES) {
         vec v = load_vec(x + i);
@@ -177,25 +177,25 @@ CQ_INLINE void dot_tile(const int32_t N, const float *w, const float *const *x, 
     }
 }
 
-static void dot_part(const float *w, const float *const *x, int32_t n_tokens, int32_t offset, int32_t n, float *dot,
-                     int32_t accumulate) {
+static void dot_chunk(const float *w, const float *const *x, int32_t n_tokens, int32_t offset, int32_t n, float *dot,
+                      int32_t accumulate) {
     int32_t t = 0;
     for (; t + 4 <= n_tokens; t += 4) dot_tile(4, w, x + t, offset, n, dot + t, accumulate);
     for (; t < n_tokens; t++) dot_tile(1, w, x + t, offset, n, dot + t, accumulate);
 }
 
 static void dot_f32(const float *w, const float *const *x, int32_t n_tokens, int32_t n_cols, float *dot) {
-    dot_part(w, x, n_tokens, 0, n_cols, dot, 0);
+    dot_chunk(w, x, n_tokens, 0, n_cols, dot, 0);
 }
 
-/* A part of the row is converted once, then read from the first-level cache for every token. */
+/* A chunk of the row is converted once, then read from the first-level cache for every token. */
 static void dot_f16(const uint16_t *w, const float *const *x, int32_t n_tokens, int32_t n_cols, float *dot) {
-    enum { PART = 1024 };
-    float part[PART];
-    for (int32_t i = 0; i < n_cols; i += PART) {
-        const int32_t n = n_cols - i < PART ? n_cols - i : PART;
-        f16_to_f32(w + i, part, n);
-        dot_part(part, x, n_tokens, i, n, dot, i > 0);
+    enum { CHUNK_COLS = 1024 };
+    float chunk[CHUNK_COLS];
+    for (int32_t i = 0; i < n_cols; i += CHUNK_COLS) {
+        const int32_t n = n_cols - i < CHUNK_COLS ? n_cols - i : CHUNK_COLS;
+        f16_to_f32(w + i, chunk, n);
+        dot_chunk(chunk, x, n_tokens, i, n, dot, i > 0);
     }
 }
 

@@ -1,4 +1,5 @@
-/* The multiplying half of neon.c, included once per instruction: CQ_NEON_DOTPROD 1 uses sdot, 0 widening multiplies. */
+/* TEMPLATE. What multiplies in neon.c, included once per instruction: CQ_NEON_DOTPROD 1 uses sdot, 0 widening
+ * multiplies. */
 
 /* sum += products of 16 bytes, in four int32. With |w| <= 128 and |x| <= 127 two products are at most
  * 2 * 128 * 127 = 32512, which the int16 of the widening form holds. */
@@ -126,9 +127,9 @@ static void CQ_NEON(gemm_panel)(const uint8_t *panel, int32_t n_cols, const int8
 static float CQ_NEON(dot_q8_0)(const uint8_t *blocks, const int8_t *q, const float *scales, int32_t n_cols) {
     float sum = 0;
     for (int32_t b = 0; b < n_cols / 32; b++, blocks += 34) {
-        uint16_t half;
-        memcpy(&half, blocks, 2);
-        const float weight_scale = vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(half))), 0);
+        uint16_t f16;
+        memcpy(&f16, blocks, 2);
+        const float weight_scale = vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(f16))), 0);
         int32x4_t products = vdupq_n_s32(0);
         for (int32_t i = 0; i < 32; i += 16)
             products = CQ_NEON(dot16)(products, vld1q_s8((const int8_t *)blocks + 2 + i), vld1q_s8(q + b * 32 + i));

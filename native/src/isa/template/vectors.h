@@ -56,15 +56,15 @@ CQ_INLINE vec exp2_vec(vec x) {
     return p * (vec)(((uint_vec)shifted << 23) + 0x3f800000u);
 }
 
-/* Each lane beside the one whose index differs in the bit `half`, a power of two known to the compiler. */
-CQ_INLINE vec swap_lanes(vec v, int32_t half) {
+/* Each lane beside the one whose index differs in the bit `distance`, a power of two known to the compiler. */
+CQ_INLINE vec swap_lanes(vec v, int32_t distance) {
 #ifdef __clang__
     vec swapped;
-    for (int32_t lane = 0; lane < CQ_LANES; lane++) swapped[lane] = v[lane ^ half];
+    for (int32_t lane = 0; lane < CQ_LANES; lane++) swapped[lane] = v[lane ^ distance];
     return swapped;
 #else
     int_vec from;
-    for (int32_t lane = 0; lane < CQ_LANES; lane++) from[lane] = lane ^ half;
+    for (int32_t lane = 0; lane < CQ_LANES; lane++) from[lane] = lane ^ distance;
     return __builtin_shuffle(v, from);
 #endif
 }
@@ -85,17 +85,17 @@ CQ_INLINE vec shuffle_lanes(vec a, vec b, int_vec from) {
  * lanes, then blocks within these. */
 CQ_INLINE void transpose_groups(vec *rows, const int32_t n) {
 #pragma GCC unroll 4
-    for (int32_t half = n / 2; half >= 1; half /= 2) {
+    for (int32_t distance = n / 2; distance >= 1; distance /= 2) {
         int_vec upper, lower;
         for (int32_t lane = 0; lane < CQ_LANES; lane++) {
-            upper[lane] = lane & half ? CQ_LANES + lane - half : lane;
-            lower[lane] = lane & half ? CQ_LANES + lane : lane + half;
+            upper[lane] = lane & distance ? CQ_LANES + lane - distance : lane;
+            lower[lane] = lane & distance ? CQ_LANES + lane : lane + distance;
         }
 #pragma GCC unroll 16
         for (int32_t i = 0; i < n; i++) {
-            if (i & half) continue;
-            const vec a = rows[i], b = rows[i + half];
-            rows[i] = shuffle_lanes(a, b, upper), rows[i + half] = shuffle_lanes(a, b, lower);
+            if (i & distance) continue;
+            const vec a = rows[i], b = rows[i + distance];
+            rows[i] = shuffle_lanes(a, b, upper), rows[i + distance] = shuffle_lanes(a, b, lower);
         }
     }
 }
