@@ -18,9 +18,11 @@
 #define CQ_CODEBOOK_CUH
 #include "common.cuh"
 
+#define CQ_BITS_IF(name, id, bits, trellis) +(CQ_TYPE == id ? bits : 0)
+#define CQ_TRELLIS_IF(name, id, bits, trellis) +(CQ_TYPE == id ? trellis : 0)
 enum {
-    CQ_TRELLIS = CQ_TYPE >= CQ_CQ2T,
-    CQ_BITS = CQ_TYPE - (CQ_TRELLIS ? 17210 : 17200),
+    CQ_BITS = 0 CQ_CLUSTERED_TYPES(CQ_BITS_IF),
+    CQ_TRELLIS = 0 CQ_CLUSTERED_TYPES(CQ_TRELLIS_IF),
     CQ_NIBBLES = CQ_BITS >= 4, /* fields of four bits, else of two */
     CQ_PLANE = CQ_BITS % 2,    /* and the bit above them in a plane */
     CQ_BLOCK_BYTES = 8 * CQ_BITS,

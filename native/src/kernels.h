@@ -7,6 +7,7 @@
  * (W + 128) * x that unsigned-by-signed instructions need: 255 * 127 * 65536 < 2^31. */
 #ifndef CQ_KERNELS_H
 #define CQ_KERNELS_H
+#include "../cuda/types.cuh"
 #include "cq.h"
 #include "isa/list.h"
 #include <stddef.h>
@@ -108,14 +109,29 @@ CQ_INSTRUCTION_SETS(CQ_DECLARE)
 /* The table of the set in use; NULL if CQ_ISA in the environment names none. */
 const cq_kernels *cq_kernels_current(void);
 
-/* Of the clustered types. Bits per weight in the file, 2 to 5; bits of the index into a codebook, one more with a
- * trellis. */
-static inline int cq_has_trellis(int32_t type) { return type >= CQ_CQ2T; }
-static inline int32_t cq_stored_bits(int32_t type) { return type - (cq_has_trellis(type) ? 17210 : 17200); }
-static inline int32_t cq_index_bits(int32_t type) { return cq_stored_bits(type) + cq_has_trellis(type); }
-static inline int cq_is_clustered(int32_t type) {
-    return (type >= CQ_CQ2 && type <= CQ_CQ5) || (type >= CQ_CQ2T && type <= CQ_CQ4T);
+/* Of a type, from the table in types.cuh: bits per weight in the file and, lowest, whether it has a trellis; 0 for a
+ * type that is not clustered. A constant where the type is one. */
+CQ_INLINE int32_t cq_type_properties(int32_t type) {
+    switch (type) {
+#define CQ_CASE(name, id, bits, trellis)                                                                               \
+    case name:                                                                                                         \
+        return 2 * bits + trellis;
+        CQ_CLUSTERED_TYPES(CQ_CASE)
+#undef CQ_CASE
+    default:
+        return 0;
+    }
 }
+#define CQ_ASSERT_SAME(name, id, bits, trellis) _Static_assert(name == id, "cq.h and types.cuh differ");
+CQ_CLUSTERED_TYPES(CQ_ASSERT_SAME)
+#undef CQ_ASSERT_SAME
+
+CQ_INLINE int cq_is_clustered(int32_t type) { return cq_type_properties(type) != 0; }
+CQ_INLINE int32_t cq_stored_bits(int32_t type) { return cq_type_properties(type) >> 1; }
+CQ_INLINE int cq_has_trellis(int32_t type) { return cq_type_properties(type) & 1; }
+/* Of the index into a codebook: one more with a trellis. */
+CQ_INLINE int32_t cq_index_bits(int32_t type) { return cq_stored_bits(type) + cq_has_trellis(type); }
+
 static inline int32_t cq_min(int32_t a, int32_t b) { return a < b ? a : b; }
 static inline int32_t cq_ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 static inline int64_t cq_panel_bytes(const cq_kernels *kernels, int32_t n_cols) {

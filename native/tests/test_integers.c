@@ -226,7 +226,9 @@ static void check_q8_0(int32_t n_blocks, int32_t extreme) {
 }
 
 void test_integers(void) {
-    static const int32_t types[] = {CQ_CQ2, CQ_CQ3, CQ_CQ4, CQ_CQ5, CQ_CQ2T, CQ_CQ3T, CQ_CQ4T};
+#define CQ_NAME(name, id, bits, trellis) name,
+    static const int32_t types[] = {CQ_CLUSTERED_TYPES(CQ_NAME)};
+#undef CQ_NAME
     static const int32_t cols[] = {64, 128, 192, 576, 1088}, rows[] = {1, 2, 3, 4, 5, 31, 33};
     static const int32_t codebooks[] = {0, 64, 128, 1024}, scales[] = {0, 64, 128, 1024};
     for (int32_t t = 0; t < (int32_t)(sizeof types / sizeof *types); t++) {

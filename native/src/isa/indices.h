@@ -61,7 +61,7 @@ static inline int64_t cq_row_above(const cq_matrix *w, int64_t row, int32_t up) 
     return row - position + (position + 2 * size - up) % size;
 }
 
-static inline cq_row cq_row_at(const cq_matrix *w, int64_t row) {
+CQ_INLINE cq_row cq_row_at(const cq_matrix *w, int64_t row) {
     const int32_t index_bits = cq_index_bits(w->type), scale_cols = w->scale_cols ? w->scale_cols : w->n_cols;
     const int64_t n_codebooks = w->codebook_cols >= w->n_cols ? 1 : cq_ceil_div(w->n_cols, w->codebook_cols);
     const int64_t n_groups = scale_cols == CQ_BLOCK ? w->n_cols / CQ_BLOCK : cq_ceil_div(w->n_cols, scale_cols);
