@@ -1,4 +1,4 @@
-"""cffi builder of pyggml_bridge._native: the declarations are native/include/cq.h itself, the sources all of native/src.
+"""cffi builder of pyggml_bridge._native: declared by native/include/cq.h itself, made of all sources in native/src.
 
 Each source selects its own instruction set by a target pragma, so one compiler call without special flags builds all.
 CQ_CFLAGS adds flags, for instance -fsanitize=address (see `make test-asan`).
