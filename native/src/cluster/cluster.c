@@ -8,28 +8,20 @@
  *
  * Sets are independent, so the result does not depend on the number of threads. */
 #include "cluster/carve.h"
-#include "cluster/fit.h"
 #include "cluster/kmeans.h"
+#include "cluster/row.h"
 #include <math.h>
 #include <omp.h>
 
 /* With a trellis the best codebook is narrower than k-means's of as many centroids; rounds of refits find the rest. */
 #define TRELLIS_START 0.82
 
-/* One row at work. */
-typedef struct {
-    const float *w;
-    float weight;     /* what its loss counts beside the others' of its set */
-    float *amplitude; /* [n_groups]: real scale of each group */
-    cq_fit fit;       /* its centroids are the set's */
-} set_row;
-
 /* Per thread. */
 typedef struct {
     const cq_cluster_kernels *kernels;
     cq_kmeans kmeans;
     double *codebook; /* [n_codebooks * n_centroids]: centroids before rounding */
-    set_row rows[CQ_MAX_CODEBOOK_ROWS];
+    cq_set_row rows[CQ_MAX_CODEBOOK_ROWS];
     int32_t n; /* rows of the set at work */
 } workspace;
 
@@ -39,7 +31,7 @@ static size_t carve(workspace *s, uint8_t *base, const cq_clustering *job) {
     int8_t *centroids;
     cq_take(base, &used, &s->codebook, 8 * blocks * CQ_MAX_CENTROIDS);
     cq_take(base, &used, &centroids, blocks * CQ_MAX_CENTROIDS);
-    for (set_row *r = s->rows; r < s->rows + job->codebook_rows; r++) {
+    for (cq_set_row *r = s->rows; r < s->rows + job->codebook_rows; r++) {
         cq_take(base, &used, &r->amplitude, 4 * blocks);
         cq_take(base, &used, &r->fit.indices, n);
         cq_take(base, &used, &r->fit.group_scales, blocks);
@@ -48,112 +40,17 @@ static size_t carve(workspace *s, uint8_t *base, const cq_clustering *job) {
     return used;
 }
 
-/* ---- one row ---- */
-
-static int32_t group_of(const cq_clustering *job, int32_t col) { return job->scale_cols ? col / job->scale_cols : 0; }
-
-/* Rounds the amplitudes of all groups to the file's grid: u8 steps of the row's scale. */
-static void set_scales(const cq_clustering *job, set_row *r) {
-    float top = 0;
-    for (int32_t g = 0; g < cq_n_groups(job); g++) top = fmaxf(top, r->amplitude[g]);
-    r->fit.scale = top;
-    if (!job->scale_cols) return;
-    r->fit.scale = top * (128.0f / 127.0f);
-    for (int32_t g = 0; g < cq_n_groups(job); g++) {
-        r->fit.group_scales[g] = (int8_t)(top > 0 ? lrintf(127.0f * (r->amplitude[g] / top)) : 0);
-        r->amplitude[g] = r->fit.scale * ((float)r->fit.group_scales[g] / 128.0f);
-    }
-}
-
-/* Columns [begin, end) of a group. */
-typedef struct {
-    int32_t begin, end;
-} columns;
-
-static columns group_columns(const cq_clustering *job, int32_t g) {
-    const int32_t cols = job->scale_cols ? job->scale_cols : job->n_cols;
-    return (columns){g * cols, cq_min((g + 1) * cols, job->n_cols)};
-}
-
-/* Start: each group's weighted root mean square. */
-static void start_scales(const cq_clustering *job, set_row *r) {
-    for (int32_t g = 0; g < cq_n_groups(job); g++) {
-        const columns group = group_columns(job, g);
-        double sum = 0, total = 0;
-#pragma omp simd reduction(+ : sum, total)
-        for (int32_t i = group.begin; i < group.end; i++) {
-            sum += (double)job->weight[i] * r->w[i] * r->w[i];
-            total += (double)job->weight[i];
-        }
-        r->amplitude[g] = total > 0 ? (float)sqrt(sum / total) : 0;
-    }
-    set_scales(job, r);
-}
-
-/* Least squares of each group's amplitude with centroids and assignments fixed. */
-static void refit_scales(const cq_clustering *job, set_row *r) {
-    for (int32_t g = 0; g < cq_n_groups(job); g++) {
-        const columns group = group_columns(job, g);
-        double wc = 0, cc = 0;
-        for (int32_t begin = group.begin; begin < group.end; begin += CQ_BLOCK) {
-            const int32_t end = cq_min(begin + CQ_BLOCK, group.end);
-            const int8_t *centroids = r->fit.centroids + begin / job->codebook_cols * job->n_centroids;
-#pragma omp simd reduction(+ : wc, cc)
-            for (int32_t i = begin; i < end; i++) {
-                const double c = centroids[r->fit.indices[i]], hc = job->weight[i] * c;
-                wc += hc * r->w[i], cc += hc * c;
-            }
-        }
-        r->amplitude[g] = wc > 0 ? (float)(wc / cc) : 0;
-    }
-    set_scales(job, r);
-}
-
-/* Nearest effective weight per element. */
-static void assign(const cq_clustering *job, const float *w, cq_fit *f) {
-    for (int32_t begin = 0; begin < job->n_cols; begin += CQ_BLOCK) {
-        float w8[CQ_MAX_CENTROIDS], middle[CQ_MAX_CENTROIDS];
-        int32_t end = begin + CQ_BLOCK < job->n_cols ? begin + CQ_BLOCK : job->n_cols;
-        cq_effective_weights(job, f, begin, w8);
-        for (int32_t c = 0; c + 1 < job->n_centroids; c++) middle[c] = f->scale * 0.5f * (w8[c] + w8[c + 1]);
-        for (int32_t i = begin; i < end; i++) {
-            int32_t index = 0;
-            for (int32_t c = 0; c + 1 < job->n_centroids; c++) index += w[i] > middle[c];
-            f->indices[i] = (uint8_t)index;
-        }
-    }
-}
-
-/* The best scale for the row's assignments, rounded to float, and its loss. */
-static void fit_scale(const cq_clustering *job, const float *w, cq_fit *f) {
-    double ww = 0, we = 0, ee = 0;
-    for (int32_t begin = 0; begin < job->n_cols; begin += CQ_BLOCK) {
-        float w8[CQ_MAX_CENTROIDS];
-        cq_effective_weights(job, f, begin, w8);
-        const int32_t end = cq_min(begin + CQ_BLOCK, job->n_cols);
-#pragma omp simd reduction(+ : ww, we, ee)
-        for (int32_t i = begin; i < end; i++) {
-            const double e = w8[f->indices[i]], hw = (double)job->weight[i] * w[i], he = job->weight[i] * e;
-            ww += hw * w[i], we += hw * e, ee += he * e;
-        }
-    }
-    f->scale = we > 0 ? (float)(we / ee) : 0;
-    f->loss = fmax(0, ww + f->scale * (f->scale * ee - 2 * we));
-}
-
-/* ---- the rows of a set ---- */
-
 /* Codebooks by k-means for the current amplitudes. */
 static void solve_codebooks(const cq_clustering *job, workspace *s) {
     float top = 0; /* weights are taken relative to the largest amplitude: its square may not fit a float */
-    for (set_row *r = s->rows; r < s->rows + s->n; r++)
+    for (cq_set_row *r = s->rows; r < s->rows + s->n; r++)
         for (int32_t g = 0; g < cq_n_groups(job); g++) top = fmaxf(top, r->amplitude[g]);
     for (int32_t b = 0; b < cq_n_codebooks(job); b++) {
         int32_t begin = b * job->codebook_cols, end = begin + job->codebook_cols, n = 0;
         if (end > job->n_cols) end = job->n_cols;
-        for (set_row *r = s->rows; r < s->rows + s->n; r++)
+        for (cq_set_row *r = s->rows; r < s->rows + s->n; r++)
             for (int32_t first = begin; first < end; first += CQ_BLOCK) {
-                const float a = r->amplitude[group_of(job, first)], share = a > 0 ? (a / top) * (a / top) : 0;
+                const float a = r->amplitude[cq_group_of(job, first)], share = a > 0 ? (a / top) * (a / top) : 0;
                 for (int32_t i = first; i < cq_min(first + CQ_BLOCK, end); i++, n++) {
                     s->kmeans.key[n] = cq_sortable(a > 0 ? r->w[i] / a : 0);
                     s->kmeans.q[n] = r->weight * job->weight[i] * share;
@@ -172,9 +69,9 @@ static void refit_codebooks(const cq_clustering *job, workspace *s) {
         double sums[4][2][CQ_MAX_CENTROIDS] = {{{0}}};
         int32_t begin = b * job->codebook_cols, end = begin + job->codebook_cols;
         if (end > job->n_cols) end = job->n_cols;
-        for (set_row *r = s->rows; r < s->rows + s->n; r++)
+        for (cq_set_row *r = s->rows; r < s->rows + s->n; r++)
             for (int32_t first = begin; first < end; first += CQ_BLOCK) {
-                const double a = r->amplitude[group_of(job, first)], ra = r->weight * a;
+                const double a = r->amplitude[cq_group_of(job, first)], ra = r->weight * a;
                 for (int32_t i = first; i < cq_min(first + CQ_BLOCK, end); i++) {
                     const double qa = ra * job->weight[i];
                     sums[i % 4][0][r->fit.indices[i]] += qa * r->w[i];
@@ -203,7 +100,7 @@ static void set_centroids(const cq_clustering *job, workspace *s) {
     int8_t *centroids = s->rows->fit.centroids;
     double top = 0;
     for (int32_t i = 0; i < n; i++) top = fmax(top, fabs(s->codebook[i]));
-    for (set_row *r = s->rows; r < s->rows + s->n; r++) r->fit.scale = (float)(r->fit.scale * top / 127.0);
+    for (cq_set_row *r = s->rows; r < s->rows + s->n; r++) r->fit.scale = (float)(r->fit.scale * top / 127.0);
     for (int32_t i = 0; i < n; i++) {
         int8_t c = (int8_t)(top > 0 ? lrint(s->codebook[i] * 127.0 / top) : 0);
         int32_t at = i, first = i / k * k;
@@ -220,7 +117,7 @@ static void assign_block_on_trellis(const cq_clustering *job, workspace *s, int3
     cq_column_block block = {.n_cols = cq_ceil_div(end - begin, pieces), .n_values = job->n_centroids};
     block.n_rows = pieces * s->n, block.codebook_rows = s->n, block.trellis = 1;
     for (int32_t l = 0; l < block.n_rows; l++) {
-        const set_row *r = s->rows + l % s->n;
+        const cq_set_row *r = s->rows + l % s->n;
         float w8[CQ_MAX_CENTROIDS];
         cq_effective_weights(job, &r->fit, begin, w8);
         block.weight[l] = r->weight;
@@ -244,9 +141,9 @@ static double settle(const cq_clustering *job, workspace *s) {
     double loss = 0;
     set_centroids(job, s);
     if (job->trellis) assign_on_trellis(job, s);
-    for (set_row *r = s->rows; r < s->rows + s->n; r++) {
-        if (!job->trellis) assign(job, r->w, &r->fit);
-        fit_scale(job, r->w, &r->fit);
+    for (cq_set_row *r = s->rows; r < s->rows + s->n; r++) {
+        if (!job->trellis) cq_assign_nearest(job, r->w, &r->fit);
+        cq_fit_scale(job, r->w, &r->fit);
         loss += r->weight * r->fit.loss;
     }
     return loss;
@@ -265,13 +162,13 @@ static void cluster_set(const cq_clustering *job, int32_t row, workspace *s) {
     for (int32_t r = 0; r < s->n; r++) {
         s->rows[r].w = job->w + (size_t)(row + r) * job->n_cols;
         s->rows[r].weight = job->row_weight[row + r];
-        start_scales(job, &s->rows[r]);
+        cq_start_scales(job, &s->rows[r]);
     }
     solve_codebooks(job, s);
     double best = settle(job, s);
     keep(job, row, s);
     for (int32_t round = 0; round < job->n_iterations; round++) {
-        for (int32_t r = 0; r < s->n; r++) refit_scales(job, &s->rows[r]);
+        for (int32_t r = 0; r < s->n; r++) cq_refit_scales(job, &s->rows[r]);
         refit_codebooks(job, s);
         const double loss = settle(job, s);
         if (!(loss < best)) break;
