@@ -54,20 +54,22 @@ static int32_t stored_bits(const uint8_t *block, int32_t bits, int32_t i) {
     return (even == 4 ? block[i % 32] >> (i / 32 * 4) & 15 : block[i % 16] >> (i / 16 * 2) & 3) | high << even;
 }
 
-static int32_t index_at(const cq_row *row, int32_t type, int32_t b, int32_t i) {
-    const int32_t bits = cq_stored_bits(type), free_bit = 1 << (bits - 1);
+static int32_t index_at(const cq_row *row, int32_t bits, int trellis, int32_t b, int32_t i) {
+    const int32_t free_bit = 1 << (bits - 1);
     const int64_t at = (int64_t)b * 8 * bits;
     const int32_t stored = stored_bits(row->indices + at, bits, i);
-    if (!cq_has_trellis(type)) return stored;
+    if (!trellis) return stored;
     const int32_t above = stored_bits(row->above + at, bits, i), above2 = stored_bits(row->above2 + at, bits, i);
     return (stored ^ (above2 & free_bit)) | (above & free_bit) << 1;
 }
 
 static void decode_row(const cq_matrix *w, int64_t row_index, int8_t *out) {
     const cq_row row = cq_row_at(w, row_index);
+    const int32_t bits = cq_stored_bits(w->type);
+    const int trellis = cq_has_trellis(w->type);
     for (cq_span span = cq_first_span(&row);; cq_next_span(&row, w->type, &span)) {
         for (int32_t i = span.begin * CQ_BLOCK; i < span.end * CQ_BLOCK; i++) {
-            const int32_t centroid = span.centroids[index_at(&row, w->type, i / CQ_BLOCK, i % CQ_BLOCK)];
+            const int32_t centroid = span.centroids[index_at(&row, bits, trellis, i / CQ_BLOCK, i % CQ_BLOCK)];
             out[i] = (int8_t)(span.group_scale ? (centroid * *span.group_scale + 64) >> 7 : centroid);
         }
         if (span.end == row.n_blocks) return;
