@@ -13,7 +13,7 @@ static void put_bit(uint8_t *plane, int32_t i, int32_t bit) { plane[i / 8] |= (u
 
 /* stored: of a type with T the free bit u above the bits of the index that it stores itself. */
 static void put_index(uint8_t *block, int32_t type, int32_t i, int32_t stored) {
-    const int32_t k = type % 10;
+    const int32_t k = cq_stored_bits(type);
     if (k >= 4)
         block[i % 32] |= (uint8_t)((stored & 15) << (i < 32 ? 0 : 4));
     else
@@ -24,8 +24,9 @@ static void put_index(uint8_t *block, int32_t type, int32_t i, int32_t stored) {
 
 /* The index that the stored bits of a row and of those above it mean, all rows of a set at one column. */
 static int32_t index_of(int32_t type, const uint8_t *stored, int32_t n, int32_t r) {
-    const int32_t k = type % 10, own = stored[r], above = stored[(r + n - 1) % n], above2 = stored[(r + 2 * n - 2) % n];
-    if (type < CQ_CQ2T) return own;
+    const int32_t k = cq_stored_bits(type), own = stored[r], above = stored[(r + n - 1) % n],
+                  above2 = stored[(r + 2 * n - 2) % n];
+    if (!cq_has_trellis(type)) return own;
     const int32_t u = own >> (k - 1), u1 = above >> (k - 1), u2 = above2 >> (k - 1);
     return (own & ((1 << (k - 1)) - 1)) | (u ^ u2) << (k - 1) | u1 << k;
 }
@@ -33,7 +34,7 @@ static int32_t index_of(int32_t type, const uint8_t *stored, int32_t n, int32_t 
 /* Two experts of half the rows each where their number is even. */
 static sample sample_new(int32_t type, int32_t n_rows, int32_t n_cols, int32_t codebook_cols, int32_t scale_cols,
                          enum content content) {
-    const int32_t bits = type % 10, k = 1 << (bits + (type >= CQ_CQ2T));
+    const int32_t bits = cq_stored_bits(type), k = 1 << cq_index_bits(type);
     const int32_t n_books = cq_ceil_div(n_cols, codebook_cols), book_rows = 1 << random_between(0, 3);
     const int32_t n_experts = n_rows % 2 ? 1 : 2, expert_rows = n_rows / n_experts;
     const int32_t expert_books = cq_ceil_div(expert_rows, book_rows) * n_books;

@@ -44,10 +44,6 @@ static void f32_to_f16(const float *x, uint16_t *out, int32_t n) {
     for (int32_t i = 0; i < n; i++) out[i] = f16_bits(x[i]);
 }
 
-#include "isa/template/float_ops.h" /* rms_norm ... dot_f16 */
-
-#include "isa/template/attention.h" /* attention_heads, attention_chunk */
-
 /* Of 2 to 5 bits; an odd number of bits: the plane of high bits follows the others. */
 static int32_t stored_bits(const uint8_t *block, int32_t bits, int32_t i) {
     const int32_t even = bits & ~1, high = bits == even ? 0 : block[8 * even + i / 8] >> (i % 8) & 1;
@@ -133,6 +129,11 @@ static int64_t peak_macs(int32_t iterations) {
 }
 
 static int supported(void) { return 1; }
+
+/* What templates make of it: */
+#include "isa/template/float_ops.h" /* rms_norm ... dot_f16 */
+
+#include "isa/template/attention.h" /* attention_heads, attention_chunk */
 
 const cq_kernels cq_kernels_portable = {
     .supported = supported,
