@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := converter pyggml_bridge scripts tests native/build_ffi.py setup.py
-NATIVE := $(wildcard native/src/*.[ch] native/include/*.h)
+NATIVE := $(shell find native/src native/include -name "*.[ch]")
 C_SOURCES := $(NATIVE) $(wildcard native/tests/*.[ch] native/cuda/*.cu native/cuda/*.cuh tests/cuda/*.h)
 CROSS := aarch64-linux-gnu-gcc
 QEMU := qemu-aarch64-static
-KERNEL_TEST := $(wildcard native/tests/*.c) $(addprefix native/src/,portable.c avx2.c avxvnni.c avx512.c avx512vbmi.c neon.c dispatch.c)
-KERNEL_FLAGS := -std=gnu11 -fopenmp-simd -fno-math-errno -Wall -Wextra -Wno-psabi -Inative/include
+KERNEL_TEST := $(wildcard native/tests/*.c native/src/isa/*.c) native/src/dispatch.c
+KERNEL_FLAGS := -std=gnu11 -fopenmp-simd -fno-math-errno -Wall -Wextra -Wno-psabi -Inative/include -Inative/src
 
 .PHONY: setup demo test test-neon test-asan cuda-table bench lint fmt clean
 

@@ -1,4 +1,4 @@
-"""cffi builder of pyggml_bridge._native: the declarations are native/include/cq.h itself, the sources native/src/*.c.
+"""cffi builder of pyggml_bridge._native: declared by native/include/cq.h itself, made of all sources in native/src.
 
 Each source selects its own instruction set by a target pragma, so one compiler call without special flags builds all.
 CQ_CFLAGS adds flags, for instance -fsanitize=address (see `make test-asan`).
@@ -19,9 +19,9 @@ extra = os.environ.get("CQ_CFLAGS", "").split()
 ffibuilder.set_source(
     "pyggml_bridge._native",
     '#include "cq.h"',
-    sources=sorted(str(path.relative_to(ROOT.parent)) for path in (ROOT / "src").glob("*.c")),
-    include_dirs=[str(ROOT / "include")],
-    depends=[str(path) for path in (*ROOT.glob("src/*.h"), *ROOT.glob("include/*.h"))],
+    sources=sorted(str(path.relative_to(ROOT.parent)) for path in (ROOT / "src").rglob("*.c")),
+    include_dirs=[str(ROOT / "include"), str(ROOT / "src")],
+    depends=[str(path) for path in (*ROOT.glob("src/**/*.h"), *ROOT.glob("include/*.h"))],
     extra_compile_args=[
         "-std=gnu11",
         "-O3",

@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 from pyggml_bridge._native import ffi, lib
 from pyggml_bridge.errors import CQError
 
-__all__ = ["aligned_empty", "available_isas", "choose_isa", "current_isa", "default_threads", "ffi", "lib", "pointer"]
+__all__ = [
+    "aligned_empty", "available_isas", "choose_isa", "current_isa", "default_threads", "ffi", "isa_help", "known_isas",
+    "lib", "pointer",
+]  # fmt: skip
 
 
 def pointer(array: NDArray[Any] | None, ctype: str) -> Any:
@@ -32,10 +35,25 @@ def aligned_empty(n_bytes: int, alignment: int = 64) -> NDArray[np.uint8]:
 
 def available_isas() -> list[str]:
     """Instruction sets that this host supports, best first."""
+    return _names(lib.cq_isa_name)
+
+
+def known_isas() -> list[str]:
+    """Instruction sets that --isa knows, best first; some are another architecture's."""
+    return _names(lib.cq_isa_known)
+
+
+def _names(name_at: Any) -> list[str]:
+    """What a function of an index returns until it returns NULL."""
     names: list[str] = []
-    while (name := lib.cq_isa_name(len(names))) != ffi.NULL:
+    while (name := name_at(len(names))) != ffi.NULL:
         names.append(ffi.string(name).decode())
     return names
+
+
+def isa_help() -> str:
+    """What --help says of --isa."""
+    return f"{', '.join(reversed(known_isas()))}: only lowers"
 
 
 def current_isa() -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CODEBOOK_ROWS, MAX_COLS, Clustered, CQType, quantize_activations
-from pyggml_bridge.native import aligned_empty, available_isas, choose_isa, current_isa, ffi, lib, pointer
+from pyggml_bridge.native import aligned_empty, available_isas, choose_isa, current_isa, ffi, known_isas, lib, pointer
 from tests.oracle import NativeMatrix, guarded, random_clustered
 
 EPS = 2.0**-24  # half a unit in the last place: what one float32 rounding may add, relative
@@ -280,10 +280,16 @@ def test_measured_limits_are_finite() -> None:
 
 def test_choice_of_instruction_set() -> None:
     assert available_isas()[-1] == "scalar"
-    foreign = "avx2" if "neon" in available_isas() else "neon"
-    for name, message in ((foreign, "this machine supports"), ("sse9", "unknown")):
-        with pytest.raises(CQError, match=message):
+    assert [name for name in known_isas() if name in available_isas()] == available_isas()
+    for name in known_isas():
+        if name in available_isas():
             choose_isa(name)
+            assert current_isa() == name
+        else:
+            with pytest.raises(CQError, match="this machine supports"):
+                choose_isa(name)
+    with pytest.raises(CQError, match="unknown"):
+        choose_isa("sse9")
 
 
 @pytest.mark.parametrize(("limit", "status", "names"), [("scalar", 0, ["scalar"]), ("", 0, None), ("sse9", 1, None)])

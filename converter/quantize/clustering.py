@@ -178,7 +178,7 @@ def weights_of(fit: Fit, n_threads: int) -> NDArray[np.float32]:
     return out
 
 
-def _job(fit: Fit, iterations: int, matrix_cols: int = 0) -> Any:
+def _job(fit: Fit, iterations: int, hessian_width: int = 0) -> Any:
     rows, cols = fit.indices.shape
     return ffi.new(
         "cq_clustering *",
@@ -199,7 +199,7 @@ def _job(fit: Fit, iterations: int, matrix_cols: int = 0) -> Any:
             "group_scales": pointer(fit.group_scales, "int8_t *"),
             "scales": pointer(fit.scales, "float *"),
             "loss": pointer(fit.loss, "double *"),
-            "matrix_cols": matrix_cols,
+            "hessian_width": hessian_width,
         },
     )
 

@@ -18,9 +18,11 @@
 #define CQ_CODEBOOK_CUH
 #include "common.cuh"
 
+#define CQ_BITS_IF(name, id, bits, trellis) +(CQ_TYPE == id ? bits : 0)
+#define CQ_TRELLIS_IF(name, id, bits, trellis) +(CQ_TYPE == id ? trellis : 0)
 enum {
-    CQ_TRELLIS = CQ_TYPE >= CQ_CQ2T,
-    CQ_BITS = CQ_TYPE - (CQ_TRELLIS ? 17210 : 17200),
+    CQ_BITS = 0 CQ_CLUSTERED_TYPES(CQ_BITS_IF),
+    CQ_TRELLIS = 0 CQ_CLUSTERED_TYPES(CQ_TRELLIS_IF),
     CQ_NIBBLES = CQ_BITS >= 4, /* fields of four bits, else of two */
     CQ_PLANE = CQ_BITS % 2,    /* and the bit above them in a plane */
     CQ_BLOCK_BYTES = 8 * CQ_BITS,
@@ -59,7 +61,7 @@ CQ_DEVICE u32 plane_nibbles(u32 low, u32 high, int half, int k) {
 }
 
 /* Word k of indices: the lower four bits of each, and at bit 3 of `upper`'s nibbles bit 4. above, above2: the rows one
- * and two above in the ring, which only the types with T read. */
+ * and two above in the set, which only the types with T read. */
 CQ_DEVICE u32 index_word(const cq_half &own, const cq_half &above, const cq_half &above2, int half, int k, u32 *upper) {
     u32 fields = own.fields[k], index;
     *upper = 0;
@@ -159,7 +161,7 @@ CQ_DEVICE cq_columns columns_of(const cq_reader &r, int block) {
     return {(u32)block / (u32)r.codebook_blocks, (u32)block / (u32)r.scale_blocks};
 }
 
-/* The division keeps what the GEMV does where a ring begins behind a branch: as a shift, all rings' loads go ahead of
+/* The division keeps what the GEMV does where a set begins behind a branch: as a shift, all sets' loads go ahead of
  * it, and CQ2T spills. */
 CQ_DEVICE const i8 *codebook_at(const cq_reader &r, int row, const cq_columns &columns) {
     return r.centroids + ((u32)(row / r.codebook_rows) * (u32)r.n_codebooks + columns.codebook) * CQ_K;
@@ -170,7 +172,8 @@ CQ_DEVICE u32 group_scale_at(const cq_reader &r, int row, const cq_columns &colu
     return (u32)r.group_scales[(u32)row * (u32)r.n_groups + columns.group];
 }
 
-/* The row `up` (1 or 2) rows above in the ring of rows that share codebooks; the matrix's last ring may be shorter. */
+/* The row `up` (1 or 2) rows above in the set of rows that share codebooks, tail-biting: the first row follows the
+ * last; the matrix's last set may be shorter. */
 CQ_DEVICE int row_above(const cq_reader &r, int row, int up) {
     const int position = row & (r.codebook_rows - 1), first = row - position;
     const int size = min_int(r.codebook_rows, r.n_rows - first);

@@ -7,18 +7,16 @@ typedef unsigned char u8;
 typedef signed char i8;
 
 #include "ptx.cuh"
+#include "types.cuh"
+
+#define CQ_ENUMERATOR(name, id, bits, trellis) name = id,
+enum { CQ_CLUSTERED_TYPES(CQ_ENUMERATOR) };
+#undef CQ_ENUMERATOR
 
 enum {
     CQ_F32 = 0,
     CQ_F16 = 1,
     CQ_Q8_0 = 8,
-    CQ_CQ2 = 17202,
-    CQ_CQ3 = 17203,
-    CQ_CQ4 = 17204,
-    CQ_CQ5 = 17205,
-    CQ_CQ2T = 17212,
-    CQ_CQ3T = 17213,
-    CQ_CQ4T = 17214,
     CQ_BLOCK = 64, /* columns of a packed block of a CQ type */
     CQ_Q8_0_COLS = 32,
     CQ_Q8_0_BYTES = 34,

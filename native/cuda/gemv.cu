@@ -2,12 +2,12 @@
  *
  *     out[item][row] = scales[row] * x_scale * sum over columns of W8[row][column] * q[item][column]
  *
- * `lanes` neighbouring lanes share CQ_GEMV_ROWS rows, so rings of rows never straddle; each takes every lanes-th half
- * block of columns (codebook.cuh) of all of them. Its part of q stays in registers, permuted to the order in which a
- * byte permute delivers weights. Per row: the codebook, scaled by the group's scale, as a table in registers; four
- * look-ups per byte permute (three permutes for 16 entries); dp4a. Memory is read once: 16 bytes per lane where blocks
- * allow it, all rows' indices ahead of their use. A trellis reads its ring's last two rows again, from the first-level
- * cache.
+ * `lanes` neighbouring lanes share CQ_GEMV_ROWS rows, so sets of rows that share codebooks never straddle; each takes
+ * every lanes-th half block of columns (codebook.cuh) of all of them. Its part of q stays in registers, permuted to the
+ * order in which a byte permute delivers weights. Per row: the codebook, scaled by the group's scale, as a table in
+ * registers; four look-ups per byte permute (three permutes for 16 entries); dp4a. Memory is read once: 16 bytes per
+ * lane where blocks allow it, all rows' indices ahead of their use. A trellis reads its set's last two rows again, from
+ * the first-level cache.
  *
  * The sum uses offset weights u8 <= 255 and subtracts g * sum(q): |sum| <= 255 * 127 * 65536 < 2^31.
  *
@@ -53,7 +53,7 @@ CQ_DEVICE void add_half(const cq_reader &r, int first_row, int block, int half, 
             rows[j - i] = load_half(block_at(r, min_int(first_row + j, r.n_rows - 1), block), half);
         const cq_half &own = rows[i % CQ_GEMV_AHEAD];
         const int row = min_int(first_row + i, r.n_rows - 1);
-        if ((i & (r.codebook_rows - 1)) == 0) { /* a ring begins */
+        if ((i & (r.codebook_rows - 1)) == 0) { /* a set begins */
             load_codebook(codebook_at(r, row, columns), codebook);
             if (CQ_TRELLIS) above = load_half(block_at(r, row_above(r, row, 1), block), half);
             if (CQ_TRELLIS) above2 = load_half(block_at(r, row_above(r, row, 2), block), half);

@@ -14,7 +14,7 @@ enum cq_status { CQ_OK = 0, CQ_ERR_ARGUMENT = 1, CQ_ERR_UNSUPPORTED = 2 };
 /* Element types of a matrix, by GGUF's tensor type ids. */
 enum cq_type {
     CQ_F32 = 0, CQ_F16 = 1, CQ_Q8_0 = 8, CQ_CQ2 = 17202, CQ_CQ3 = 17203, CQ_CQ4 = 17204, CQ_CQ5 = 17205,
-    CQ_CQ2T = 17212, CQ_CQ3T = 17213, CQ_CQ4T = 17214 /* the rows above take part in the index: docs/format.md */
+    CQ_CQ2T = 17212, CQ_CQ3T = 17213, CQ_CQ4T = 17214 /* the index depends on the rows above too: docs/format.md */
 };
 
 /* Weights [n_experts][n_rows][n_cols] as they lie in the memory map (docs/format.md). */
@@ -110,7 +110,9 @@ typedef struct {
 int64_t cq_scratch_bytes(const cq_op *ops, int32_t n_ops, int32_t n_threads);
 int cq_run(const cq_op *ops, int32_t n_ops, const cq_step *step);
 
-/* Instruction sets: the names this host supports, best first; choosing NULL takes the best. */
+/* Instruction sets: the names this host supports, best first, and all that are known, those of other hosts too; NULL past
+ * the last. Choosing NULL takes the best. */
+const char *cq_isa_known(int32_t index);
 const char *cq_isa_name(int32_t index);
 const char *cq_isa_current(void);
 int cq_isa_choose(const char *name);
@@ -140,19 +142,19 @@ typedef struct {
     int8_t *centroids, *group_scales;  /* as in cq_matrix; group_scales unused without scale_cols */
     float *scales;                     /* [n_rows] */
     double *loss;                      /* [n_rows] */
-    int32_t matrix_cols;               /* of the squares along the diagonal of the inputs' moments: n_cols if whole */
+    int32_t hessian_width;             /* columns of the Hessian's squares along its diagonal: n_cols if it is whole */
     float *gradient_before, *gradient_after; /* [n_rows][n_cols] or NULL: of half the loss, at descent's two ends */
 } cq_clustering;
 
 int64_t cq_cluster_scratch_bytes(const cq_clustering *job); /* per thread */
 int cq_cluster_rows(const cq_clustering *job, int32_t n_threads, uint8_t *scratch);
-/* Under the inputs' second moments h (descent.c), from what the job's arrays hold; h [n_cols][matrix_cols]: row i has the
- * columns of i's square, what lies outside the squares being zero. Feedback keeps the codebooks and chooses the indices
- * anew; v, likewise: the upper triangular factor of h = v v^T. Descent then refits both, for at most n_iterations
- * rounds; loss becomes r^T h r. */
+/* Under the Hessian X^T X, the inputs' second moments (descent.c), from what the job's arrays hold; hessian [n_cols]
+ * [hessian_width]: row i has the columns of i's square, what lies outside the squares being zero. Feedback keeps the
+ * codebooks and chooses the indices anew; cholesky, of the same shape: upper triangular V of hessian = V V^T. Descent then refits both, for at most n_iterations
+ * rounds; loss becomes r^T hessian r. */
 int64_t cq_descent_scratch_bytes(const cq_clustering *job); /* per thread */
-int cq_feedback_rows(const cq_clustering *job, const float *v, int32_t n_threads, uint8_t *scratch);
-int cq_descend_rows(const cq_clustering *job, const float *h, int32_t n_threads, uint8_t *scratch);
+int cq_feedback_rows(const cq_clustering *job, const float *cholesky, int32_t n_threads, uint8_t *scratch);
+int cq_descend_rows(const cq_clustering *job, const float *hessian, int32_t n_threads, uint8_t *scratch);
 
 /* out [n_rows][n_cols]: the weights the job's arrays stand for (weights.c). */
 int cq_clustered_weights(const cq_clustering *job, float *out, int32_t n_threads);

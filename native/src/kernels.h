@@ -1,33 +1,25 @@
-/* What one instruction set provides. Each of portable.c, avx2.c, avxvnni.c, avx512.c, avx512vbmi.c and neon.c defines
- * one cq_kernels; dispatch.c lists them. Adding an instruction set is adding one such file and one line there.
+/* What one instruction set provides to run a model: a table of kernels, cq_kernels. isa/list.h names the instruction
+ * sets, each file of isa/ defines the tables of one or two, dispatch.c chooses. What clustering needs is a table of its
+ * own (cluster_kernels.h). docs/adding-an-instruction-set.md says how to add one.
  *
  * The effective weight is an int8: W = centroid, or (centroid * group_scale + 64) >> 7 where the matrix has group
  * scales. With |W| <= 128 and |x| <= 127, a sum over n_cols <= CQ_MAX_COLS stays inside int32, also in the offset form
  * (W + 128) * x that unsigned-by-signed instructions need: 255 * 127 * 65536 < 2^31. */
 #ifndef CQ_KERNELS_H
 #define CQ_KERNELS_H
-#include "../include/cq.h"
+#include "../cuda/types.cuh"
+#include "cq.h"
+#include "isa/list.h"
 #include <stddef.h>
+
+#define CQ_INLINE static inline __attribute__((always_inline))
 
 #define CQ_MAX_COLS 65536
 #define CQ_BLOCK 64 /* weights per packed block: 8 * bits bytes */
 #define CQ_MAX_HEAD_DIM 1024
 
-enum { CQ_ROWS = 16 };    /* rows of weights that clustering takes side by side (descent.c) */
-enum { CQ_MAX_RING = 8 }; /* rows that share codebooks */
-enum { CQ_MAX_CENTROIDS = 32 };
-
-/* Compilers that know the instruction set of avxvnni.c. */
-#if defined(__x86_64__)
-#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
-#define CQ_AVX_VNNI
-#endif
-#endif
-
-struct cq_kmeans;
-struct cq_kmeans_layer;
-struct cq_column_block;
-struct cq_centroid_columns;
+#define CQ_MAX_CODEBOOK_ROWS 8 /* consecutive rows that share their codebooks */
+#define CQ_MAX_CENTROIDS 32
 
 /* Where a panel's products go: out[t][r] (+)= acc[t][r] * (row_scales[r] * token_scales[t]) for r < n_rows. */
 typedef struct {
@@ -51,8 +43,7 @@ typedef struct {
 } cq_block_tokens;
 
 typedef struct cq_kernels {
-    const char *name;
-    int (*supported)(void);
+    int (*supported)(void); /* by the processor this runs on */
 
     /* ---- integers: exact, equal to the oracle in tests ---- */
 
@@ -84,7 +75,7 @@ typedef struct cq_kernels {
     /* Runs a fixed loop of int8 multiply-adds in registers; returns how many it made. */
     int64_t (*peak_macs)(int32_t iterations);
 
-    /* ---- floats: float_ops.h compiled for this instruction set ---- */
+    /* ---- floats: isa/template/float_ops.h and attention.h, compiled for this instruction set ---- */
     void (*rms_norm)(const float *x, const float *weight, float *out, int32_t n, float eps);
     void (*quantize)(const float *x, int32_t n, int32_t bits, int32_t group, int8_t *q, float *scales, int32_t *sums);
     void (*swiglu)(const float *gate, const float *up, float *out, int32_t n);
@@ -105,33 +96,42 @@ typedef struct cq_kernels {
     void (*attention_heads)(const cq_attention *op, int32_t head, int32_t n_heads, int32_t position, int32_t n_queries,
                             const float *q, float *out, float *scratch);
     /* One token's queries q[n_heads][head_dim] of heads `head` .. that share keys and values, over keys first .. end
-     * - 1. parts, `stride` floats per head: sum of 2^(score - m) * value [value_dim], the largest score m, sum of
+     * - 1. partials, `stride` floats per head: sum of 2^(score - m) * value [value_dim], the largest score m, sum of
      * 2^(score - m); scores are times log2 e. At most CQ_QUERY_TILE heads. */
     void (*attention_chunk)(const cq_attention *op, int32_t head, int32_t n_heads, int32_t first, int32_t end,
-                            const float *q, float *parts, int64_t stride, float *scratch);
-
-    /* ---- clustering ---- */
-    void (*kmeans_layer)(const struct cq_kmeans *s, const struct cq_kmeans_layer *layer);
-    void (*nearest_block)(struct cq_column_block *b);
-    void (*descend_block)(struct cq_column_block *b);
-    void (*rank_update)(const float (*change)[CQ_ROWS], int32_t n_cols, const float *matrix, int64_t stride,
-                        float *const *rows, int32_t n);
-    void (*sum_by_centroid)(const struct cq_centroid_columns *columns, float (*sums)[CQ_BLOCK]);
+                            const float *q, float *partials, int64_t stride, float *scratch);
 } cq_kernels;
 
-extern const cq_kernels cq_kernels_portable, cq_kernels_avx2, cq_kernels_avxvnni, cq_kernels_avx512,
-    cq_kernels_avx512vbmi, cq_kernels_neon, cq_kernels_neon_dotprod;
+#define CQ_DECLARE(symbol, name, clustering, compiled) extern const cq_kernels cq_kernels_##symbol;
+CQ_INSTRUCTION_SETS(CQ_DECLARE)
+#undef CQ_DECLARE
 
+/* The table of the set in use; NULL if CQ_ISA in the environment names none. */
 const cq_kernels *cq_kernels_current(void);
 
-/* Of the clustered types. Bits per weight in the file, 2 to 5; bits of the index into a codebook, one more with a
- * trellis. */
-static inline int cq_has_trellis(int32_t type) { return type >= CQ_CQ2T; }
-static inline int32_t cq_stored_bits(int32_t type) { return type - (cq_has_trellis(type) ? 17210 : 17200); }
-static inline int32_t cq_index_bits(int32_t type) { return cq_stored_bits(type) + cq_has_trellis(type); }
-static inline int cq_is_clustered(int32_t type) {
-    return (type >= CQ_CQ2 && type <= CQ_CQ5) || (type >= CQ_CQ2T && type <= CQ_CQ4T);
+/* Of a type, from the table in types.cuh: bits per weight in the file and, lowest, whether it has a trellis; 0 for a
+ * type that is not clustered. A constant where the type is one. */
+CQ_INLINE int32_t cq_type_properties(int32_t type) {
+    switch (type) {
+#define CQ_CASE(name, id, bits, trellis)                                                                               \
+    case name:                                                                                                         \
+        return 2 * bits + trellis;
+        CQ_CLUSTERED_TYPES(CQ_CASE)
+#undef CQ_CASE
+    default:
+        return 0;
+    }
 }
+#define CQ_ASSERT_SAME(name, id, bits, trellis) _Static_assert(name == id, "cq.h and types.cuh differ");
+CQ_CLUSTERED_TYPES(CQ_ASSERT_SAME)
+#undef CQ_ASSERT_SAME
+
+CQ_INLINE int cq_is_clustered(int32_t type) { return cq_type_properties(type) != 0; }
+CQ_INLINE int32_t cq_stored_bits(int32_t type) { return cq_type_properties(type) >> 1; }
+CQ_INLINE int cq_has_trellis(int32_t type) { return cq_type_properties(type) & 1; }
+/* Of the index into a codebook: one more with a trellis. */
+CQ_INLINE int32_t cq_index_bits(int32_t type) { return cq_stored_bits(type) + cq_has_trellis(type); }
+
 static inline int32_t cq_min(int32_t a, int32_t b) { return a < b ? a : b; }
 static inline int32_t cq_ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 static inline int64_t cq_panel_bytes(const cq_kernels *kernels, int32_t n_cols) {

@@ -1,7 +1,7 @@
 /* What the standalone kernel tests share: random numbers, guarded memory, one line per failure. */
 #ifndef CQ_CHECK_H
 #define CQ_CHECK_H
-#include "../src/kernels.h"
+#include "kernels.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>

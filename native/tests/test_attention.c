@@ -1,9 +1,9 @@
 /* Attention of one head against a double reference. */
 #include "check.h"
 
-static float from_half(uint16_t half) {
+static float from_f16(uint16_t f16) {
     float value;
-    cq_kernels_portable.f16_to_f32(&half, &value, 1);
+    cq_kernels_portable.f16_to_f32(&f16, &value, 1);
     return value;
 }
 
@@ -24,7 +24,7 @@ static double reference(const cq_attention *op, int32_t kv_head, int32_t positio
         const uint16_t *key = op->k_cache + ((int64_t)kv_head * op->n_ctx + k) * dim;
         double magnitude = scores[k] = 0;
         for (int32_t d = 0; d < dim; d++) {
-            const double product = (double)q[d] * from_half(key[d]) * op->scale;
+            const double product = (double)q[d] * from_f16(key[d]) * op->scale;
             scores[k] += product, magnitude += fabs(product);
         }
         most = fmax(most, magnitude), largest = fmax(largest, scores[k]);
@@ -34,7 +34,7 @@ static double reference(const cq_attention *op, int32_t kv_head, int32_t positio
         const double p = exp(scores[k] - largest);
         total += p;
         for (int32_t d = 0; d < value_dim; d++) {
-            const double value = from_half(values[((int64_t)kv_head * op->n_ctx + k) * value_stride + d]);
+            const double value = from_f16(values[((int64_t)kv_head * op->n_ctx + k) * value_stride + d]);
             want[d] += p * value, max_value = fmax(max_value, fabs(value));
         }
     }
@@ -49,17 +49,17 @@ static void check_chunks(const cq_attention *op, int32_t position, const float *
     const int32_t dim = op->value_dim, stride = 2 * (dim + 2), group = op->n_heads / op->n_kv_heads;
     const int32_t first = cq_first_key(op, position), middle = first + (position + 1 - first) / 3;
     guarded memory = guarded_new(sizeof(float) * (size_t)(group * stride));
-    float *parts = memory.data;
+    float *partials = memory.data;
     double *want = malloc(sizeof(double) * (size_t)dim);
     for (int32_t head = 0; head < op->n_heads; head += group) {
         const float *queries = q + head * op->head_dim;
-        for (int32_t i = 0; i < group * stride; i++) parts[i] = NAN;
+        for (int32_t i = 0; i < group * stride; i++) partials[i] = NAN;
         const cq_kernels *kernels = cq_kernels_current();
-        kernels->attention_chunk(op, head, group, first, middle, queries, parts, stride, scratch);
-        kernels->attention_chunk(op, head, group, middle, position + 1, queries, parts + dim + 2, stride, scratch);
+        kernels->attention_chunk(op, head, group, first, middle, queries, partials, stride, scratch);
+        kernels->attention_chunk(op, head, group, middle, position + 1, queries, partials + dim + 2, stride, scratch);
         for (int32_t i = 0; i < group; i++) {
             const double bound = reference(op, head / group, position, queries + i * op->head_dim, want);
-            const float *a = parts + i * stride, *b = a + dim + 2;
+            const float *a = partials + i * stride, *b = a + dim + 2;
             const double largest = fmax(a[dim], b[dim]), wa = exp2(a[dim] - largest), wb = exp2(b[dim] - largest);
             for (int32_t d = 0; d < dim; d++) {
                 const double got = (wa * a[d] + wb * b[d]) / (wa * a[dim + 1] + wb * b[dim + 1]);
@@ -72,7 +72,7 @@ static void check_chunks(const cq_attention *op, int32_t position, const float *
     guarded_free(memory);
 }
 
-static void fill_halves(uint16_t *out, size_t n, float magnitude) {
+static void fill_f16(uint16_t *out, size_t n, float magnitude) {
     for (size_t i = 0; i < n; i++) {
         const float value = magnitude * random_float();
         cq_kernels_portable.f32_to_f16(&value, out + i, 1);
@@ -88,7 +88,7 @@ static void check_widths(int32_t dim, int32_t value_dim, int views, int32_t posi
     guarded mq = guarded_new(sizeof(float) * (size_t)n_queries * n_heads * dim),
             mo = guarded_new(sizeof(float) * (size_t)n_queries * n_heads * value_dim);
     float *q = mq.data, *out = mo.data;
-    fill_halves(mk.data, keys, sharpness), fill_halves(mv.data, values, 1);
+    fill_f16(mk.data, keys, sharpness), fill_f16(mv.data, values, 1);
     for (int32_t i = 0; i < n_queries * n_heads * dim; i++) q[i] = random_float();
     for (int32_t i = 0; i < n_queries * n_heads * value_dim; i++) out[i] = NAN;
     cq_attention op = {.k_cache = mk.data, .v_cache = views ? NULL : mv.data, .n_heads = n_heads};

@@ -1,7 +1,7 @@
-/* The inner loops of clustering, of which converted files depend on every instruction set, against plain C. */
-#include "../src/descent.h"
-#include "../src/kmeans.h"
+/* The inner loops of clustering, of which converted files depend on every instruction set, against loops written here.
+ */
 #include "check.h"
+#include "cluster_kernels.h"
 
 static const double EPS = 0x1p-24;
 
@@ -36,7 +36,7 @@ static void check_rank_update(int32_t n_cols, int32_t n) {
     for (int32_t r = 0; r < CQ_ROWS; r++) rows[r] = (float *)rows_memory.data + (size_t)r * (size_t)n;
     fill(change[0], CQ_BLOCK * CQ_ROWS, 1), fill(matrix, n_cols * n, 1), fill(rows[0], CQ_ROWS * n, 1);
     memcpy(before, rows[0], (size_t)CQ_ROWS * (size_t)n * 4);
-    cq_kernels_current()->rank_update((const float (*)[CQ_ROWS])change, n_cols, matrix, n, rows, n);
+    cq_cluster_kernels_current()->rank_update((const float (*)[CQ_ROWS])change, n_cols, matrix, n, rows, n);
     for (int32_t r = 0; r < CQ_ROWS; r++)
         for (int32_t j = 0; j < n; j++) {
             double want = before[r * n + j], size = fabs(want);
@@ -67,7 +67,7 @@ static void check_column_block(int32_t n_values, int32_t feedback) {
     for (int32_t i = 0; i < CQ_BLOCK; i++) matrix[i * CQ_BLOCK + i] = 1.0f + 0.1f * (float)(i % 7);
     was = b;
     b.forward = feedback;
-    cq_kernels_current()->descend_block(&b);
+    cq_cluster_kernels_current()->descend_block(&b);
     for (int32_t r = 0; r < CQ_ROWS; r++) {
         double state[CQ_BLOCK];
         for (int32_t i = 0; i < CQ_BLOCK; i++) state[i] = was.state[i][r];
@@ -86,16 +86,17 @@ static void check_column_block(int32_t n_values, int32_t feedback) {
     }
 }
 
-/* The choices of a column against all 2^n ways around each ring. */
-static void check_trellis(int32_t n_values, int32_t n_rows, int32_t ring) {
-    cq_column_block b = {.n_cols = 5, .n_values = n_values, .n_rows = n_rows, .ring = ring, .trellis = 1};
+/* The choices of a column against all 2^n paths through each set. */
+static void check_trellis(int32_t n_values, int32_t n_rows, int32_t codebook_rows) {
+    cq_column_block b = {
+        .n_cols = 5, .n_values = n_values, .n_rows = n_rows, .codebook_rows = codebook_rows, .trellis = 1};
     fill(b.values[0], CQ_MAX_CENTROIDS * CQ_ROWS, 1), fill(b.state[0], CQ_BLOCK * CQ_ROWS, 1);
     for (int32_t r = 0; r < CQ_ROWS; r++) b.weight[r] = 0.1f * (float)random_between(1, 100);
-    cq_kernels_current()->nearest_block(&b);
-    const int32_t part_size = n_values / 4;
+    cq_cluster_kernels_current()->nearest_block(&b);
+    const int32_t subset_size = n_values / 4;
     for (int32_t i = 0; i < b.n_cols; i++)
-        for (int32_t first = 0; first < n_rows; first += ring) {
-            const int32_t n = n_rows - first < ring ? n_rows - first : ring;
+        for (int32_t first = 0; first < n_rows; first += codebook_rows) {
+            const int32_t n = n_rows - first < codebook_rows ? n_rows - first : codebook_rows;
             double best = INFINITY, got = 0;
             int32_t allowed = 0;
             for (int32_t u = 0; u < 1 << n; u++) {
@@ -103,28 +104,27 @@ static void check_trellis(int32_t n_values, int32_t n_rows, int32_t ring) {
                 int32_t same = 1;
                 for (int32_t r = 0; r < n; r++) {
                     const int32_t u0 = u >> r, u1 = u >> (r + n - 1) % n, u2 = u >> (r + 2 * n - 2) % n;
-                    const int32_t part = ((u0 ^ u2) & 1) + 2 * (u1 & 1), lane = first + r;
+                    const int32_t subset = ((u0 ^ u2) & 1) + 2 * (u1 & 1), row = first + r;
                     double nearest_error = INFINITY;
-                    for (int32_t c = part * part_size; c < (part + 1) * part_size; c++)
-                        nearest_error = fmin(nearest_error, fabs((double)b.state[i][lane] - b.values[c][lane]));
-                    total += b.weight[lane] * nearest_error * nearest_error;
-                    same &= b.index[i][lane] / part_size == part;
+                    for (int32_t c = subset * subset_size; c < (subset + 1) * subset_size; c++)
+                        nearest_error = fmin(nearest_error, fabs((double)b.state[i][row] - b.values[c][row]));
+                    total += b.weight[row] * nearest_error * nearest_error;
+                    same &= b.index[i][row] / subset_size == subset;
                 }
                 best = fmin(best, total);
                 allowed |= same;
             }
-            for (int32_t lane = first; lane < first + n; lane++) {
-                const double error = b.state[i][lane] - (double)b.values[b.index[i][lane]][lane];
-                got += b.weight[lane] * error * error;
-                CHECK(b.value[i][lane] == b.values[b.index[i][lane]][lane], "trellis: value of column %d row %d", i,
-                      lane);
+            for (int32_t row = first; row < first + n; row++) {
+                const double error = b.state[i][row] - (double)b.values[b.index[i][row]][row];
+                got += b.weight[row] * error * error;
+                CHECK(b.value[i][row] == b.values[b.index[i][row]][row], "trellis: value of column %d row %d", i, row);
             }
             CHECK(allowed && fabs(got - best) <= 1e-5 * (best + 1e-3),
-                  "trellis of %d, %d rows in rings of %d: %g, best %g", n_values, n_rows, ring, got, best);
+                  "trellis of %d, %d rows in sets of %d: %g, best %g", n_values, n_rows, codebook_rows, got, best);
         }
 }
 
-/* Sums of a block of columns by centroid against plain loops; rows from `begin` on count half, from `end` on nothing.
+/* Sums of a block of columns by centroid against loops; rows from `begin` on count half, from `end` on nothing.
  */
 static void check_sum_by_centroid(int32_t n_centroids, int32_t n, int32_t begin, int32_t end) {
     float (*rows)[CQ_BLOCK] = malloc((size_t)n * sizeof *rows), *step = malloc((size_t)n * 4);
@@ -138,7 +138,7 @@ static void check_sum_by_centroid(int32_t n_centroids, int32_t n, int32_t begin,
     }
     first[n_centroids] = used;
     const cq_centroid_columns of = {n_centroids, begin, end, first, columns, step, (const float (*)[CQ_BLOCK])rows};
-    cq_kernels_current()->sum_by_centroid(&of, sums);
+    cq_cluster_kernels_current()->sum_by_centroid(&of, sums);
     for (int32_t c = 0; c < n_centroids; c++)
         for (int32_t j = 0; j < CQ_BLOCK; j++) {
             double want = 0;
@@ -162,7 +162,7 @@ static void check_kmeans_layer(int32_t n, int32_t first) {
     for (int32_t i = 1; i <= n; i++) best[i] = s0[i] > 0 ? s1[i] * s1[i] / s0[i] : 0;
     const cq_kmeans s = {.s0 = s0, .s1 = s1, .best = best, .next = next, .tiny = 1e-20 * s0[n]};
     const cq_kmeans_layer layer = {first, first + 1, n, fewer, split};
-    cq_kernels_current()->kmeans_layer(&s, &layer);
+    cq_cluster_kernels_current()->kmeans_layer(&s, &layer);
     for (int32_t i = first + 1; i <= n; i++) {
         double top = -1;
         for (int32_t j = first; j < i; j++) {
@@ -182,7 +182,7 @@ void test_clustering(void) {
         for (int32_t feedback = 0; feedback < 2; feedback++) check_column_block(n_values, feedback);
     for (int32_t n_values = 4; n_values <= CQ_MAX_CENTROIDS; n_values *= 2)
         for (int32_t n_rows = 1; n_rows <= CQ_ROWS; n_rows++)
-            for (int32_t ring = 1; ring <= CQ_MAX_RING; ring *= 2) check_trellis(n_values, n_rows, ring);
+            for (int32_t set = 1; set <= CQ_MAX_CODEBOOK_ROWS; set *= 2) check_trellis(n_values, n_rows, set);
     for (int32_t n_centroids = 1; n_centroids <= CQ_MAX_CENTROIDS; n_centroids += 5)
         check_sum_by_centroid(n_centroids, 200, 64, 128), check_sum_by_centroid(n_centroids, 200, 128, 168);
     for (int32_t n = 2; n < 200; n += 7) check_kmeans_layer(n, 1), check_kmeans_layer(n, n / 2);

@@ -12,28 +12,28 @@ static float *random_floats(guarded *memory, int32_t n, float scale) {
     return x;
 }
 
-static double half_value(uint16_t half) {
-    const int32_t exponent = half >> 10 & 31, mantissa = half & 1023;
-    const double sign = half >> 15 ? -1 : 1;
+static double f16_value(uint16_t f16) {
+    const int32_t exponent = f16 >> 10 & 31, mantissa = f16 & 1023;
+    const double sign = f16 >> 15 ? -1 : 1;
     if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
     return sign * (exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24));
 }
 
 static void check_f16(void) {
     const cq_kernels *kernels = cq_kernels_current();
-    static uint16_t halves[65536], back[65536];
+    static uint16_t f16[65536], back[65536];
     static float values[65536];
-    for (int32_t i = 0; i < 65536; i++) halves[i] = (uint16_t)i;
-    kernels->f16_to_f32(halves, values, 65536);
+    for (int32_t i = 0; i < 65536; i++) f16[i] = (uint16_t)i;
+    kernels->f16_to_f32(f16, values, 65536);
     kernels->f32_to_f16(values, back, 65536);
     for (int32_t i = 0; i < 65536; i++) {
-        const double want = half_value((uint16_t)i);
+        const double want = f16_value((uint16_t)i);
         CHECK(isnan(want) ? isnan(values[i]) : values[i] == want && !signbit(values[i]) == (i < 0x8000), "f16 %04x", i);
         CHECK(isnan(want) ? (back[i] & 0x7fff) > 0x7c00 : back[i] == i, "f16 %04x comes back as %04x", i, back[i]);
     }
     for (int32_t i = 0; i < 0x7c00; i++) { /* between neighbours: ties go to the even one */
-        const double above = i + 1 == 0x7c00 ? 65536.0 : half_value((uint16_t)(i + 1));
-        const float middle = (float)((half_value((uint16_t)i) + above) / 2);
+        const double above = i + 1 == 0x7c00 ? 65536.0 : f16_value((uint16_t)(i + 1));
+        const float middle = (float)((f16_value((uint16_t)i) + above) / 2);
         const float x[3] = {nextafterf(middle, 0), middle, nextafterf(middle, INFINITY)};
         uint16_t got[3];
         kernels->f32_to_f16(x, got, 3);
@@ -156,24 +156,24 @@ static void check_linear_ops(int32_t n) {
 static void check_dots(int32_t n, int32_t n_tokens) {
     guarded mw, mx, mh = guarded_new((size_t)n * 2);
     const float *w = random_floats(&mw, n, 1), *rows = random_floats(&mx, n * n_tokens, 1), *x[9];
-    uint16_t *halves = mh.data;
-    float dot[10], dot_half[10];
-    for (int32_t i = 0; i < n; i++) halves[i] = (uint16_t)(random_between(0, 0x3bff) | (i % 3 ? 0x8000 : 0));
+    uint16_t *f16 = mh.data;
+    float dot[10], dot_of_f16[10];
+    for (int32_t i = 0; i < n; i++) f16[i] = (uint16_t)(random_between(0, 0x3bff) | (i % 3 ? 0x8000 : 0));
     for (int32_t t = 0; t < n_tokens; t++) x[t] = rows + (int64_t)t * n;
-    dot[n_tokens] = dot_half[n_tokens] = 7;
+    dot[n_tokens] = dot_of_f16[n_tokens] = 7;
     cq_kernels_current()->dot_f32(w, x, n_tokens, n, dot);
-    cq_kernels_current()->dot_f16(halves, x, n_tokens, n, dot_half);
+    cq_kernels_current()->dot_f16(f16, x, n_tokens, n, dot_of_f16);
     for (int32_t t = 0; t < n_tokens; t++) {
-        double want = 0, magnitude = 0, want_half = 0, magnitude_half = 0;
+        double want = 0, magnitude = 0, want_f16 = 0, magnitude_f16 = 0;
         for (int32_t i = 0; i < n; i++) {
             want += (double)w[i] * x[t][i], magnitude += fabs((double)w[i] * x[t][i]);
-            const double product = half_value(halves[i]) * x[t][i];
-            want_half += product, magnitude_half += fabs(product);
+            const double product = f16_value(f16[i]) * x[t][i];
+            want_f16 += product, magnitude_f16 += fabs(product);
         }
         CHECK(fabs(dot[t] - want) <= (n + 1) * EPS * magnitude, "dot_f32 n %d token %d", n, t);
-        CHECK(fabs(dot_half[t] - want_half) <= (n + 1) * EPS * magnitude_half, "dot_f16 n %d token %d", n, t);
+        CHECK(fabs(dot_of_f16[t] - want_f16) <= (n + 1) * EPS * magnitude_f16, "dot_f16 n %d token %d", n, t);
     }
-    CHECK(dot[n_tokens] == 7 && dot_half[n_tokens] == 7, "dot wrote past its tokens");
+    CHECK(dot[n_tokens] == 7 && dot_of_f16[n_tokens] == 7, "dot wrote past its tokens");
     guarded_free(mw), guarded_free(mx), guarded_free(mh);
 }
 

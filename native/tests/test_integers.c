@@ -1,4 +1,4 @@
-/* GEMV, panel GEMM and Q8_0 against a plain reference that packs the bytes itself, in guarded memory. */
+/* GEMV, panel GEMM and Q8_0 against a reference that packs the bytes itself, in guarded memory. */
 #include "check.h"
 
 enum content { RANDOM, LARGEST, SMALLEST, N_CONTENTS };
@@ -13,7 +13,7 @@ static void put_bit(uint8_t *plane, int32_t i, int32_t bit) { plane[i / 8] |= (u
 
 /* stored: of a type with T the free bit u above the bits of the index that it stores itself. */
 static void put_index(uint8_t *block, int32_t type, int32_t i, int32_t stored) {
-    const int32_t k = type % 10;
+    const int32_t k = cq_stored_bits(type);
     if (k >= 4)
         block[i % 32] |= (uint8_t)((stored & 15) << (i < 32 ? 0 : 4));
     else
@@ -22,10 +22,11 @@ static void put_index(uint8_t *block, int32_t type, int32_t i, int32_t stored) {
     if (k == 5) put_bit(block + 32, i, stored >> 4);
 }
 
-/* The index that the stored bits of a row and of those above it mean, all rows of a ring at one column. */
+/* The index that the stored bits of a row and of those above it mean, all rows of a set at one column. */
 static int32_t index_of(int32_t type, const uint8_t *stored, int32_t n, int32_t r) {
-    const int32_t k = type % 10, own = stored[r], above = stored[(r + n - 1) % n], above2 = stored[(r + 2 * n - 2) % n];
-    if (type < CQ_CQ2T) return own;
+    const int32_t k = cq_stored_bits(type), own = stored[r], above = stored[(r + n - 1) % n],
+                  above2 = stored[(r + 2 * n - 2) % n];
+    if (!cq_has_trellis(type)) return own;
     const int32_t u = own >> (k - 1), u1 = above >> (k - 1), u2 = above2 >> (k - 1);
     return (own & ((1 << (k - 1)) - 1)) | (u ^ u2) << (k - 1) | u1 << k;
 }
@@ -33,7 +34,7 @@ static int32_t index_of(int32_t type, const uint8_t *stored, int32_t n, int32_t 
 /* Two experts of half the rows each where their number is even. */
 static sample sample_new(int32_t type, int32_t n_rows, int32_t n_cols, int32_t codebook_cols, int32_t scale_cols,
                          enum content content) {
-    const int32_t bits = type % 10, k = 1 << (bits + (type >= CQ_CQ2T));
+    const int32_t bits = cq_stored_bits(type), k = 1 << cq_index_bits(type);
     const int32_t n_books = cq_ceil_div(n_cols, codebook_cols), book_rows = 1 << random_between(0, 3);
     const int32_t n_experts = n_rows % 2 ? 1 : 2, expert_rows = n_rows / n_experts;
     const int32_t expert_books = cq_ceil_div(expert_rows, book_rows) * n_books;
@@ -59,19 +60,19 @@ static sample sample_new(int32_t type, int32_t n_rows, int32_t n_cols, int32_t c
         }
     for (int32_t r = 0; r < n_rows; r++)
         for (int32_t c = 0; c < n_cols; c++) {
-            const int32_t in_expert = r % expert_rows, in_ring = in_expert % book_rows,
-                          rest = expert_rows - in_expert + in_ring;
-            const uint8_t *ring = stored + (int64_t)c * n_rows + r - in_ring;
-            const int32_t index = index_of(type, ring, rest < book_rows ? rest : book_rows, in_ring);
+            const int32_t in_expert = r % expert_rows, in_set = in_expert % book_rows,
+                          rest = expert_rows - in_expert + in_set;
+            const uint8_t *set = stored + (int64_t)c * n_rows + r - in_set;
+            const int32_t index = index_of(type, set, rest < book_rows ? rest : book_rows, in_set);
             const int32_t book = r / expert_rows * expert_books + in_expert / book_rows * n_books;
             int32_t weight = centroids[(book + c / codebook_cols) * k + index];
             if (scale_cols) weight = (int32_t)floor((weight * scales[r * n_groups + c / scale_cols] + 64) / 128.0);
             s.weights[(int64_t)r * n_cols + c] = (int8_t)weight;
         }
     free(stored);
-    s.w = (cq_matrix){type,          n_experts,  expert_rows, n_cols,    book_rows,
-                      codebook_cols, scale_cols, s.data.data, centroids, scale_cols ? scales : NULL,
-                      NULL,          NULL};
+    s.w = (cq_matrix){.type = type, .n_experts = n_experts, .n_rows = expert_rows, .n_cols = n_cols};
+    s.w.codebook_rows = book_rows, s.w.codebook_cols = codebook_cols, s.w.scale_cols = scale_cols;
+    s.w.data = s.data.data, s.w.centroids = centroids, s.w.group_scales = scale_cols ? scales : NULL;
     return s;
 }
 
@@ -206,9 +207,9 @@ static void check_q8_0(int32_t n_blocks, int32_t extreme) {
         uint8_t *block = (uint8_t *)w.data + b * 34;
         int8_t *weights = (int8_t *)block + 2, *x = (int8_t *)q.data + b * 32;
         const int32_t exponent = random_between(1, 14), mantissa = random_between(0, 1023);
-        const uint16_t half = (uint16_t)(exponent << 10 | mantissa);
+        const uint16_t f16 = (uint16_t)(exponent << 10 | mantissa);
         const float scale = 0.01f * (float)random_between(1, 1000);
-        memcpy(block, &half, 2);
+        memcpy(block, &f16, 2);
         memcpy((char *)scales.data + 4 * b, &scale, 4);
         for (int32_t i = 0; i < 32; i++) {
             weights[i] = (int8_t)(extreme ? -128 : random_between(-128, 127));
@@ -226,7 +227,9 @@ static void check_q8_0(int32_t n_blocks, int32_t extreme) {
 }
 
 void test_integers(void) {
-    static const int32_t types[] = {CQ_CQ2, CQ_CQ3, CQ_CQ4, CQ_CQ5, CQ_CQ2T, CQ_CQ3T, CQ_CQ4T};
+#define CQ_NAME(name, id, bits, trellis) name,
+    static const int32_t types[] = {CQ_CLUSTERED_TYPES(CQ_NAME)};
+#undef CQ_NAME
     static const int32_t cols[] = {64, 128, 192, 576, 1088}, rows[] = {1, 2, 3, 4, 5, 31, 33};
     static const int32_t codebooks[] = {0, 64, 128, 1024}, scales[] = {0, 64, 128, 1024};
     for (int32_t t = 0; t < (int32_t)(sizeof types / sizeof *types); t++) {

@@ -25,7 +25,7 @@ from pyggml_bridge.measure.bench import cpu_name, measure_kernels, measure_tests
 from pyggml_bridge.measure.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import load_model
-from pyggml_bridge.native import choose_isa, default_threads
+from pyggml_bridge.native import choose_isa, default_threads, isa_help
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.weights import Weights
 
@@ -48,7 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (physical cores)")
     parser.add_argument("-d", "--n-depth", type=int, default=0, metavar="N", help="tokens in the KV cache before (0)")
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md", help="table or JSON")
-    parser.add_argument("--isa", metavar="NAME", help="scalar, avx2, avxvnni, avx512, avx512vbmi, neon: only lowers")
+    parser.add_argument("--isa", metavar="NAME", help=isa_help())
     parser.add_argument("--kernels", action="store_true", help="the GEMV and GEMM alone on the model's shapes")
     add_cuda_arguments(parser)
     parser.add_argument("--json", action="store_true", help="same as -o json")

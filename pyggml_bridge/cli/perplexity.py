@@ -16,7 +16,7 @@ from pyggml_bridge.format import CQType
 from pyggml_bridge.measure.perplexity import Reference, RunnerReference, Statistics, chunks_of, mean_and_error, measure
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import architectures, load_model
-from pyggml_bridge.native import choose_isa
+from pyggml_bridge.native import choose_isa, isa_help
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.tokenizer import Tokenizer
 from pyggml_bridge.weights import STOCK_TYPES
@@ -34,7 +34,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("-c", "--ctx", type=int, default=512, metavar="N", help="tokens per chunk (512)")
     parser.add_argument("--chunks", type=int, metavar="N", help="stop after N chunks")
     parser.add_argument("--threads", "-t", type=int, metavar="N", help="threads (physical cores)")
-    parser.add_argument("--isa", metavar="NAME", help="scalar, avx2, avxvnni, avx512, avx512vbmi, neon: only lowers")
+    parser.add_argument("--isa", metavar="NAME", help=isa_help())
     parser.add_argument(
         "--base", metavar="MODEL", help="original: a GGUF, or what cq-convert accepts (needs [convert])"
     )

@@ -20,7 +20,7 @@ from pyggml_bridge.cli.common import (
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.generate import Chunk, Context, Finish, StopFilter, generate
 from pyggml_bridge.models import load_model
-from pyggml_bridge.native import choose_isa
+from pyggml_bridge.native import choose_isa, isa_help
 from pyggml_bridge.sampling import Sampler, SamplingConfig
 from pyggml_bridge.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ def _arguments() -> argparse.Namespace:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--ctx", "-c", type=int, metavar="N", help="context size (the model's, at most 8192)")
     machine.add_argument("--threads", "-t", type=int, metavar="N", help="threads (physical cores)")
-    machine.add_argument("--isa", metavar="NAME", help="scalar, avx2, avxvnni, avx512, avx512vbmi, neon: only lowers")
+    machine.add_argument("--isa", metavar="NAME", help=isa_help())
     add_cuda_arguments(machine)
     return parser.parse_intermixed_args()  # so that `-` may stand anywhere
 

@@ -85,16 +85,14 @@ def launch_function(module: ctypes.CDLL, kernel: str) -> Any:
     return function
 
 
-def struct_sizes() -> tuple[int, ...]:
-    """sizeof of the structs that launches pass."""
-    structs = ("cq_matrix", "cq_linear", "cq_linears", "cq_attention", "cq_route", "cq_heads")
-    lines = [f'#include "{SOURCES}/{source}"' for source in ("attention.cuh", "route.cu")]
-    lines += [f'extern "C" const size_t sizes[] = {{{", ".join(f"sizeof({name})" for name in structs)}}};']
+def struct_layout(source: str, name: str, fields: tuple[str, ...]) -> dict[str, int]:
+    """The offsets of a struct's fields in the CUDA sources, as the compiler has them, and by the name "" its size."""
+    values = [f"sizeof({name})", *(f"offsetof({name}, {field})" for field in fields)]
+    lines = ["#include <cstddef>", f'#include "{SOURCES / source}"']
+    lines += [f'extern "C" const size_t layout[] = {{{", ".join(values)}}};']
     command = ("-shared", f"-I{_header().parent}", "-include", "prefix.h", "-Wno-unused-function")
-    found = (ctypes.c_size_t * len(structs)).in_dll(
-        ctypes.CDLL(str(_compiled("sizes", ".so", "\n".join(lines), *command))), "sizes"
-    )
-    return tuple(found)
+    library = ctypes.CDLL(str(_compiled("layout", ".so", "\n".join(lines), *command)))
+    return dict(zip(("", *fields), (ctypes.c_size_t * len(values)).in_dll(library, "layout"), strict=True))
 
 
 def _header() -> Path:

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pyggml_bridge.cli import run as cli_run
 from pyggml_bridge.cuda.backend import require_device
-from pyggml_bridge.cuda.kernels import ATTENTION, HEADS
-from pyggml_bridge.cuda.linear import CHOICE, LINEAR, LINEARS
+from pyggml_bridge.cuda.kernels import ATTENTION, HEADS, NORM
+from pyggml_bridge.cuda.linear import CHOICE, LINEAR, LINEARS, MATRIX
 from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.models import load_model
+from pyggml_bridge.native import ffi
 from pyggml_bridge.program import Program, Value
 from pyggml_bridge.split import RESERVED_BYTES
-from tests.cuda.emulate import struct_sizes
+from tests.cuda.emulate import struct_layout
 from tests.cuda.stand_in import StandIn, allocated_bytes
 from tests.test_runner import mean_kld
 from tests.tiny_architectures import TinyDeepSeek, TinyPhi, write
 from tests.tiny_gguf import Tiny, write_tiny
+
+# What launches pass: (its source in native/cuda, its name there, the dtype).
+STRUCTS = (
+    ("common.cuh", "cq_matrix", MATRIX),
+    ("common.cuh", "cq_linear", LINEAR),
+    ("common.cuh", "cq_linears", LINEARS),
+    ("attention.cuh", "cq_attention", ATTENTION),
+    ("attention.cuh", "cq_heads", HEADS),
+    ("route.cu", "cq_route", CHOICE),
+    ("rows.cu", "cq_norm", NORM),
+)
 
 N_PREFILL, N_DECODE, MAX_MEAN_KLD = 33, 5, 1e-5
 
@@ -159,9 +172,19 @@ def test_memory_is_counted_before_anything_is_uploaded(tmp_path: Path, device: S
     load_model(tmp_path / "tiny.gguf", cuda=True, n_ctx=64)
 
 
-def test_structs_are_the_compilers() -> None:
-    types = (LINEAR["w"], LINEAR, LINEARS, ATTENTION, CHOICE, HEADS)
-    assert struct_sizes() == tuple(t.itemsize for t in types)
+@pytest.mark.parametrize(("source", "name", "dtype"), STRUCTS)
+def test_structs_are_the_compilers(source: str, name: str, dtype: np.dtype[Any]) -> None:
+    """Every field lies where the kernels look for it."""
+    assert dtype.fields is not None
+    offsets = {field: offset for field, (_, offset, *_) in dtype.fields.items()}
+    assert struct_layout(source, name, tuple(offsets)) == {"": dtype.itemsize, **offsets}
+
+
+def test_a_matrix_is_the_same_on_the_host() -> None:
+    """cq_matrix of cq.h begins as that of common.cuh, whose next field is the host's experts."""
+    assert MATRIX.fields is not None
+    offsets = {name: offset for name, (_, offset, *_) in MATRIX.fields.items() if name != "unused"}
+    assert {name: ffi.offsetof("cq_matrix", name) for name in offsets} == offsets
 
 
 @pytest.mark.parametrize(
