@@ -145,7 +145,7 @@ class FileModel:
         experts = {}
         for linear, (weight, kind, block) in linears.items():
             if linear.experts:
-                experts["down" if linear.writes_residual else ("gate", "up")[linear.part[0]]] = [
+                experts["down" if linear.writes_residual else ("gate", "up")[linear.row_block[0]]] = [
                     FileLinear(matrix, kind, block) for matrix in weight
                 ]
             elif kind not in FLOATS:
