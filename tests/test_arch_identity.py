@@ -9,7 +9,7 @@ import torch
 from codequant_converter.calibrate.layer_stream import LayerStream
 from codequant_converter.source import arch
 from codequant_converter.source.architecture import value_dim_of
-from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.source.open_checkpoint import open_checkpoint
 from codequant_converter.transform.fold import fold_norms
 from codequant_converter.transform.rotation import random_rotation
 from codequant_converter.transform.transformed_model import TransformedModel

@@ -22,8 +22,8 @@ from codequant_converter.source.checkpoint import (
     HEAD,
     HEAD_BIAS,
     Checkpoint,
-    open_checkpoint,
 )
+from codequant_converter.source.open_checkpoint import open_checkpoint
 from codequant_converter.transform.weight_layout import WeightLayout, hadamard_blocks
 from gguf import GGMLQuantizationType
 from torch import Tensor, nn

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 Layer = dict[str, Tensor]
-HParams = dict[str, int | float | str]
+KeyValue = int | float | str | list[int] | list[float] | list[str]  # bool is an int
+Keys = dict[str, KeyValue]  # GGUF metadata
+HParams = dict[str, int | float | str]  # GGUF metadata below `<architecture>.`
 
 
 @dataclass(frozen=True)
