@@ -1,6 +1,6 @@
 """GGUF architecture "phimoe": Phi-3.5-MoE and Phi-mini-MoE, as cq-convert writes them.
 
-Their LayerNorms are RMS norms there, since nothing writes the residual stream's mean (converter/fold.py). A file of
+Their LayerNorms are RMS norms there, since nothing writes the residual stream's mean (converter/transform/fold.py). A file of
 llama.cpp's converter holds them as they were and does not say how the router chooses.
 """
 

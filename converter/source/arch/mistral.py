@@ -17,7 +17,7 @@ def check(config: Any) -> None:
 
 def hparams(config: Any) -> HParams:
     """llama.cpp's keys of a Mistral model, below `llama.`."""
-    return {**blocks.dimensions(config), **rope_hparams(config)}
+    return blocks.dimensions(config) | rope_hparams(config)
 
 
 ARCHITECTURE = Architecture(

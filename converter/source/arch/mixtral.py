@@ -21,11 +21,7 @@ def check(config: Any) -> None:
 
 def hparams(config: Any) -> HParams:
     """llama.cpp's keys of a Mixtral model, below `llama.`."""
-    return {
-        **blocks.dimensions(config),
-        **rope_hparams(config),
-        **blocks.expert_hparams(config, config.num_local_experts),
-    }
+    return blocks.dimensions(config) | rope_hparams(config) | blocks.expert_hparams(config, config.num_local_experts)
 
 
 ARCHITECTURE = Architecture(

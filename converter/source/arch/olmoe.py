@@ -17,11 +17,7 @@ def check(config: Any) -> None:
 
 def hparams(config: Any) -> HParams:
     """llama.cpp's keys of an OLMoE model, below `olmoe.`; an expert is feed_forward_length wide."""
-    return {
-        **blocks.dimensions(config),
-        **rope_hparams(config),
-        **blocks.expert_hparams(config, config.num_experts),
-    }
+    return blocks.dimensions(config) | rope_hparams(config) | blocks.expert_hparams(config, config.num_experts)
 
 
 ARCHITECTURE = Architecture(

@@ -20,10 +20,8 @@ def check(config: Any) -> None:
 
 def hparams(config: Any) -> HParams:
     """llama.cpp's keys of a Qwen2-MoE model, below `qwen2moe.`; it does not read expert_weights_norm, cq-run does."""
-    return {
-        **blocks.dimensions(config),
-        **rope_hparams(config),
-        **blocks.expert_hparams(config, config.num_experts),
+    keys = blocks.dimensions(config) | rope_hparams(config) | blocks.expert_hparams(config, config.num_experts)
+    return keys | {
         "expert_feed_forward_length": config.moe_intermediate_size,
         "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
         "expert_weights_norm": config.norm_topk_prob,

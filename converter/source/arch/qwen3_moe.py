@@ -18,12 +18,8 @@ def check(config: Any) -> None:
 
 def hparams(config: Any) -> HParams:
     """llama.cpp's keys of a Qwen3-MoE model, below `qwen3moe.`."""
-    return {
-        **blocks.dimensions(config),
-        **rope_hparams(config),
-        **blocks.expert_hparams(config, config.num_experts),
-        "expert_feed_forward_length": config.moe_intermediate_size,
-    }
+    keys = blocks.dimensions(config) | rope_hparams(config) | blocks.expert_hparams(config, config.num_experts)
+    return keys | {"expert_feed_forward_length": config.moe_intermediate_size}
 
 
 ARCHITECTURE = Architecture(
