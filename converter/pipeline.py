@@ -33,7 +33,8 @@ from .resume.work_folder import WorkFolder, work_folder
 from .resume.written import Written
 from .settings import Settings
 from .source.architecture import value_dim_of
-from .source.checkpoint import GGUF_BIASES, HEAD_BIAS, Checkpoint, open_checkpoint
+from .source.checkpoint import GGUF_BIASES, HEAD_BIAS, Checkpoint
+from .source.open_checkpoint import open_checkpoint
 from .source.rope import rope_tensors
 from .transform.rotation import LearnedRotation, learn_rotation, random_rotation
 from .transform.transformed_model import TransformedModel

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .source.checkpoint import open_checkpoint
+from .source.open_checkpoint import open_checkpoint
 
 
 class Reference:

@@ -13,7 +13,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from pyggml_bridge.measure.perplexity import chunks_of, measure
 from pyggml_bridge.model import Model
-from pyggml_bridge.models import load_model
-from pyggml_bridge.models.decoder import build_decoder
+from pyggml_bridge.models import load_model, phimoe
+from pyggml_bridge.program import Program, Route, Scoring
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.tokenizer import Tokenizer
 from pyggml_bridge.weights import Weights
@@ -149,10 +149,18 @@ def compare(name: str, folder: Path, program: Path, text: Path, chunks: int, kin
     models = {name: load_model(exported, n_ctx=N_CTX)}
     if name == OTHERWISE:
         weights = Weights(GGUFFile(exported))
-        softmax = build_decoder(weights, N_CTX, interleaved_rope=False)
+        softmax = with_softmax_router(phimoe.build(weights, N_CTX))
         models["phimoe, softmax router in cq-run too"] = Model(weights.file, softmax, N_CTX, 2)
     for label, model in models.items():
         yield measured(label, model, text, SavedLogits(saved))
+
+
+def with_softmax_router(program: Program) -> Program:
+    """The program with the choice of experts that llama.cpp makes for Phi-MoE."""
+    for i, op in enumerate(program.ops):
+        if isinstance(op, Route):
+            program.ops[i] = replace(op, scoring=Scoring.SOFTMAX, normalize=True, jitter=0.0)
+    return program
 
 
 def measured(name: str, model: Model, text: Path, theirs: SavedLogits) -> Result:

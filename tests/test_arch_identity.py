@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from codequant_converter.calibrate.layer_stream import LayerStream
 from codequant_converter.source import arch
 from codequant_converter.source.architecture import value_dim_of
-from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.source.open_checkpoint import open_checkpoint
 from codequant_converter.transform.fold import fold_norms
 from codequant_converter.transform.rotation import random_rotation
 from codequant_converter.transform.transformed_model import TransformedModel
 from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
 
+from pyggml_bridge import models
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.models import architectures
 from tests.models import DEEPSEEK_V2, LONGROPE, MODELS, VOCAB, YARN, TinyModel
 
 TOLERANCE = 1e-3  # of the logit range
@@ -95,6 +98,17 @@ def test_tensor_names_are_those_of_llama_cpp(name):
         assert specs
         for spec in specs:
             assert spec.in_file(0).rpartition(".")[0] in names
+
+
+def test_files_of_architectures_do_not_import_each_other():
+    """What they share is in converter/source/blocks.py and pyggml_bridge/models/builder.py."""
+    for name in arch.supported():
+        text = (Path(arch.__file__).parent / f"{name}.py").read_text()
+        assert not re.search(r"^from \.(?!\.)", text, re.MULTILINE), name
+    for name in architectures():
+        text = (Path(models.__file__).parent / f"{name}.py").read_text()
+        assert "from pyggml_bridge.models import" not in text, name
+        assert not set(re.findall(r"^from pyggml_bridge\.models\.(\w+)", text, re.MULTILINE)) & {*architectures()}, name
 
 
 @pytest.mark.parametrize(

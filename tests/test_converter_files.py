@@ -14,7 +14,7 @@ from codequant_converter.calibrate.tokens import tokenize
 from codequant_converter.pipeline import CHECK_TEXT
 from codequant_converter.quantize.budget import DISTORTION
 from codequant_converter.reference import Reference, load
-from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.source.open_checkpoint import open_checkpoint
 from codequant_converter.source.weight_files import GgufSource, SafetensorsSource
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file

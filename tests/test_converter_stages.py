@@ -10,7 +10,7 @@ from codequant_converter.calibrate.layer_stream import LayerStream
 from codequant_converter.calibrate.streamed_experts import Expert
 from codequant_converter.calibrate.tokens import read_tokens
 from codequant_converter.source.architecture import interleave_rope, split_rope
-from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.source.open_checkpoint import open_checkpoint
 from codequant_converter.source.tokenizer import tokenizer_keys
 from codequant_converter.transform.permutation import outlier_order
 from codequant_converter.transform.rotation import (

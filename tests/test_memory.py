@@ -13,7 +13,7 @@ from codequant_converter.calibrate import hessian as hessian
 from codequant_converter.calibrate.hessian import Hessian
 from codequant_converter.estimate import memory
 from codequant_converter.quantize.clustering import Fit
-from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.source.open_checkpoint import open_checkpoint
 from codequant_converter.transform.transformed_model import TransformedModel
 from codequant_converter.transform.weight_layout import WeightLayout
 from safetensors.torch import load_file, save_file

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from codequant_converter.source.arch import phimoe
-from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.source.open_checkpoint import open_checkpoint
 from codequant_converter.transform.fold import fold_norms
 from gguf import GGMLQuantizationType
 from transformers import AutoConfig

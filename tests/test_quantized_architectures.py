@@ -22,8 +22,8 @@ from codequant_converter.source.checkpoint import (
     HEAD,
     HEAD_BIAS,
     Checkpoint,
-    open_checkpoint,
 )
+from codequant_converter.source.open_checkpoint import open_checkpoint
 from codequant_converter.transform.weight_layout import WeightLayout, hadamard_blocks
 from gguf import GGMLQuantizationType
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ class FileModel:
         experts = {}
         for linear, (weight, kind, block) in linears.items():
             if linear.experts:
-                experts["down" if linear.writes_residual else ("gate", "up")[linear.part[0]]] = [
+                experts["down" if linear.writes_residual else ("gate", "up")[linear.row_block[0]]] = [
                     FileLinear(matrix, kind, block) for matrix in weight
                 ]
             elif kind not in FLOATS:

@@ -22,7 +22,7 @@ from codequant_converter.quantize.clustering import (
 from codequant_converter.quantize.row_feedback import ROWS, cluster_in_turn, sweep
 from codequant_converter.resume.work_folder import WorkFolder
 from codequant_converter.settings import Grouping
-from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.source.open_checkpoint import open_checkpoint
 from codequant_converter.transform.transformed_model import TransformedModel
 from codequant_converter.transform.weight_layout import WeightLayout
 

@@ -10,7 +10,7 @@ from codequant_converter.calibrate.capture import capture
 from codequant_converter.calibrate.layer_stream import LayerStream
 from codequant_converter.quantize.paper.layer_pair import FFN, ROUTER, LayerPair
 from codequant_converter.resume.work_folder import WorkFolder
-from codequant_converter.source.checkpoint import open_checkpoint
+from codequant_converter.source.open_checkpoint import open_checkpoint
 from codequant_converter.transform.transformed_model import TransformedModel
 
 from .models import MODELS

@@ -138,7 +138,7 @@ def capture_gradients(capture: GradientCapture, module: nn.Module) -> Iterator[N
 
 def _linear_hook(capture: GradientCapture, linear: Linear) -> Any:
     def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        index, count = linear.part
+        index, count = linear.row_block
         x = arguments[0].detach().flatten(0, -2)
 
         def receive(gradient: Tensor) -> None:
@@ -184,5 +184,5 @@ def _expert_backward(
     found = expert.gradients(x, by_down)
     sides = ((found.by_gate, x, expert.gate), (found.by_up, x, expert.up), (by_down, found.hidden, expert.down))
     for linear in linears:
-        capture.add(linear, *sides[2 if linear.writes_residual else linear.part[0]], number)
+        capture.add(linear, *sides[2 if linear.writes_residual else linear.row_block[0]], number)
     return found

@@ -30,7 +30,7 @@ class Expert:
     @classmethod
     def of(cls, arch: Architecture, layer: Layer, act: Callable[[Tensor], Tensor]) -> Expert:
         """From the linears of one expert."""
-        up_and_gate = {x.part[0]: layer[x.name] for x in arch.linears if x.experts and not x.writes_residual}
+        up_and_gate = {x.row_block[0]: layer[x.name] for x in arch.linears if x.experts and not x.writes_residual}
         (down,) = (layer[x.name] for x in arch.linears if x.experts and x.writes_residual)
         return cls(up_and_gate[0], up_and_gate[1], down, act)
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 Layer = dict[str, Tensor]
-HParams = dict[str, int | float | str]
+KeyValue = int | float | str | list[int] | list[float] | list[str]  # bool is an int
+Keys = dict[str, KeyValue]  # GGUF metadata
+HParams = dict[str, int | float | str]  # GGUF metadata below `<architecture>.`
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Linear:
     input: str  # module whose input it reads; `<experts>.hidden`: what an expert's down projection reads
     norm: str | None = None  # the norm that feeds it: its columns are in the residual basis
     writes_residual: bool = False  # its rows are in the residual basis
-    part: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal row blocks of the parameter
+    row_block: tuple[int, int] = (0, 1)  # (index, count): which of so many equal row blocks of the parameter it is
     rope_heads: str | None = None  # config field with its number of heads, if its rows go through rope
     experts: bool = False  # one matrix per expert
     on_disk: str | None = None  # another name in checkpoints; `{}` stands for the expert
@@ -79,7 +81,7 @@ class Linear:
         """The view of this linear [..., out, in] in the parameter [..., n * out, in]."""
         if self.view:
             return self.view(parameter)
-        index, count = self.part
+        index, count = self.row_block
         return parameter.unflatten(-2, (count, -1)).select(-3, index)
 
 
@@ -120,7 +122,7 @@ class Architecture:
     check: Callable[[Any], None]
     hparams: Callable[[Any], HParams]  # GGUF keys below `<gguf_name>.`
     n_experts: Callable[[Any], int] = lambda config: 0
-    gguf_input: bool = True  # a GGUF file of this architecture can be converted
+    gguf_input: bool = False  # a GGUF file of this architecture can be converted
     vectors: tuple[Vector, ...] = ()
     by_layer: Callable[[Any, int], Architecture] | None = None
     head_bias: str | None = None  # config field: whether the head has a bias; None: there is no output.bias

@@ -1,4 +1,4 @@
-"""A checkpoint, opened lazily: configuration, tokenizer, and float32 weights of one decoder layer at a time."""
+"""A directory of safetensors, read lazily: configuration, tokenizer, and float32 weights of one layer at a time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from transformers.utils import logging as transformers_logging
 from pyggml_bridge.errors import CQError
 
 from . import arch
-from .architecture import Architecture, Layer, Linear, Norm, Vector, split_rope
-from .weight_files import GgufSource, SafetensorsSource, Source
+from .architecture import Architecture, Keys, Layer, Linear, Norm, Vector
+from .weight_files import SafetensorsSource, Source
 
 transformers_logging.set_verbosity_error()  # what matters to the user is said by this package, in one line
 transformers_logging.disable_progress_bar()
 
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 GGUF_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -31,29 +30,6 @@ GGUF_NAMES = {
 EMBEDDING, FINAL_NORM, HEAD = GGUF_NAMES
 FINAL_NORM_BIAS, HEAD_BIAS = "model.norm.bias", "lm_head.bias"
 GGUF_BIASES = {FINAL_NORM_BIAS: "output_norm.bias", HEAD_BIAS: "output.bias"}
-
-
-def open_checkpoint(model: str) -> Checkpoint:
-    """Open a directory, a GGUF file or a hub id; CQError if it is none of them or not supported."""
-    path = Path(model)
-    if path.is_file():
-        return GgufCheckpoint(path)
-    if path.is_dir():
-        return Checkpoint(path)
-    if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise CQError(f"{model}: no such file or directory")
-    return Checkpoint(_download(model))
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub client raises from several libraries; all mean the same to the user
-        raise CQError(
-            f"{hub_id}: no such directory, and not available from the hub ({type(error).__name__})"
-        ) from error
 
 
 class Checkpoint:
@@ -77,7 +53,7 @@ class Checkpoint:
         """Everything that is read of it."""
         return [*self.source.files, *sorted(self.path.glob("*.json"))]
 
-    # ---- what a GGUF file does differently ----
+    # ---- what a GGUF file does differently (gguf_checkpoint.py) ----
 
     def _read_config(self) -> Any:
         file = self.path / "config.json"
@@ -106,12 +82,21 @@ class Checkpoint:
             return f"model.layers.{layer}.{spec.on_disk}"
         return name
 
+    def _disk_shape(self, spec: Norm | Vector | Linear, layer: int) -> tuple[int, ...]:
+        """Shape of the tensor on disk that holds this one, not of one expert's."""
+        return tuple(self._parameter(spec, layer).shape)
+
     def _model_name(self, name: str) -> str:
+        """Name on disk of a tensor that belongs to no layer."""
         return name
 
     def _from_disk(self, spec: Norm | Vector | Linear, tensor: Tensor) -> Tensor:
         """Undo what the file's conventions changed; tensor is the whole parameter."""
         return spec.rows_of(tensor) if isinstance(spec, Linear) else tensor
+
+    def stored_tokenizer_keys(self) -> Keys:
+        """The file's own tokenizer.ggml keys; a directory has none."""
+        return {}
 
     # ---- the rest is common ----
 
@@ -163,13 +148,13 @@ class Checkpoint:
     def _check_shape(self, spec: Norm | Vector | Linear, layer: int) -> None:
         if self._is_absent(spec):
             return
-        name, shape = self._disk_name(spec, layer), self.expected_shape(spec, layer)
-        if "{}" in name:
-            for expert in range(shape[0]):
-                self._require(name.format(expert), shape[1:])
+        name = self._disk_name(spec, layer)
+        if "{}" not in name:
+            self._require(name, self._disk_shape(spec, layer))
             return
-        on_disk = shape if isinstance(self.source, GgufSource) else tuple(self._parameter(spec, layer).shape)
-        self._require(name, on_disk)
+        n_experts, *shape = self.expected_shape(spec, layer)
+        for expert in range(n_experts):
+            self._require(name.format(expert), tuple(shape))
 
     def _require(self, name: str, shape: tuple[int, ...]) -> None:
         found = self.source.shape(name)
@@ -269,42 +254,3 @@ class Checkpoint:
 
 def _is_experts(spec: Norm | Vector | Linear) -> bool:
     return isinstance(spec, Linear) and spec.experts
-
-
-class GgufCheckpoint(Checkpoint):
-    """A GGUF file that transformers can dequantize."""
-
-    source: GgufSource
-
-    def _read_config(self) -> Any:
-        self.source = GgufSource(self.path)
-        field = self.source.reader.get_field("general.architecture")
-        name = str(field.contents()) if field else "none"
-        if name not in {arch.find(each).gguf_name for each in arch.supported() if arch.find(each).gguf_input}:
-            raise CQError(f"{self.path}: architecture '{name}' is not supported as GGUF input")
-        for key, what in ((f"{name}.expert_count", "experts"), (f"{name}.rope.scaling.type", "rope scaling")):
-            if self.source.reader.get_field(key):
-                raise CQError(f"{self.path}: a GGUF file with {what} ({key}) is not supported as input")
-        hadamard = self.source.reader.get_field("cq.hadamard.ffn_down")
-        if hadamard and hadamard.contents():
-            raise CQError(f"{self.path}: was written by cq-convert for a transform at run time: use its original")
-        if self.source.shape("rope_freqs.weight"):
-            raise CQError(f"{self.path}: a GGUF file with rope scaling (rope_freqs.weight) is not supported as input")
-        return self._transformers_config(self.path.parent, gguf_file=self.path.name)
-
-    def _open_source(self) -> Source:
-        return self.source
-
-    def _load_arguments(self) -> tuple[str, dict[str, str]]:
-        return str(self.path.parent), {"gguf_file": self.path.name}
-
-    def _disk_name(self, spec: Norm | Vector | Linear, layer: int) -> str:
-        return spec.in_file(layer)
-
-    def _model_name(self, name: str) -> str:
-        return GGUF_NAMES[name]
-
-    def _from_disk(self, spec: Norm | Vector | Linear, tensor: Tensor) -> Tensor:
-        if isinstance(spec, Linear) and spec.rope_heads:
-            return split_rope(tensor, getattr(self.config, spec.rope_heads))
-        return tensor

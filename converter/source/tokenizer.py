@@ -10,17 +10,20 @@ from gguf import TokenType
 from pyggml_bridge.errors import CQError
 
 from ..console import warn
-from .checkpoint import Checkpoint, GgufCheckpoint
+from .architecture import Keys
+from .checkpoint import Checkpoint
 from .pre_tokenizer import llama_cpp_name
+
+Json = dict[str, Any]  # a document, here tokenizer.json
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>")
 
 
-def tokenizer_keys(checkpoint: Checkpoint) -> dict[str, Any]:
+def tokenizer_keys(checkpoint: Checkpoint) -> Keys:
     """All tokenizer.* keys, and cq.eos_token_ids: every id that ends an answer."""
     tokenizer = checkpoint.tokenizer
     # A GGUF's own description is exact; the tokenizer.json that transformers rebuilds from it may lose rules.
-    keys = _source_keys(checkpoint)
+    keys = checkpoint.stored_tokenizer_keys()
     if not keys:
         stored = tokenizer.backend_tokenizer.to_str()
         keys = _describe(json.loads(stored), checkpoint) | {"tokenizer.huggingface.json": stored}
@@ -28,14 +31,6 @@ def tokenizer_keys(checkpoint: Checkpoint) -> dict[str, Any]:
         keys["tokenizer.chat_template"] = tokenizer.chat_template
     eos = _eos_ids(checkpoint)
     return keys | ({"cq.eos_token_ids": eos} if eos else {})
-
-
-def _source_keys(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A GGUF source's own description, which its author's tokenizer determined."""
-    if not isinstance(checkpoint, GgufCheckpoint):
-        return {}
-    fields = checkpoint.source.reader.fields
-    return {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.ggml.")}
 
 
 def _eos_ids(checkpoint: Checkpoint) -> list[int]:
@@ -49,14 +44,15 @@ def _eos_ids(checkpoint: Checkpoint) -> list[int]:
     return sorted(set(found))
 
 
-def _describe(document: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+def _describe(document: Json, checkpoint: Checkpoint) -> Keys:
     """llama.cpp's keys for a byte-level ("gpt2") or byte-fallback ("llama") BPE; CQError for other tokenizers."""
     model = document["model"]
     if model["type"] != "BPE":
         raise CQError(f"{checkpoint.path}: tokenizer model {model['type']} is not supported (only BPE)")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     tokens, types = _vocabulary(document, checkpoint)
-    keys = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types} | _special_ids(checkpoint)
+    keys: Keys = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    keys |= _special_ids(checkpoint)
     if model.get("byte_fallback"):
         rank = {merge.replace(" ", ""): i for i, merge in reversed(list(enumerate(merges)))}
         keys["tokenizer.ggml.scores"] = [-float(rank.get(token, len(rank))) for token in tokens]
@@ -65,7 +61,7 @@ def _describe(document: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any
     return keys | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": merges} | _pre_key(checkpoint)
 
 
-def _pre_key(checkpoint: Checkpoint) -> dict[str, str]:
+def _pre_key(checkpoint: Checkpoint) -> Keys:
     """tokenizer.ggml.pre; without a name llama.cpp says itself that it takes a default, so none is invented here."""
     name, difference = llama_cpp_name(checkpoint.tokenizer.backend_tokenizer)
     if difference:
@@ -73,7 +69,7 @@ def _pre_key(checkpoint: Checkpoint) -> dict[str, str]:
     return {"tokenizer.ggml.pre": name} if name else {}
 
 
-def _adds_space_prefix(document: dict[str, Any]) -> bool:
+def _adds_space_prefix(document: Json) -> bool:
     """Whether a text starts with a space that is not its own: a normalizer's, or of the newer Metaspace."""
     normalizer, pre = (document.get(part) or {} for part in ("normalizer", "pre_tokenizer"))
     steps = [*normalizer.get("normalizers", [normalizer]), *pre.get("pretokenizers", [pre])]
@@ -83,7 +79,7 @@ def _adds_space_prefix(document: dict[str, Any]) -> bool:
     )
 
 
-def _vocabulary(document: dict[str, Any], checkpoint: Checkpoint) -> tuple[list[str], list[int]]:
+def _vocabulary(document: Json, checkpoint: Checkpoint) -> tuple[list[str], list[int]]:
     """A text and a type for each row of the embedding, those of no token included."""
     model, size = document["model"], checkpoint.config.vocab_size
     added = document.get("added_tokens") or []
@@ -104,7 +100,7 @@ def _vocabulary(document: dict[str, Any], checkpoint: Checkpoint) -> tuple[list[
     return tokens, types
 
 
-def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:
+def _special_ids(checkpoint: Checkpoint) -> Keys:
     tokenizer = checkpoint.tokenizer
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id}
     ids["padding"] = tokenizer.pad_token_id

@@ -12,7 +12,7 @@ from pyggml_bridge.native import default_threads
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.weights import Weights
 
-_HELPERS = {"decoder", "hparams", "rope"}
+_HELPERS = {"builder", "hparams", "rope"}
 DEFAULT_CTX = 8192
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.models.decoder import feed_forward, output_logits
+from pyggml_bridge.models.builder import DecoderBuilder
 from pyggml_bridge.models.hparams import MAX_DIMENSION, HParams
 from pyggml_bridge.models.rope import rope_table
 from pyggml_bridge.program import Program, Value
@@ -44,57 +44,49 @@ def build(weights: Weights, n_ctx: int) -> Program:
     """Record the forward pass for up to n_ctx positions."""
     h, n_dense = _hparams(weights)
     a = _latent(weights, h)
-    p = Program(n_ctx, h.n_layers, 1, a.kv_rank + a.rope, h.vocab_size, weights.activation_bits)
-    cos_sin = rope_table(weights, h.arch, n_ctx, a.rope, yarn=True)
-    x = p.embed(embedding := weights.matrix("token_embd.weight", h.vocab_size, h.hidden))
-    for layer in range(h.n_layers):
-        p.begin_layer()
-        normed = p.rms_norm(x, weights.vector(f"blk.{layer}.attn_norm.weight", h.hidden), h.eps)
-        _attention(p, weights, h, a, layer, normed, x, cos_sin)
-        normed = p.rms_norm(x, weights.vector(f"blk.{layer}.ffn_norm.weight", h.hidden), h.eps)
-        own = replace(h, n_experts=0) if layer < n_dense else h
-        feed_forward(p, weights, own, layer, normed, x, normalize=_get_flag(weights, h, "expert_weights_norm"))
-    p.logits = output_logits(p, weights, h, x, embedding)
-    return p
+    normalize: bool = weights.file.get(f"{h.arch}.expert_weights_norm", bool, False)
+    program = Program(n_ctx, h.n_layers, 1, a.kv_rank + a.rope, h.vocab_size, weights.activation_bits)
+    b = DecoderBuilder(program, weights, h)
+    angles = rope_table(weights, h.arch, n_ctx, a.rope, yarn=True)
+    x = b.embed()
+    for layer in b.layers():
+        b.attention_output(_attention(b, a, b.norm(x, "attn_norm"), angles), add_to=x)
+        normed = b.norm(x, "ffn_norm")
+        if layer < n_dense or not h.n_experts:
+            b.dense_ffn(normed, add_to=x)
+            continue
+        b.experts(normed, b.route(normed, normalize=normalize), add_to=x)
+        if h.shared_ffn_width:
+            b.shared_expert(normed, add_to=x)
+    return b.finish(x)
 
 
-def _attention(
-    p: Program,
-    weights: Weights,
-    h: HParams,
-    a: Latent,
-    layer: int,
-    normed: Value,
-    residual: Value,
-    cos_sin: NDArray[np.float32],
-) -> None:
-    block, width = f"blk.{layer}", a.kv_rank + a.rope
-    q = _queries(p, weights, h, a, block, normed)
-    p.rope(q, a.nope + a.rope, cos_sin, interleaved=True, first=a.nope)
-    nope = p.copy_columns(q, 0, a.nope, h.n_heads)
-    k_b = weights.matrix(f"{block}.attn_k_b.weight", a.kv_rank, a.nope, h.n_heads)
-    query = Value(h.n_heads * width)
-    p.copy_columns(p.linear(nope, k_b), 0, a.kv_rank, h.n_heads, to=query)
-    p.copy_columns(q, a.nope, a.rope, h.n_heads, to=query, at=a.kv_rank)
+def _attention(b: DecoderBuilder, a: Latent, normed: Value, angles: NDArray[np.float32]) -> Value:
+    """The heads' outputs [tokens, n_heads * value]."""
+    p, n_heads, width = b.program, b.h.n_heads, a.kv_rank + a.rope
+    q = _queries(b, a, normed)
+    p.rope(q, a.nope + a.rope, angles, interleaved=True, first=a.nope)
+    nope = p.copy_columns(q, 0, a.nope, n_heads)
+    query = Value(n_heads * width)
+    p.copy_columns(p.linear(nope, b.matrix("attn_k_b", a.kv_rank, a.nope, n_heads)), 0, a.kv_rank, n_heads, to=query)
+    p.copy_columns(q, a.nope, a.rope, n_heads, to=query, at=a.kv_rank)
 
-    key = p.linear(normed, weights.matrix(f"{block}.attn_kv_a_mqa.weight", width, h.hidden))
-    p.rope(key, width, cos_sin, interleaved=True, first=a.kv_rank)
-    norm = weights.vector(f"{block}.attn_kv_a_norm.weight", a.kv_rank)
-    p.copy_columns(p.rms_norm(p.copy_columns(key, 0, a.kv_rank), norm, h.eps), 0, a.kv_rank, to=key)
+    key = b.projection(normed, "attn_kv_a_mqa", width)
+    p.rope(key, width, angles, interleaved=True, first=a.kv_rank)
+    latent = b.norm(p.copy_columns(key, 0, a.kv_rank), "attn_kv_a_norm")
+    p.copy_columns(latent, 0, a.kv_rank, to=key)
 
-    attended = p.latent_attention(layer, query, key, a.kv_rank, scale=a.scale)
-    values = p.linear(attended, weights.matrix(f"{block}.attn_v_b.weight", a.value, a.kv_rank, h.n_heads))
-    p.linear(values, weights.matrix(f"{block}.attn_output.weight", h.hidden, h.n_heads * a.value), add_to=residual)
+    attended = p.latent_attention(b.layer, query, key, a.kv_rank, scale=a.scale)
+    return p.linear(attended, b.matrix("attn_v_b", a.value, a.kv_rank, n_heads))
 
 
-def _queries(p: Program, weights: Weights, h: HParams, a: Latent, block: str, normed: Value) -> Value:
+def _queries(b: DecoderBuilder, a: Latent, normed: Value) -> Value:
     """Queries [tokens, n_heads * (nope + rope)]."""
-    n_out = h.n_heads * (a.nope + a.rope)
+    n_out = b.h.n_heads * (a.nope + a.rope)
     if not a.q_rank:
-        return p.linear(normed, weights.matrix(f"{block}.attn_q.weight", n_out, h.hidden))
-    low = p.linear(normed, weights.matrix(f"{block}.attn_q_a.weight", a.q_rank, h.hidden))
-    low = p.rms_norm(low, weights.vector(f"{block}.attn_q_a_norm.weight", a.q_rank), h.eps)
-    return p.linear(low, weights.matrix(f"{block}.attn_q_b.weight", n_out, a.q_rank))
+        return b.projection(normed, "attn_q", n_out)
+    low = b.norm(b.projection(normed, "attn_q_a", a.q_rank), "attn_q_a_norm")
+    return b.projection(low, "attn_q_b", n_out)
 
 
 # ---- metadata ----
@@ -104,11 +96,6 @@ def _get_int(weights: Weights, h: HParams, key: str, default: int | None = None)
     value: int = weights.file.get(f"{h.arch}.{key}", int, ... if default is None else default)
     if not 0 <= value <= MAX_DIMENSION:
         raise CQError(f"{weights.file.path}: the key {h.arch}.{key} is {value}")
-    return value
-
-
-def _get_flag(weights: Weights, h: HParams, key: str) -> bool:
-    value: bool = weights.file.get(f"{h.arch}.{key}", bool, False)
     return value
 
 

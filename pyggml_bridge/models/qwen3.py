@@ -1,12 +1,21 @@
-"""GGUF architecture "qwen3"."""
+"""GGUF architecture "qwen3": Qwen3, with a norm of each query and key head."""
 
 from __future__ import annotations
 
-from pyggml_bridge.models.decoder import build_decoder
+from pyggml_bridge.models.builder import DecoderBuilder
 from pyggml_bridge.program import Program
 from pyggml_bridge.weights import Weights
 
 
 def build(weights: Weights, n_ctx: int) -> Program:
     """Record the forward pass for up to n_ctx positions."""
-    return build_decoder(weights, n_ctx, interleaved_rope=False)
+    b = DecoderBuilder.of_file(weights, n_ctx)
+    angles = b.rope_angles()
+    x = b.embed()
+    for _ in b.layers():
+        q, k, v = b.queries_keys_values(b.norm(x, "attn_norm"))
+        q, k = b.norm(q, "attn_q_norm", b.h.head_dim), b.norm(k, "attn_k_norm", b.h.head_dim)
+        b.rope(q, k, angles, interleaved=False)
+        b.attention_output(b.attention(q, k, v), add_to=x)
+        b.dense_ffn(b.norm(x, "ffn_norm"), add_to=x)
+    return b.finish(x)

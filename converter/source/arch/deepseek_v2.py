@@ -7,7 +7,6 @@ latents are no norms of the residual stream, so their scales stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from pyggml_bridge.errors import CQError
 
+from .. import blocks
 from ..architecture import Architecture, HeadGroup, HParams, Linear, Vector
 from ..rope import rope_hparams, yarn_hparams
-from . import llama, mixtral, qwen2_moe, qwen3_moe
 
 LATENT_EPS = 1e-6  # of the norms of the latents, whatever rms_norm_eps is: llama.cpp's files have one for all norms
 GATING_SOFTMAX = 1  # llama.cpp's expert_gating_func
@@ -26,10 +25,10 @@ GROUP_METHODS = ("greedy", "group_limited_greedy")
 
 def check(config: Any) -> None:
     """Refuse what this file does not describe."""
-    llama.require(config, hidden_act="silu", attention_bias=False, mlp_bias=False, rms_norm_eps=LATENT_EPS)
-    llama.require(config, num_key_value_heads=config.num_attention_heads)
+    blocks.require(config, hidden_act="silu", attention_bias=False, mlp_bias=False, rms_norm_eps=LATENT_EPS)
+    blocks.require(config, num_key_value_heads=config.num_attention_heads)
     # transformers computes the weights as they are, as DeepSeek's released models do
-    llama.require(config, norm_topk_prob=False, scoring_func="softmax", moe_layer_freq=1)
+    blocks.require(config, norm_topk_prob=False, scoring_func="softmax", moe_layer_freq=1)
     if config.topk_method not in GROUP_METHODS:
         raise CQError(
             f"deepseek_v2: topk_method = {config.topk_method!r} is not supported (only {' or '.join(GROUP_METHODS)})"
@@ -71,20 +70,20 @@ def _attention(config: Any) -> tuple[Linear, ...]:
         *([Linear("attn_q_b", "self_attn.q_b_proj.weight", "self_attn.q_b_proj")] if q_low else []),
     )
 
-    def half(keys: bool) -> Callable[[Tensor], Tensor]:
-        def view(parameter: Tensor) -> Tensor:
-            """[heads, kv_lora_rank, nope] of the keys, [heads, v_head_dim, kv_lora_rank] of the values."""
-            rows = parameter.unflatten(0, (heads, -1))
-            return rows[:, :nope].transpose(1, 2) if keys else rows[:, nope:]
+    def key_rows(kv_b: Tensor) -> Tensor:
+        """[heads, kv_lora_rank, nope]: of each head's row block the first rows, transposed."""
+        return kv_b.unflatten(0, (heads, -1))[:, :nope].transpose(1, 2)
 
-        return view
+    def value_rows(kv_b: Tensor) -> Tensor:
+        """[heads, v_head_dim, kv_lora_rank]: of each head's row block the last rows."""
+        return kv_b.unflatten(0, (heads, -1))[:, nope:]
 
     kv_b = ("self_attn.kv_b_proj.weight", "self_attn.kv_b_proj")
     return (
         *queries,
         Linear("attn_kv_a_mqa", "self_attn.kv_a_proj_with_mqa.weight", input_name, "attn_norm", sensitive=True),
-        Linear("attn_k_b", *kv_b, view=half(keys=True), q8_0=True),
-        Linear("attn_v_b", *kv_b, view=half(keys=False), q8_0=True),
+        Linear("attn_k_b", *kv_b, view=key_rows, q8_0=True),
+        Linear("attn_v_b", *kv_b, view=value_rows, q8_0=True),
         Linear("attn_output", "self_attn.o_proj.weight", "self_attn.o_proj", writes_residual=True),
     )
 
@@ -100,17 +99,18 @@ def by_layer(config: Any, layer: int) -> Architecture:
     """Attention with or without a latent for the queries; a dense FFN in the first layers."""
     attention, vectors = _attention(config), _vectors(config)
     if layer < config.first_k_dense_replace:
-        dense = llama.ARCHITECTURE.channels
-        return replace(ARCHITECTURE, vectors=vectors, linears=attention + llama.FFN, channels=dense)
-    shared = qwen2_moe.shared_expert("mlp.shared_experts")
-    return replace(ARCHITECTURE, vectors=vectors, linears=(*attention, *qwen3_moe.MOE, *shared))
+        linears = (*attention, *blocks.dense_ffn("ffn_norm"))
+        return replace(ARCHITECTURE, vectors=vectors, linears=linears, channels=(blocks.FFN_CHANNELS,))
+    experts = blocks.experts("ffn_norm", "mlp", ("gate_proj", "up_proj", "down_proj"))
+    shared = blocks.shared_expert("ffn_norm", "mlp.shared_experts")
+    return replace(ARCHITECTURE, vectors=vectors, linears=(*attention, *experts, *shared))
 
 
 def hparams(config: Any) -> HParams:
     """llama.cpp's keys of a DeepSeek-V2 model, below `deepseek2.`: one KV head as wide as the compressed cache."""
     rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
     keys: HParams = {
-        **llama.dimensions(config),
+        **blocks.dimensions(config),
         "attention.head_count_kv": 1,
         "attention.key_length": rank + rope,
         "attention.value_length": rank,
@@ -120,7 +120,7 @@ def hparams(config: Any) -> HParams:
         "attention.kv_lora_rank": rank,
         "rope.dimension_count": rope,
         **_rope(config),
-        **mixtral.expert_hparams(config, config.n_routed_experts),
+        **blocks.expert_hparams(config, config.n_routed_experts),
         "leading_dense_block_count": config.first_k_dense_replace,
         "expert_feed_forward_length": config.moe_intermediate_size,
         "expert_shared_count": config.n_shared_experts,
@@ -136,13 +136,12 @@ def hparams(config: Any) -> HParams:
 ARCHITECTURE = Architecture(
     model_type="deepseek_v2",
     gguf_name="deepseek2",
-    norms=llama.NORMS,
+    norms=blocks.NORMS,
     linears=(),
-    channels=(*mixtral.CHANNELS, qwen2_moe.SHARED_CHANNELS),
+    channels=(blocks.EXPERT_CHANNELS, blocks.SHARED_EXPERT_CHANNELS),
     heads=HeadGroup("attn_v_b", "attn_output"),
     check=check,
     hparams=hparams,
     n_experts=lambda config: config.n_routed_experts if config.first_k_dense_replace < config.num_hidden_layers else 0,
-    gguf_input=False,
     by_layer=by_layer,
 )

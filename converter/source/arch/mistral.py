@@ -1,17 +1,32 @@
-"""Mistral without a sliding window: Llama."""
+"""Mistral without a sliding window: what Llama is, and llama.cpp calls it so."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from . import llama
+from .. import blocks
+from ..architecture import Architecture, HParams
+from ..rope import rope_hparams
 
 
 def check(config: Any) -> None:
     """Refuse what this file does not describe."""
-    llama.check(config)
-    llama.require(config, sliding_window=None)
+    blocks.require(config, hidden_act="silu", attention_bias=False, mlp_bias=False, sliding_window=None)
+    rope_hparams(config)
 
 
-ARCHITECTURE = replace(llama.ARCHITECTURE, model_type="mistral", check=check, gguf_input=False)
+def hparams(config: Any) -> HParams:
+    """llama.cpp's keys of a Mistral model, below `llama.`."""
+    return blocks.dimensions(config) | rope_hparams(config)
+
+
+ARCHITECTURE = Architecture(
+    model_type="mistral",
+    gguf_name="llama",
+    norms=blocks.NORMS,
+    linears=(*blocks.attention("attn_norm", rope_pairs=True), *blocks.dense_ffn("ffn_norm")),
+    channels=(blocks.FFN_CHANNELS,),
+    heads=blocks.VALUE_HEADS,
+    check=check,
+    hparams=hparams,
+)

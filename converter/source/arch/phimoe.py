@@ -12,11 +12,14 @@ import torch
 
 from pyggml_bridge.errors import CQError
 
-from ..architecture import HeadGroup, HParams, Vector
+from .. import blocks
+from ..architecture import Architecture, HParams, Linear, Norm, Vector
 from ..rope import longrope_hparams, rope_hparams
-from . import llama, mixtral, qwen2
 
-NORMS = tuple(replace(norm, bias=f"{norm.name}.bias") for norm in llama.NORMS)
+NORMS = (
+    Norm("attn_norm", "input_layernorm.weight", bias="attn_norm.bias"),
+    Norm("ffn_norm", "post_attention_layernorm.weight", bias="ffn_norm.bias"),
+)
 
 VECTORS = (
     Vector("attn_norm.bias", "input_layernorm.bias", residual=True),
@@ -25,14 +28,14 @@ VECTORS = (
     Vector("attn_output.bias", "self_attn.o_proj.bias", switch="attention_bias", residual=True),
 )
 
-ATTENTION = tuple(replace(linear, bias=f"{linear.name}.bias") for linear in qwen2.ATTENTION)
-
-ROUTER = replace(mixtral.MOE[0], parameter="mlp.router.weight", input="mlp.router")
+ATTENTION: tuple[Linear, ...] = tuple(
+    replace(linear, bias=f"{linear.name}.bias") for linear in blocks.attention("attn_norm")
+)
 
 
 def check(config: Any) -> None:
     """Refuse what this file does not describe."""
-    llama.require(config, hidden_act="silu", num_experts_per_tok=2)  # transformers' SparseMixer always chooses two
+    blocks.require(config, hidden_act="silu", num_experts_per_tok=2)  # transformers' SparseMixer always chooses two
     if config.num_local_experts < 2:
         raise CQError(f"phimoe: num_local_experts = {config.num_local_experts} is not supported (at least 2)")
     if config.sliding_window is not None and config.sliding_window < 1:
@@ -62,24 +65,25 @@ def hparams(config: Any) -> HParams:
     """llama.cpp's keys of a Phi-MoE model, below `phimoe.`; it does not read router_jitter_noise, cq-run does."""
     window: HParams = {"attention.sliding_window": config.sliding_window} if config.sliding_window else {}
     return {
-        **llama.dimensions(config),
-        **mixtral.expert_hparams(config, config.num_local_experts),
+        **blocks.dimensions(config),
+        **blocks.expert_hparams(config, config.num_local_experts),
         **_rope_hparams(config),
         **window,
         "router_jitter_noise": float(config.router_jitter_noise),
     }
 
 
-ARCHITECTURE = replace(
-    mixtral.ARCHITECTURE,
+ARCHITECTURE = Architecture(
     model_type="phimoe",
     gguf_name="phimoe",
     norms=NORMS,
     vectors=VECTORS,
-    linears=(*ATTENTION, ROUTER, *mixtral.MOE[1:]),
-    heads=HeadGroup("attn_v", "attn_output", bias="attn_v.bias"),
+    linears=(*ATTENTION, *blocks.experts("ffn_norm", "block_sparse_moe", ("w1", "w3", "w2"), router="mlp.router")),
+    channels=(blocks.EXPERT_CHANNELS,),
+    heads=blocks.BIASED_VALUE_HEADS,
     check=check,
     hparams=hparams,
+    n_experts=lambda config: config.num_local_experts,
     head_bias="lm_head_bias",
     window=lambda config: config.sliding_window or 0,
     correct_rope=correct_rope,

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from ..architecture import HeadGroup, Linear, Vector
+from .. import blocks
+from ..architecture import Architecture, HParams
 from ..rope import rope_hparams
-from . import llama
-
-# llama.cpp keeps the rows of this family in transformers' order: rope on halves.
-ATTENTION: tuple[Linear, ...] = tuple(replace(linear, rope_heads=None) for linear in llama.ATTENTION)
 
 
 def check(config: Any) -> None:
     """Refuse what this file does not describe."""
-    llama.require(config, hidden_act="silu", sliding_window=None)
+    blocks.require(config, hidden_act="silu", sliding_window=None)
     rope_hparams(config)
 
 
-ARCHITECTURE = replace(
-    llama.ARCHITECTURE,
+def hparams(config: Any) -> HParams:
+    """llama.cpp's keys of a Qwen2 model, below `qwen2.`."""
+    return blocks.dimensions(config) | rope_hparams(config)
+
+
+ARCHITECTURE = Architecture(
     model_type="qwen2",
     gguf_name="qwen2",
-    vectors=tuple(Vector(f"attn_{x}.bias", f"self_attn.{x}_proj.bias") for x in "qkv"),
-    linears=ATTENTION + llama.FFN,
-    heads=HeadGroup("attn_v", "attn_output", bias="attn_v.bias"),
+    norms=blocks.NORMS,
+    vectors=blocks.QKV_BIASES,
+    linears=(*blocks.attention("attn_norm"), *blocks.dense_ffn("ffn_norm")),
+    channels=(blocks.FFN_CHANNELS,),
+    heads=blocks.BIASED_VALUE_HEADS,
     check=check,
-    gguf_input=False,
+    hparams=hparams,
 )

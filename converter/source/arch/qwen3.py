@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from ..architecture import Vector
-from . import llama, qwen2
-
-# Between projection and rope, shared by all heads: their scales cannot be folded into rows that rope mixes.
-HEAD_NORMS = tuple(Vector(f"attn_{x}_norm.weight", f"self_attn.{x}_norm.weight") for x in "qk")
+from .. import blocks
+from ..architecture import Architecture, HParams
+from ..rope import rope_hparams
 
 
 def check(config: Any) -> None:
     """Refuse what this file does not describe."""
-    llama.require(config, attention_bias=False)
-    qwen2.check(config)
+    blocks.require(config, hidden_act="silu", attention_bias=False, sliding_window=None)
+    rope_hparams(config)
 
 
-ARCHITECTURE = replace(
-    llama.ARCHITECTURE,
+def hparams(config: Any) -> HParams:
+    """llama.cpp's keys of a Qwen3 model, below `qwen3.`."""
+    return blocks.dimensions(config) | rope_hparams(config)
+
+
+ARCHITECTURE = Architecture(
     model_type="qwen3",
     gguf_name="qwen3",
-    vectors=HEAD_NORMS,
-    linears=qwen2.ATTENTION + llama.FFN,
+    norms=blocks.NORMS,
+    vectors=blocks.QK_NORMS,
+    linears=(*blocks.attention("attn_norm"), *blocks.dense_ffn("ffn_norm")),
+    channels=(blocks.FFN_CHANNELS,),
+    heads=blocks.VALUE_HEADS,
     check=check,
-    gguf_input=False,
+    hparams=hparams,
 )

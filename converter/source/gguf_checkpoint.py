@@ -1,0 +1,66 @@
+"""A GGUF file as a checkpoint: llama.cpp's names and row order, one tensor for all experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pyggml_bridge.errors import CQError
+
+from . import arch
+from .architecture import Keys, Linear, Norm, Vector, split_rope
+from .checkpoint import GGUF_NAMES, Checkpoint
+from .weight_files import GgufSource, Source
+
+
+class GgufCheckpoint(Checkpoint):
+    """A GGUF file that transformers can dequantize."""
+
+    source: GgufSource
+
+    def __init__(self, path: Path) -> None:
+        """Read the metadata; CQError for anything that does not fit."""
+        self.source = GgufSource(path)
+        super().__init__(path)
+
+    def _read_config(self) -> Any:
+        field = self.source.reader.get_field("general.architecture")
+        name = str(field.contents()) if field else "none"
+        if name not in {arch.find(each).gguf_name for each in arch.supported() if arch.find(each).gguf_input}:
+            raise CQError(f"{self.path}: architecture '{name}' is not supported as GGUF input")
+        for key, what in ((f"{name}.expert_count", "experts"), (f"{name}.rope.scaling.type", "rope scaling")):
+            if self.source.reader.get_field(key):
+                raise CQError(f"{self.path}: a GGUF file with {what} ({key}) is not supported as input")
+        hadamard = self.source.reader.get_field("cq.hadamard.ffn_down")
+        if hadamard and hadamard.contents():
+            raise CQError(f"{self.path}: was written by cq-convert for a transform at run time: use its original")
+        if self.source.shape("rope_freqs.weight"):
+            raise CQError(f"{self.path}: a GGUF file with rope scaling (rope_freqs.weight) is not supported as input")
+        return self._transformers_config(self.path.parent, gguf_file=self.path.name)
+
+    def _open_source(self) -> Source:
+        return self.source
+
+    def _load_arguments(self) -> tuple[str, dict[str, str]]:
+        return str(self.path.parent), {"gguf_file": self.path.name}
+
+    def _disk_name(self, spec: Norm | Vector | Linear, layer: int) -> str:
+        return spec.in_file(layer)
+
+    def _disk_shape(self, spec: Norm | Vector | Linear, layer: int) -> tuple[int, ...]:
+        return self.expected_shape(spec, layer)
+
+    def _model_name(self, name: str) -> str:
+        return GGUF_NAMES[name]
+
+    def _from_disk(self, spec: Norm | Vector | Linear, tensor: Tensor) -> Tensor:
+        if isinstance(spec, Linear) and spec.rope_heads:
+            return split_rope(tensor, getattr(self.config, spec.rope_heads))
+        return tensor
+
+    def stored_tokenizer_keys(self) -> Keys:
+        """The file's own tokenizer.ggml keys, which its author's tokenizer determined."""
+        fields = self.source.reader.fields
+        return {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.ggml.")}
