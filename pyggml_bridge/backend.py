@@ -10,7 +10,8 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from pyggml_bridge import program as p
+from pyggml_bridge.operations import Combine, CopyColumns, Linear, Op, Recv, Rope, Rows, Send, SwiGLU, Value
+from pyggml_bridge.program import Program
 
 Q8_0_BLOCK = 32
 
@@ -71,8 +72,8 @@ class Segment(Generic[Work]):
     before the next segment."""
 
     work: list[Work] = field(default_factory=list)
-    sends: list[p.Value] = field(default_factory=list)
-    recvs: list[p.Value] = field(default_factory=list)
+    sends: list[Value] = field(default_factory=list)
+    recvs: list[Value] = field(default_factory=list)
 
     @property
     def hands_over(self) -> bool:
@@ -80,21 +81,21 @@ class Segment(Generic[Work]):
         return bool(self.sends or self.recvs)
 
 
-def segment_of(segments: list[Segment[Work]], op: p.Op | Quantize) -> Segment[Work]:
+def segment_of(segments: list[Segment[Work]], op: Op | Quantize) -> Segment[Work]:
     """The segment that the next operation belongs to, begun if need be; Send and Recv are entered in it."""
-    handed = isinstance(op, p.Send | p.Recv)
+    handed = isinstance(op, Send | Recv)
     if not segments or (segments[-1].hands_over and not handed):
         segments.append(Segment())
-    if isinstance(op, p.Send):
+    if isinstance(op, Send):
         segments[-1].sends.append(op.x)
-    if isinstance(op, p.Recv):
+    if isinstance(op, Recv):
         segments[-1].recvs.append(op.out)
     return segments[-1]
 
 
-def row_count(value: p.Value, n_tokens: int, n_outputs: int) -> int:
+def row_count(value: Value, n_tokens: int, n_outputs: int) -> int:
     """Rows of a value in a batch."""
-    return n_outputs if value.rows is p.Rows.OUTPUTS else n_tokens * value.top_k
+    return n_outputs if value.rows is Rows.OUTPUTS else n_tokens * value.top_k
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Quantize:
     parts: equal parts of a row that are quantized like rows of their own.
     """
 
-    x: p.Value
+    x: Value
     group: int
     parts: int = 1
 
@@ -114,12 +115,12 @@ class Step:
     """One operation for a backend. activation: what a linear layer reads instead of its x; done: what nobody reads
     after this step, whose memory is free."""
 
-    op: p.Op | Quantize
+    op: Op | Quantize
     activation: Quantize | None
-    done: list[p.Value | Quantize]
+    done: list[Value | Quantize]
 
 
-def steps(program: p.Program) -> Iterator[Step]:
+def steps(program: Program) -> Iterator[Step]:
     """The program's operations with activations quantized where a matrix needs them, once for all that read them."""
     last_use = {value: i for i, op in enumerate(program.ops) for value in values_of(op)}
     if program.logits is not None:
@@ -127,30 +128,30 @@ def steps(program: p.Program) -> Iterator[Step]:
     live: set[Quantize] = set()
     for i, op in enumerate(program.ops):
         activation = None
-        if isinstance(op, p.Linear) and op.w.is_quantized:
+        if isinstance(op, Linear) and op.w.is_quantized:
             parts = op.w.n_experts if op.routing is None else 1
             activation = Quantize(op.x, Q8_0_BLOCK if op.w.type == GGMLQuantizationType.Q8_0 else 0, parts)
             if activation not in live:
                 live.add(activation)
                 yield Step(activation, None, [])
-        done: list[p.Value | Quantize] = [value for value in values_of(op) if last_use[value] == i]
+        done: list[Value | Quantize] = [value for value in values_of(op) if last_use[value] == i]
         stale = [quantized for quantized in live if quantized.x in done or quantized.x is updated_in_place(op)]
         stale.sort(key=lambda quantized: (quantized.group, quantized.parts))
         live.difference_update(stale)
         yield Step(op, activation, [*done, *stale])
 
 
-def values_of(op: p.Op) -> list[p.Value]:
+def values_of(op: Op) -> list[Value]:
     """The values that an operation reads or writes."""
-    return [value for field in fields(op) if isinstance(value := getattr(op, field.name), p.Value)]
+    return [value for field in fields(op) if isinstance(value := getattr(op, field.name), Value)]
 
 
-def updated_in_place(op: p.Op) -> p.Value | None:
+def updated_in_place(op: Op) -> Value | None:
     """The value whose contents the operation changes, if it had any before."""
-    if isinstance(op, p.Rope):
+    if isinstance(op, Rope):
         return op.x
-    if isinstance(op, p.SwiGLU):
+    if isinstance(op, SwiGLU):
         return op.gate
-    if isinstance(op, p.Combine | p.CopyColumns | p.Recv) or (isinstance(op, p.Linear) and op.accumulate):
+    if isinstance(op, Combine | CopyColumns | Recv) or (isinstance(op, Linear) and op.accumulate):
         return op.out
     return None

@@ -13,11 +13,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_bridge import program as p
 from pyggml_bridge.backend import Quantize, Segment, Segments, Step, finish, row_count, segment_of, steps, values_of
 from pyggml_bridge.kv_cache import KVCache
 from pyggml_bridge.native import aligned_empty, current_isa, ffi, lib, pointer
+from pyggml_bridge.operations import (
+    Attention,
+    Combine,
+    CopyColumns,
+    Embed,
+    Linear,
+    Op,
+    Recv,
+    RmsNorm,
+    Rope,
+    Route,
+    Routing,
+    Rows,
+    SelectOutputs,
+    Send,
+    SwiGLU,
+    Value,
+)
 from pyggml_bridge.ordering import Access, Ordering
+from pyggml_bridge.program import Program
 from pyggml_bridge.weights import MAX_SECTIONS, Matrix
 
 # Operations whose threads share out rows, each computed from the same row of what they read.
@@ -30,21 +48,21 @@ _BY_ROW = (
 class CPUBackend:
     """A program bound to buffers for batches of up to n_batch tokens."""
 
-    def __init__(self, program: p.Program, n_batch: int, n_threads: int) -> None:
+    def __init__(self, program: Program, n_batch: int, n_threads: int) -> None:
         """Allocate buffers and lower the program."""
         self.name = f"CPU ({current_isa()})"
         self.n_batch, self.n_threads = n_batch, n_threads
-        has_values = any(isinstance(op, p.Attention) and op.v is not None for op in program.ops)
+        has_values = any(isinstance(op, Attention) and op.v is not None for op in program.ops)
         sizes = (program.n_layers, program.n_kv_heads, program.n_ctx, program.head_dim)
         self._cache = KVCache(*sizes, has_values=has_values)
         self._n_kv_heads, self._n_ctx = program.n_kv_heads, program.n_ctx
         self._bits = program.activation_bits
         self._keep: list[Any] = []  # what C points to
         self._buffers = _BufferPool()
-        self._values: dict[p.Value, NDArray[np.float32]] = {}
+        self._values: dict[Value, NDArray[np.float32]] = {}
         self._quantized: dict[Quantize, Any] = {}
-        self._routings: dict[p.Routing, Any] = {}
-        self._chosen: dict[p.Routing, NDArray[np.int32]] = {}
+        self._routings: dict[Routing, Any] = {}
+        self._chosen: dict[Routing, NDArray[np.int32]] = {}
         segments = self._lower(program)
         self.routing_ids = [self._chosen[routing] for routing in program.routings]
         self._segments = [(ffi.new("cq_op[]", segment.work), segment) for segment in segments]
@@ -80,12 +98,12 @@ class CPUBackend:
 
     # ---- lowering ----
 
-    def _lower(self, program: p.Program) -> list[Segment[Any]]:
+    def _lower(self, program: Program) -> list[Segment[Any]]:
         segments: list[Segment[Any]] = []
         ordering = Ordering()
         for step in steps(program):
             segment = segment_of(segments, step.op)
-            if isinstance(step.op, p.Send | p.Recv):
+            if isinstance(step.op, Send | Recv):
                 for value in values_of(step.op):
                     self._pointer(value)
             else:
@@ -108,7 +126,7 @@ class CPUBackend:
             self._quantized[op] = self._activation(part, op.group)
             arguments = {"x": self._pointer(op.x), "out": self._quantized[op], "n": part.width}
             return _native_op(lib.CQ_OP_QUANTIZE, part, "quantize", arguments), [op.x], [self._quantized[op]]
-        if not isinstance(op, p.Linear):
+        if not isinstance(op, Linear):
             return self._simple(op), _read(op), _written(op)
         if step.activation is None:
             return self._linear(op, ffi.NULL), _read(op), _written(op)
@@ -116,33 +134,33 @@ class CPUBackend:
         routing = [op.routing] if op.routing else []
         return self._linear(op, activation), [activation, *routing], [op.out]
 
-    def _simple(self, op: p.Op) -> Any:
+    def _simple(self, op: Op) -> Any:
         at = self._pointer
         match op:
-            case p.Embed():
+            case Embed():
                 return _native_op(
                     lib.CQ_OP_EMBED, op.out, "embed", {"table": self._matrix(op.table), "out": at(op.out)}
                 )
-            case p.RmsNorm():
+            case RmsNorm():
                 weight = self._array(op.weight, "const float *")
                 arguments = {"x": at(op.x), "weight": weight, "out": at(op.out), "n": len(op.weight), "eps": op.eps}
                 arguments |= {"bias": self._array(op.bias, "const float *")}
                 return _native_op(
                     lib.CQ_OP_RMS_NORM, _part_of(op.x, op.x.width // len(op.weight)), "rms_norm", arguments
                 )
-            case p.Rope():
+            case Rope():
                 n_heads, n_rot = op.x.width // op.head_dim, op.cos_sin.shape[1] * 2
                 table = self._array(op.cos_sin, "const float *")
                 arguments = {"x": at(op.x) + op.first, "cos_sin": table, "n_heads": n_heads, "head_dim": op.head_dim}
                 arguments |= {"n_rot": n_rot, "interleaved": op.interleaved}
                 return _native_op(lib.CQ_OP_ROPE, op.x, "rope", arguments)
-            case p.Attention():
+            case Attention():
                 return self._attention(op)
-            case p.SwiGLU():
+            case SwiGLU():
                 arguments = {"gate": at(op.gate), "up": at(op.up), "out": at(op.gate), "n": op.gate.width}
                 arguments |= {"hadamard": op.hadamard}
                 return _native_op(lib.CQ_OP_SWIGLU, op.gate, "swiglu", arguments)
-            case p.Route():
+            case Route():
                 arguments = {"logits": at(op.logits), "routing": self._routing(op.routing)}
                 arguments |= {"scoring": op.scoring.value, "normalize": op.normalize}
                 arguments |= {
@@ -152,21 +170,21 @@ class CPUBackend:
                     "jitter": op.jitter,
                 }
                 return _native_op(lib.CQ_OP_ROUTE, op.logits, "route", arguments)
-            case p.Combine():
+            case Combine():
                 arguments = {"y": at(op.y), "routing": self._routing(op.routing), "out": at(op.out), "n": op.out.width}
                 return _native_op(lib.CQ_OP_COMBINE, op.out, "combine", arguments)
-            case p.SelectOutputs():
+            case SelectOutputs():
                 arguments = {"x": at(op.x), "out": at(op.out), "n": op.x.width}
                 return _native_op(lib.CQ_OP_SELECT_OUTPUTS, op.out, "select_outputs", arguments)
-            case p.CopyColumns():
+            case CopyColumns():
                 x, out = _part_of(op.x, op.parts), _part_of(op.out, op.parts)
                 arguments = {"x": at(op.x) + op.first, "out": at(op.out) + op.at, "n": op.n}
                 arguments |= {"x_width": x.width, "out_width": out.width}
                 return _native_op(lib.CQ_OP_COPY, x, "copy", arguments)
         raise AssertionError(f"no lowering for {type(op).__name__}")
 
-    def _linear(self, op: p.Linear, activation: Any) -> Any:
-        gather = op.routing is not None and op.x.rows is p.Rows.TOKENS
+    def _linear(self, op: Linear, activation: Any) -> Any:
+        gather = op.routing is not None and op.x.rows is Rows.TOKENS
         arguments = {
             "w": self._matrix(op.w),
             "x": self._pointer(op.x),
@@ -180,7 +198,7 @@ class CPUBackend:
         rows = op.out if op.routing else _part_of(op.out, op.w.n_experts)
         return _native_op(lib.CQ_OP_LINEAR, rows, "linear", arguments)
 
-    def _attention(self, op: p.Attention) -> Any:
+    def _attention(self, op: Attention) -> Any:
         arguments = {name: self._pointer(getattr(op, name)) for name in ("q", "k", "out")}
         arguments |= {"v": ffi.NULL if op.v is None else self._pointer(op.v)}
         values = None if op.v is None or self._cache.v is None else self._cache.v[op.layer]
@@ -198,9 +216,9 @@ class CPUBackend:
         sections = range(MAX_SECTIONS) if section is None else [section]
         places: list[Any] = []
         for one in used:
-            if isinstance(one, p.Value):
+            if isinstance(one, Value):
                 places += [(self._values[one].ctypes.data, i) for i in sections]
-            elif isinstance(one, p.Routing):
+            elif isinstance(one, Routing):
                 places.append(one)
             else:
                 places += [array.ctypes.data for array in self._buffers.owners[one]]
@@ -212,13 +230,13 @@ class CPUBackend:
         self._keep.append(array)
         return pointer(array, ctype)
 
-    def _pointer(self, value: p.Value) -> Any:
+    def _pointer(self, value: Value) -> Any:
         if value not in self._values:
             n_rows = self.n_batch * value.top_k
             self._values[value] = self._buffers.take(np.float32, (n_rows, value.width))
         return pointer(self._values[value], "float *")
 
-    def _activation(self, x: p.Value, group: int) -> Any:
+    def _activation(self, x: Value, group: int) -> Any:
         n_rows = self.n_batch * x.top_k
         q = self._buffers.take(np.int8, (n_rows, x.width))
         n_scales = x.width // group if group else 1
@@ -231,7 +249,7 @@ class CPUBackend:
         self._keep.append(activation)
         return activation
 
-    def _routing(self, routing: p.Routing) -> Any:
+    def _routing(self, routing: Routing) -> Any:
         if routing not in self._routings:
             n_slots = self.n_batch * routing.top_k
             ids, order = np.zeros((self.n_batch, routing.top_k), np.int32), np.zeros(n_slots, np.int32)
@@ -264,37 +282,37 @@ def native_matrix(matrix: Matrix) -> Any:
     return struct
 
 
-def _part_of(x: p.Value, parts: int) -> p.Value:
+def _part_of(x: Value, parts: int) -> Value:
     """The rows that x [tokens or slots, width] is if each of its rows is `parts` of them."""
-    return x if parts == 1 else p.Value(x.width // parts, p.Rows.SLOTS, x.top_k * parts)
+    return x if parts == 1 else Value(x.width // parts, Rows.SLOTS, x.top_k * parts)
 
 
-def _native_op(code: int, shape: p.Value, member: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def _native_op(code: int, shape: Value, member: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"code": code, "rows": shape.rows.value, "top_k": shape.top_k, "u": {member: arguments}}
 
 
-def _section(op: p.Op | Quantize) -> int | None:
+def _section(op: Op | Quantize) -> int | None:
     """The section of a weight cut by type that a linear layer multiplies."""
-    return op.w.section if isinstance(op, p.Linear) and op.w.experts is not None else None
+    return op.w.section if isinstance(op, Linear) and op.w.experts is not None else None
 
 
-def _written(op: p.Op) -> list[p.Value | p.Routing]:
+def _written(op: Op) -> list[Value | Routing]:
     match op:
-        case p.Rope():
+        case Rope():
             return [op.x]
-        case p.SwiGLU():
+        case SwiGLU():
             return [op.gate]
-        case p.Route():
+        case Route():
             return [op.routing]
-        case p.Send():
+        case Send():
             return []
     return [op.out]
 
 
-def _read(op: p.Op) -> list[p.Value | p.Routing]:
+def _read(op: Op) -> list[Value | Routing]:
     """Everything else that it touches."""
     touched = [getattr(op, field.name) for field in fields(op)]
-    return [one for one in touched if isinstance(one, p.Value | p.Routing) and one not in _written(op)]
+    return [one for one in touched if isinstance(one, Value | Routing) and one not in _written(op)]
 
 
 class _BufferPool:

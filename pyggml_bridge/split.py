@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_bridge import program as p
 from pyggml_bridge.backend import Backend, Partition, updated_in_place, values_of
 from pyggml_bridge.cpu import CPUBackend
 from pyggml_bridge.cuda.backend import CUDABackend, Device
 from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.operations import Embed, Op, Recv, Route, Rows, SelectOutputs, Send, Value
+from pyggml_bridge.program import Program
 
 RESERVED_BYTES = 64 << 20  # for compiled kernels and graphs; what they take has not been measured
 
@@ -31,49 +32,49 @@ RESERVED_BYTES = 64 << 20  # for compiled kernels and graphs; what they take has
 # ---- cutting ----
 
 
-def on_cpu(program: p.Program, gpu_layers: int) -> list[bool]:
+def on_cpu(program: Program, gpu_layers: int) -> list[bool]:
     """Per operation whether the CPU computes it when the last gpu_layers layers, fewer than all, are on the GPU."""
     assert len(program.layer_starts) == program.n_layers and 0 <= gpu_layers < program.n_layers
-    output = next(i for i, op in enumerate(program.ops) if isinstance(op, p.SelectOutputs))
+    output = next(i for i, op in enumerate(program.ops) if isinstance(op, SelectOutputs))
     first = [*program.layer_starts, output][program.n_layers - gpu_layers]
     chosen = [i < first and (not program.routings or _of_experts(op, program)) for i, op in enumerate(program.ops)]
-    return [chosen[i] or isinstance(op, p.Embed) for i, op in enumerate(program.ops)]
+    return [chosen[i] or isinstance(op, Embed) for i, op in enumerate(program.ops)]
 
 
-def _of_experts(op: p.Op, program: p.Program) -> bool:
+def _of_experts(op: Op, program: Program) -> bool:
     """Whether an operation chooses experts or is theirs; an expert that all tokens go to does not count."""
-    if isinstance(op, p.Route):
+    if isinstance(op, Route):
         return op.routing in program.routings
-    return any(value.rows is p.Rows.SLOTS for value in values_of(op))
+    return any(value.rows is Rows.SLOTS for value in values_of(op))
 
 
-def cut(program: p.Program, on_cpu: Sequence[bool]) -> tuple[p.Program, p.Program]:
+def cut(program: Program, on_cpu: Sequence[bool]) -> tuple[Program, Program]:
     """The CPU's and the GPU's partition: a value is sent to the partition that needs it and lacks what is in it now."""
     partitions = {cpu: replace(program, ops=[], routings=[], logits=None, layer_starts=[]) for cpu in (True, False)}
-    current: dict[p.Value, set[bool]] = {}  # which partitions have it
+    current: dict[Value, set[bool]] = {}  # which partitions have it
     for cpu, group in groupby(zip(on_cpu, program.ops, strict=True), key=lambda pair: pair[0]):
         ops = [op for _, op in group]
         mine, other = partitions[cpu], partitions[not cpu]
         lacking = [value for value in _needed(ops) if cpu not in current.get(value, {cpu})]
         assert lacking or not current, "each segment needs something of the one before, which the other partition ran"
-        other.ops += [p.Send(value) for value in lacking]
-        mine.ops += [*(p.Recv(value) for value in lacking), *ops]
+        other.ops += [Send(value) for value in lacking]
+        mine.ops += [*(Recv(value) for value in lacking), *ops]
         current.update((value, {True, False}) for value in lacking)
         current.update((value, {cpu}) for op in ops for value in _changed(op))
-        mine.routings += [op.routing for op in ops if isinstance(op, p.Route) and op.routing in program.routings]
+        mine.routings += [op.routing for op in ops if isinstance(op, Route) and op.routing in program.routings]
     mine.logits = program.logits
     return partitions[True], partitions[False]
 
 
-def _changed(op: p.Op) -> list[p.Value]:
+def _changed(op: Op) -> list[Value]:
     found = (getattr(op, "out", None), updated_in_place(op))
     return [value for value in found if value is not None]
 
 
-def _needed(ops: Sequence[p.Op]) -> list[p.Value]:
+def _needed(ops: Sequence[Op]) -> list[Value]:
     """The values that operations read before they write them, each once."""
-    needed: dict[p.Value, None] = {}
-    written: set[p.Value] = set()
+    needed: dict[Value, None] = {}
+    written: set[Value] = set()
     for op in ops:
         fresh = {value for value in _changed(op) if value is not updated_in_place(op)}
         needed |= dict.fromkeys(value for value in values_of(op) if value not in written | fresh)
@@ -114,7 +115,7 @@ class SplitBackend:
         self._device.refresh(array)
 
 
-def gpu_backend(program: p.Program, n_batch: int, n_threads: int, gpu_layers: int) -> Backend:
+def gpu_backend(program: Program, n_batch: int, n_threads: int, gpu_layers: int) -> Backend:
     """The program with gpu_layers of its layers wholly on the GPU.
 
     CQError, before anything is uploaded, if what is there does not fit, with the number of layers that would.
@@ -135,7 +136,7 @@ def gpu_backend(program: p.Program, n_batch: int, n_threads: int, gpu_layers: in
     return SplitBackend(name, host, on_device)
 
 
-def most_layers(program: p.Program, n_batch: int, device: DeviceInfo, free_bytes: int, below: int) -> int | None:
+def most_layers(program: Program, n_batch: int, device: DeviceInfo, free_bytes: int, below: int) -> int | None:
     """The most layers, fewer than `below`, with which the GPU's partition fits in free_bytes; None: none at all."""
 
     def needed(gpu_layers: int) -> int:  # more layers need more
@@ -145,9 +146,7 @@ def most_layers(program: p.Program, n_batch: int, device: DeviceInfo, free_bytes
     return n_fitting - 1 if n_fitting else None
 
 
-def _plan(
-    program: p.Program, n_batch: int, device: DeviceInfo, gpu_layers: int
-) -> tuple[p.Program | None, CUDAProgram]:
+def _plan(program: Program, n_batch: int, device: DeviceInfo, gpu_layers: int) -> tuple[Program | None, CUDAProgram]:
     """The CPU's partition, if it has one, and the GPU's."""
     if gpu_layers == program.n_layers:
         return None, CUDAProgram(program, n_batch, device)

@@ -24,7 +24,7 @@ from pyggml_bridge.kv_cache import KVCache
 from pyggml_bridge.models import load_model
 from pyggml_bridge.models.deepseek2 import build
 from pyggml_bridge.models.rope import rope_table
-from pyggml_bridge.program import Attention
+from pyggml_bridge.operations import Attention
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.weights import Weights
 from tests.models import MODELS, TEXT

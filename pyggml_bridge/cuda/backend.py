@@ -14,7 +14,7 @@ from pyggml_bridge.cuda.kernels import Launch
 from pyggml_bridge.cuda.memory import Buffer
 from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.program import Value
+from pyggml_bridge.operations import Value
 
 OLDEST = 75  # compute capability 7.5: dp4a, ldmatrix and integer tensor cores
 UPLOAD_BYTES = 64 << 20  # at once, so that a map larger than memory is read through

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pyggml_bridge.cuda.kernels import ceil_div
 from pyggml_bridge.cuda.linear import DeviceRouting
-from pyggml_bridge.program import Routing
+from pyggml_bridge.operations import Routing
 
 ALIGNMENT = 512  # what CuPy's allocator rounds to
 

@@ -8,13 +8,31 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_bridge import program as p
 from pyggml_bridge.backend import Quantize, Segment, Step, segment_of, steps, values_of
 from pyggml_bridge.cuda import kernels as ck
 from pyggml_bridge.cuda import linear as cl
 from pyggml_bridge.cuda.fusion import fused
 from pyggml_bridge.cuda.memory import Buffer, Memory, RoutingBuffers, address, device_routing
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.operations import (
+    Attention,
+    Combine,
+    CopyColumns,
+    Embed,
+    Linear,
+    Op,
+    Recv,
+    RmsNorm,
+    Rope,
+    Route,
+    Routing,
+    Rows,
+    SelectOutputs,
+    Send,
+    SwiGLU,
+    Value,
+)
+from pyggml_bridge.program import Program
 from pyggml_bridge.weights import Matrix
 
 MAX_EXPERT_BYTES = 1 << 32  # offsets within one expert's matrix are 32 bits wide: codebook.cuh
@@ -37,23 +55,23 @@ class CUDAProgram:
     `inputs` holds int32 [1 + n_batch]: the first token's position, then the tokens.
     """
 
-    def __init__(self, program: p.Program, n_batch: int, device: DeviceInfo) -> None:
+    def __init__(self, program: Program, n_batch: int, device: DeviceInfo) -> None:
         """Plan the memory; CQError naming what the kernels cannot address or compute."""
         for op in program.ops:
             _require_kernel(op)
         self.memory = Memory()
         self.inputs = self.memory.new(4 * (1 + n_batch))
-        self.routings: dict[p.Routing, RoutingBuffers] = {}
+        self.routings: dict[Routing, RoutingBuffers] = {}
         self.n_batch, self.vocab_size = n_batch, program.vocab_size
         self._device, self._bits = device, program.activation_bits
         self._program = program
         self._partial: dict[int, Buffer] = {}
-        self._of: dict[p.Value | Quantize, tuple[Buffer, ...]] = {}
-        self.segments: list[Segment[tuple[p.Rows, Build]]] = []
+        self._of: dict[Value | Quantize, tuple[Buffer, ...]] = {}
+        self.segments: list[Segment[tuple[Rows, Build]]] = []
         for group in fused(steps(program)):
             first = group[0].op
             segment = segment_of(self.segments, first)
-            if isinstance(first, p.Send | p.Recv):
+            if isinstance(first, Send | Recv):
                 for value in values_of(first):
                     self.buffer_of(value)
             else:
@@ -75,13 +93,13 @@ class CUDAProgram:
 
     def launches(self, segment: int, n_tokens: int, n_outputs: int) -> list[ck.Launch]:
         """The kernels of one batch in a segment, in order. Call it when the buffers have addresses."""
-        counts = {p.Rows.TOKENS: n_tokens, p.Rows.SLOTS: n_tokens, p.Rows.OUTPUTS: n_outputs}
+        counts = {Rows.TOKENS: n_tokens, Rows.SLOTS: n_tokens, Rows.OUTPUTS: n_outputs}
         work = self.segments[segment].work
         return [launch for rows, build in work if counts[rows] for launch in build(counts[rows], n_tokens)]
 
     # ---- memory ----
 
-    def buffer_of(self, value: p.Value) -> Buffer:
+    def buffer_of(self, value: Value) -> Buffer:
         """float32 [rows, width], shared with values that do not live at the same time."""
         if value not in self._of:
             self._of[value] = (self.memory.take(4 * self.n_batch * value.top_k * value.width),)
@@ -95,7 +113,7 @@ class CUDAProgram:
         q, scales = self._of[quantized]
         return q, scales
 
-    def _routing(self, routing: p.Routing) -> RoutingBuffers:
+    def _routing(self, routing: Routing) -> RoutingBuffers:
         if routing not in self.routings:
             n_slots = self.n_batch * routing.top_k
             n_tiles = device_routing(routing).max_tiles(self.n_batch)
@@ -120,14 +138,14 @@ class CUDAProgram:
     # ---- operations ----
 
     @staticmethod
-    def _rows(op: p.Op | Quantize) -> p.Rows:
+    def _rows(op: Op | Quantize) -> Rows:
         """What decides how many rows an operation works on."""
         match op:
-            case Quantize() | p.Rope() | p.Send():
+            case Quantize() | Rope() | Send():
                 return op.x.rows
-            case p.SwiGLU():
+            case SwiGLU():
                 return op.gate.rows
-            case p.Route():
+            case Route():
                 return op.logits.rows
         return op.out.rows
 
@@ -135,26 +153,26 @@ class CUDAProgram:
         """Launches of steps that fused() put together."""
         ops = [step.op for step in group]
         match ops[0], ops[-1]:
-            case p.Linear(), _:
+            case Linear(), _:
                 return self._linears(group)
-            case _, p.Attention():
+            case _, Attention():
                 return self._attention(ops)
-            case (p.RmsNorm(), _) | (_, p.RmsNorm()) | (p.Combine(), Quantize()):
+            case (RmsNorm(), _) | (_, RmsNorm()) | (Combine(), Quantize()):
                 return self._norm(ops)
-            case p.SwiGLU(), Quantize():
+            case SwiGLU(), Quantize():
                 return self._swiglu_quantize(ops[0], ops[-1])
             case Quantize(), _:
                 return self._quantize(ops[0])
-            case p.Route() | p.Combine(), _:
+            case Route() | Combine(), _:
                 return self._experts(ops[0])
         return self._simple(ops[0])
 
-    def _simple(self, op: p.Op | Quantize) -> Build:
+    def _simple(self, op: Op | Quantize) -> Build:
         match op:
-            case p.Embed():
+            case Embed():
                 table, out = self._matrix(op.table), self.buffer_of(op.out)
                 return lambda n, _: [cl.embed(table(), self.inputs.address + 4, out.address, n)]
-            case p.Rope():
+            case Rope():
                 x, table_ = self.buffer_of(op.x), self.memory.host(op.cos_sin)
                 heads, n_rot = (op.x.width // op.head_dim, op.head_dim), 2 * op.cos_sin.shape[1]
                 return lambda n, _: [
@@ -168,39 +186,39 @@ class CUDAProgram:
                         interleaved=op.interleaved,
                     )
                 ]
-            case p.SwiGLU():
+            case SwiGLU():
                 gate, up = self.buffer_of(op.gate), self.buffer_of(op.up)
                 return lambda n, _: [ck.swiglu(gate.address, up.address, op.gate.width, op.hadamard, n * op.gate.top_k)]
-            case p.SelectOutputs():
+            case SelectOutputs():
                 x, out = self.buffer_of(op.x), self.buffer_of(op.out)
                 return lambda n, all_: [ck.select_rows(x.address, out.address, op.x.width, all_ - n, n)]
-            case p.CopyColumns():
+            case CopyColumns():
                 x, out, widths = self.buffer_of(op.x), self.buffer_of(op.out), (op.x.width, op.out.width)
                 part_widths = (widths[0] // op.parts, widths[1] // op.parts)
                 start, to, each = 4 * op.first, 4 * op.at, op.parts * op.x.top_k
                 return lambda n, _: [ck.copy_columns(x.address + start, out.address + to, part_widths, op.n, n * each)]
         raise AssertionError(f"no kernel for {type(op).__name__}")
 
-    def _norm(self, ops: Sequence[p.Op | Quantize]) -> Build:
+    def _norm(self, ops: Sequence[Op | Quantize]) -> Build:
         """A norm; before it the sum of experts and after it the quantizer, if they go with it."""
-        [op] = [op for op in ops if isinstance(op, p.RmsNorm)]
+        [op] = [op for op in ops if isinstance(op, RmsNorm)]
         x, out, width = self.buffer_of(op.x), self.buffer_of(op.out), len(op.weight)
         weight, bias = self.memory.host(op.weight), self.memory.host(op.bias)
         parts, then, before = op.x.width // width * op.x.top_k, ops[-1], ops[0]
         q, scales = self._activation(then) if isinstance(then, Quantize) else (None, None)
-        y = self.buffer_of(before.y) if isinstance(before, p.Combine) else None
+        y = self.buffer_of(before.y) if isinstance(before, Combine) else None
 
         def build(n: int, _: int) -> list[ck.Launch]:
             quantized = ck.Quantized(q.address, scales.address, self._bits) if q and scales else None
             to = ck.norm(address(weight), out.address, width, op.eps, address(bias), quantized)
-            if not isinstance(before, p.Combine):
+            if not isinstance(before, Combine):
                 return [ck.rms_norm(x.address, to, n * parts)]
             routing = device_routing(before.routing, self._routing(before.routing))
             return [cl.combine_norm(address(y), routing, x.address, to, n)]
 
         return build
 
-    def _swiglu_quantize(self, op: p.SwiGLU, then: Quantize) -> Build:
+    def _swiglu_quantize(self, op: SwiGLU, then: Quantize) -> Build:
         gate, up, to = self.buffer_of(op.gate), self.buffer_of(op.up), self._quantized(then)
         sizes = (op.gate.width, op.hadamard)
         return lambda n, _: [ck.swiglu_quantize(gate.address, up.address, to(), *sizes, n * op.gate.top_k)]
@@ -217,7 +235,7 @@ class CUDAProgram:
         return lambda n, _: [ck.quantize(x.address, to(), width, n * each)]
 
     def _linears(self, group: list[Step]) -> Build:
-        layers = [self._linear(step.op, step.activation) for step in group if isinstance(step.op, p.Linear)]
+        layers = [self._linear(step.op, step.activation) for step in group if isinstance(step.op, Linear)]
 
         def build(n: int, _: int) -> list[ck.Launch]:
             (w, operands), *others = (layer(n) for layer in layers)
@@ -226,11 +244,11 @@ class CUDAProgram:
 
         return build
 
-    def _linear(self, op: p.Linear, activation: Quantize | None) -> Callable[[int], cl.Layer]:
+    def _linear(self, op: Linear, activation: Quantize | None) -> Callable[[int], cl.Layer]:
         w, x, out, bias = self._matrix(op.w), self.buffer_of(op.x), self.buffer_of(op.out), self.memory.host(op.bias)
         q, scales = self._activation(activation) if activation else (None, None)
         routing, routed = op.routing, self._routing(op.routing) if op.routing else None
-        gather = routing is not None and op.x.rows is p.Rows.TOKENS
+        gather = routing is not None and op.x.rows is Rows.TOKENS
         places = self.memory.host(_places(op.w.experts, routing.n_experts)) if routing else None
         parts = 1 if routing else op.w.n_experts
 
@@ -245,19 +263,19 @@ class CUDAProgram:
 
         return build
 
-    def _experts(self, op: p.Route | p.Combine) -> Build:
+    def _experts(self, op: Route | Combine) -> Build:
         buffers, routing = self._routing(op.routing), op.routing
-        if isinstance(op, p.Route):
+        if isinstance(op, Route):
             logits, groups = self.buffer_of(op.logits), (op.n_groups, op.top_groups)
             choice = cl.Choice(op.scoring.value, op.normalize, *groups, op.scale, op.jitter)
             return lambda n, _: cl.route(logits.address, device_routing(routing, buffers), n, choice)
         y, out, width = self.buffer_of(op.y), self.buffer_of(op.out), op.out.width
         return lambda n, _: [cl.combine(y.address, device_routing(routing, buffers), out.address, width, n)]
 
-    def _attention(self, ops: Sequence[p.Op | Quantize]) -> Build:
+    def _attention(self, ops: Sequence[Op | Quantize]) -> Build:
         """An attention, the last one, alone or with what comes before it."""
         op = ops[-1]
-        assert isinstance(op, p.Attention)
+        assert isinstance(op, Attention)
         q, out = self.buffer_of(op.q), self.buffer_of(op.out)
         n_kv_heads, n_ctx = self._program.n_kv_heads, self._program.n_ctx
         caches = [
@@ -280,7 +298,7 @@ class CUDAProgram:
 
         return build
 
-    def _appends(self, op: p.Attention, caches: list[Buffer]) -> Build:
+    def _appends(self, op: Attention, caches: list[Buffer]) -> Build:
         new = [(self.buffer_of(op.k), op.head_dim)]
         if op.v is not None:
             new.append((self.buffer_of(op.v), op.value_dim))
@@ -290,10 +308,10 @@ class CUDAProgram:
             ck.append(b.address, to.address, at.address, (heads, dim), n_ctx, n) for (b, dim), to in stored
         ]
 
-    def _heads(self, op: p.Attention, before: Sequence[p.Op | Quantize], caches: list[Buffer]) -> Build:
+    def _heads(self, op: Attention, before: Sequence[Op | Quantize], caches: list[Buffer]) -> Build:
         """Norms of heads and rope, stored where attention reads them."""
-        norms = {norm.out: norm for norm in before if isinstance(norm, p.RmsNorm)}
-        [rope, _] = [rope for rope in before if isinstance(rope, p.Rope)]
+        norms = {norm.out: norm for norm in before if isinstance(norm, RmsNorm)}
+        [rope, _] = [rope for rope in before if isinstance(rope, Rope)]
         assert op.v is not None
         buffers = {"q_out": self.buffer_of(op.q), "v": self.buffer_of(op.v), "position": self.inputs}
         buffers |= {"k_cache": caches[0], "v_cache": caches[1]}
@@ -328,11 +346,11 @@ def _places(experts: NDArray[np.int32] | None, n_experts: int) -> NDArray[np.int
     return places
 
 
-def _require_kernel(op: p.Op) -> None:
+def _require_kernel(op: Op) -> None:
     """CQError for what no kernel has room for."""
-    if isinstance(op, p.Route) and op.routing.n_experts > cl.MAX_EXPERTS:
+    if isinstance(op, Route) and op.routing.n_experts > cl.MAX_EXPERTS:
         raise CQError(f"--cuda: more than {cl.MAX_EXPERTS} experts ({op.routing.n_experts}) are not supported")
-    if not isinstance(op, p.Attention) or op.v is None:
+    if not isinstance(op, Attention) or op.v is None:
         return
     if op.head_dim > ck.MAX_HEAD_DIM:
         raise CQError(f"--cuda: attention heads wider than {ck.MAX_HEAD_DIM} columns ({op.head_dim}) are not supported")

@@ -17,7 +17,8 @@ from pyggml_bridge.errors import CQError
 from pyggml_bridge.models.decoder import feed_forward, output_logits
 from pyggml_bridge.models.hparams import MAX_DIMENSION, HParams
 from pyggml_bridge.models.rope import rope_table
-from pyggml_bridge.program import Program, Value
+from pyggml_bridge.operations import Value
+from pyggml_bridge.program import Program
 from pyggml_bridge.weights import Weights
 
 SOFTMAX = 1  # llama.cpp's expert_gating_func

@@ -16,7 +16,8 @@ from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.models import load_model
-from pyggml_bridge.program import Program, Value
+from pyggml_bridge.operations import Value
+from pyggml_bridge.program import Program
 from pyggml_bridge.split import RESERVED_BYTES
 from tests.cuda.emulate import struct_sizes
 from tests.cuda.stand_in import StandIn, allocated_bytes
