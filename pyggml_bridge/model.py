@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge.backend import Backend
-from pyggml_bridge.cpu import CPUBackend
+from pyggml_bridge.cpu.backend import CPUBackend
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.program import LongRope, Program
 from pyggml_bridge.reader import GGUFFile

@@ -128,7 +128,7 @@ class Program:
         return out
 
     def swiglu(self, gate: Value, up: Value, hadamard: int = 0) -> Value:
-        """silu(gate) * up (arXiv 2002.05202), then the Hadamard transform of each block of `hadamard` columns (0: none).
+        """silu(gate) * up (arXiv 2002.05202), then the Hadamard transform of blocks of `hadamard` columns (0: none).
 
         The result overwrites `gate`, whose memory is in the processor's cache, and is returned.
         """

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge.backend import Backend, Partition, updated_in_place, values_of
-from pyggml_bridge.cpu import CPUBackend
+from pyggml_bridge.cpu.backend import CPUBackend
 from pyggml_bridge.cuda.backend import CUDABackend, Device
 from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
 from pyggml_bridge.errors import CQError

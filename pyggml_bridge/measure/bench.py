@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_bridge.cpu import native_matrix
+from pyggml_bridge.cpu.memory import native_matrix
 from pyggml_bridge.format import Clustered, CQType
 from pyggml_bridge.model import Model
 from pyggml_bridge.native import aligned_empty, ffi, lib, pointer
