@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from pyggml_bridge.backend import Backend, Partition, updated_in_place, values_of
 from pyggml_bridge.cpu.backend import CPUBackend
 from pyggml_bridge.cuda.backend import CUDABackend, Device
-from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.kernels import DeviceInfo
+from pyggml_bridge.cuda.program import CUDAProgram
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.operations import Embed, Op, Recv, Route, Rows, SelectOutputs, Send, Value
 from pyggml_bridge.program import Program

@@ -17,7 +17,8 @@ from gguf.constants import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES
 from transformers import AutoConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
 
-from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.kernels import DeviceInfo
+from pyggml_bridge.cuda.program import CUDAProgram
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.export import export
 from pyggml_bridge.kv_cache import KVCache

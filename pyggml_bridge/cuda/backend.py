@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from pyggml_bridge.backend import Arrays, Segments, finish, row_count
 from pyggml_bridge.cuda import nvrtc
-from pyggml_bridge.cuda.kernels import Launch
+from pyggml_bridge.cuda.kernels import DeviceInfo, Launch
 from pyggml_bridge.cuda.memory import Buffer
-from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.program import CUDAProgram
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.operations import Value
 

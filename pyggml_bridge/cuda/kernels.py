@@ -41,6 +41,14 @@ class Launch:
     shared_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What launches depend on. n_processors: streaming multiprocessors."""
+
+    n_processors: int
+    tensor_cores: bool = True
+
+
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

@@ -10,9 +10,9 @@ import pytest
 
 from pyggml_bridge.cli import run as cli_run
 from pyggml_bridge.cuda.backend import require_device
-from pyggml_bridge.cuda.kernels import ATTENTION, HEADS
+from pyggml_bridge.cuda.kernels import ATTENTION, HEADS, DeviceInfo
 from pyggml_bridge.cuda.linear import CHOICE, LINEAR, LINEARS
-from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.program import CUDAProgram
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.models import load_model

@@ -9,7 +9,8 @@ import pytest
 
 from pyggml_bridge.backend import Quantize, steps
 from pyggml_bridge.cuda.fusion import fused
-from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.kernels import DeviceInfo
+from pyggml_bridge.cuda.program import CUDAProgram
 from pyggml_bridge.format import CQType
 from pyggml_bridge.models.llama import build
 from pyggml_bridge.operations import Value
