@@ -138,8 +138,8 @@ class Lowering:
         return build
 
     def _linear(self, op: Linear, activation: Quantize | None) -> Callable[[int], cl.Layer]:
-        w, bias = self._buffers.matrix(op.w), self._buffers.host(op.bias)
-        x, out = self._buffers.value(op.x), self._buffers.value(op.out)
+        w, x = self._buffers.matrix(op.w), self._buffers.value(op.x)
+        out, bias = self._buffers.value(op.out), self._buffers.host(op.bias)
         q, scales = self._buffers.activation(activation) if activation else (None, None)
         routing, routed = op.routing, self._buffers.routing(op.routing) if op.routing else None
         gather = routing is not None and op.x.rows is Rows.TOKENS
