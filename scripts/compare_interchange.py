@@ -13,7 +13,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -162,7 +162,7 @@ def measured(name: str, model: Model, text: Path, theirs: SavedLogits) -> Result
     same = bool(np.array_equal(tokens[: theirs.tokens.size], theirs.tokens.ravel()))
     bos = tokenizer.bos_id if tokenizer.add_bos else None
     *_, statistics = measure(model, chunks_of(tokens, N_CTX, len(theirs.tokens), bos), theirs)
-    summary = statistics.summary()
+    summary = asdict(statistics.summary())
     return Result(name, same, summary["ppl"], summary["base_ppl"], summary["mean_kld"], summary["same_top_p"])
 
 
