@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.reader import Metadata
 
 _METADATA_KEYS = {
     "temp": "general.sampling.temp",
@@ -46,16 +46,16 @@ class SamplingConfig:
     repeat_last_n: int = 64
 
     @classmethod
-    def resolve(cls, metadata: dict[str, Any], **given: float | None) -> SamplingConfig:
+    def resolve(cls, metadata: Metadata, **given: float | None) -> SamplingConfig:
         """What the user gave, else what the file recommends, else llama.cpp's defaults; CQError if out of range."""
-        values: dict[str, Any] = asdict(cls())
+        config = cls()
         for name, key in _METADATA_KEYS.items():
             option = f"--{name.replace('_', '-')}"
             for source, value in ((key, metadata.get(key)), (option, given.get(name))):
                 if value is not None:
                     _check_range(name, source, value)
-                    values[name] = int(value) if name in _INTEGERS else float(value)
-        return cls(**values)
+                    config = replace(config, **{name: int(value) if name in _INTEGERS else float(value)})
+        return config
 
 
 class Sampler:
