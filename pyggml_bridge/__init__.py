@@ -1,6 +1,6 @@
 """The runner of CodeQuant for GGUF: file -> checked weights -> program -> native kernels -> logits.
 
-from pyggml_bridge import LLM
+`from pyggml_bridge import LLM` is the Python interface: llm.py, described in docs/python.md.
 """
 
 from __future__ import annotations

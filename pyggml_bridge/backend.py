@@ -1,4 +1,8 @@
-"""What runs a program: the CPU backend (cpu.py) and the CUDA backend (cuda/backend.py) look the same to a model."""
+"""What runs a program: the CPU backend (cpu/) and the CUDA backend (cuda/) look the same to a model.
+
+Here is their interface, and what both do with a program: the steps that they lower, and the segments of a program that
+was cut in two.
+"""
 
 from __future__ import annotations
 
@@ -36,29 +40,30 @@ class Backend(Protocol):
         """
 
     def refresh(self, array: NDArray[Any]) -> None:
-        """An array that the program's operations read has other contents now."""
+        """Called when an array that the program's operations read has changed its contents."""
 
 
 class Partition(Protocol):
-    """A backend that runs one of the two partitions of a program, in turn with the other one's backend."""
+    """A backend of one of the two partitions of a program: it waits where it needs values of the other partition."""
 
     @property
     def routing_ids(self) -> list[NDArray[np.int32]]:
         """As Backend's, of the MoE layers whose experts this partition chooses."""
 
     def segments(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> Segments:
-        """As Backend.run, segment by segment: each yields the values sent [rows, width] and gets those received.
+        """As Backend.run, segment by segment.
 
-        Arrays may change when the segment after next begins. Returns the logits, which have no rows if the other
-        partition computes them.
+        After each segment but the last the generator yields the values that it sends, float32 [rows, width] each, and
+        is resumed with the values that it receives. Both may be overwritten when the segment after next begins. The
+        generator returns the logits, which have no rows if the other partition computes them.
         """
 
     def refresh(self, array: NDArray[Any]) -> None:
-        """As Backend.refresh; also of arrays that only the other partition reads."""
+        """As Backend.refresh; the array may be one that only the other partition reads."""
 
 
 def finish(segments: Segments) -> NDArray[np.float32]:
-    """The logits of a program that was not cut, which hands nothing over."""
+    """The logits of a program that was not cut in two, so that its one segment sends nothing."""
     try:
         next(segments)
     except StopIteration as end:
@@ -68,8 +73,8 @@ def finish(segments: Segments) -> NDArray[np.float32]:
 
 @dataclass
 class Segment(Generic[Work]):
-    """Operations that run without the other partition, as a backend lowers them; then values are sent, or received
-    before the next segment."""
+    """Operations that run without the other partition, as a backend lowers them, and the values sent and received after
+    them."""
 
     work: list[Work] = field(default_factory=list)
     sends: list[Value] = field(default_factory=list)
@@ -82,7 +87,7 @@ class Segment(Generic[Work]):
 
 
 def segment_of(segments: list[Segment[Work]], op: Op | Quantize) -> Segment[Work]:
-    """The segment that the next operation belongs to, begun if need be; Send and Recv are entered in it."""
+    """The segment of the next operation, a new one appended to `segments` if need be; Send and Recv are entered in it."""
     handed = isinstance(op, Send | Recv)
     if not segments or (segments[-1].hands_over and not handed):
         segments.append(Segment())
@@ -100,9 +105,9 @@ def row_count(value: Value, n_tokens: int, n_outputs: int) -> int:
 
 @dataclass(frozen=True)
 class Quantize:
-    """The int8 or int4 form of x [rows, width], per row (group 0: for CQ types) or per 32 columns (for Q8_0).
+    """The int8 or int4 form of x [rows, width].
 
-    parts: equal parts of a row that are quantized like rows of their own.
+    group: columns that share a scale, 32 for Q8_0; 0 for the whole row, as CQ types have it. parts: equal parts of a row, each of which is quantized as if it were a row.
     """
 
     x: Value
@@ -112,8 +117,8 @@ class Quantize:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation for a backend. activation: what a linear layer reads instead of its x; done: what nobody reads
-    after this step, whose memory is free."""
+    """One operation for a backend. activation: what a linear layer reads instead of its x; done: values and activations
+    that no later step reads, so that their memory is free."""
 
     op: Op | Quantize
     activation: Quantize | None
@@ -147,7 +152,7 @@ def values_of(op: Op) -> list[Value]:
 
 
 def updated_in_place(op: Op) -> Value | None:
-    """The value whose contents the operation changes, if it had any before."""
+    """The value that the operation changes while it keeps some of its former contents, or adds to them."""
     if isinstance(op, Rope):
         return op.x
     if isinstance(op, SwiGLU):

@@ -13,7 +13,7 @@ from pyggml_bridge.tokenizer import Tokenizer
 
 
 class Message(TypedDict):
-    """One turn; role is "system", "user" or "assistant"."""
+    """One message of a conversation; role is "system", "user" or "assistant"."""
 
     role: str
     content: str

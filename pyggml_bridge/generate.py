@@ -155,8 +155,8 @@ def generate(
 ) -> Iterator[Event]:
     """Yield Chunks and at the end one Finish. max_new -1: until EOS or the context is full.
 
-    at_start: the answer is a text of its own (a chat turn), not the prompt's continuation. CQError for a prompt that is
-    empty or longer than the context, before anything is yielded.
+    at_start: the answer is a text of its own (a message of a chat), not the prompt's continuation. CQError for a prompt
+    that is empty or longer than the context, before anything is yielded.
     """
     text_filter = StopFilter(stops)
     evaluated = len(prompt) - context.common_prefix(prompt)
@@ -189,7 +189,7 @@ def generate(
 
 
 def _rest(text_filter: StopFilter, stream: TextStream, reason: StopReason) -> str:
-    """What was held back. A character cut off by the length is no part of the answer; one cut off by EOS is U+FFFD."""
+    """What was held back. A character cut off by the length is left out; one cut off by EOS is U+FFFD."""
     if reason == "eos":
         text, stopped = text_filter.push(stream.flush())
         return text if stopped else text + text_filter.flush()

@@ -150,7 +150,7 @@ class GGUFFile:
         return self._map[start : start + length].decode("utf-8")
 
     def _strings(self, count: int) -> StringArray:
-        """So many of them, in one loop: walking them was half of the time that a start takes."""
+        """`count` strings, walked in one loop: with a call per string that took half of a start's time."""
         data, size, length_at, prefix = self._map, self.size, _U64.unpack_from, _U64.size
         start = self._offset
         starts = [start]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ _INTEGERS = frozenset({"top_k", "repeat_last_n"})
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """temp 0 is greedy; top_k 0, top_p 1, min_p 0 and repeat_penalty 1 turn their step off.
+    """temp 0 is greedy; top_k 0, top_p 1, min_p 0 and repeat_penalty 1 leave their step out.
 
     repeat_last_n: how many of the last tokens the penalty looks at, -1: all.
     """
@@ -48,14 +49,14 @@ class SamplingConfig:
     @classmethod
     def resolve(cls, metadata: Metadata, **given: float | None) -> SamplingConfig:
         """What the user gave, else what the file recommends, else llama.cpp's defaults; CQError if out of range."""
-        config = cls()
+        chosen: dict[str, Any] = {}
         for name, key in _METADATA_KEYS.items():
             option = f"--{name.replace('_', '-')}"
             for source, value in ((key, metadata.get(key)), (option, given.get(name))):
                 if value is not None:
                     _check_range(name, source, value)
-                    config = replace(config, **{name: int(value) if name in _INTEGERS else float(value)})
-        return config
+                    chosen[name] = int(value) if name in _INTEGERS else float(value)
+        return cls(**chosen)
 
 
 class Sampler:

@@ -1,10 +1,13 @@
-"""Programs on a GPU, whole or cut in two: what is read least often per byte of it stays with the CPU.
+"""Programs on a GPU, whole or cut in two: the CPU has the weights of which a token reads the smallest share.
 
-Of a Mixture of Experts a token reads everything but the experts in full, and of these top_k of n_experts. So the
-experts are what the first layers leave in host memory, where the CPU multiplies them; attention, KV cache, router and
-shared expert of all layers stay on the GPU. A dense layer has nothing of that kind: there whole layers go to the CPU,
-which hands the residual stream over once. The embedding, one row a token, is the CPU's in both cases.
-docs/decisions/cuda.md has the figures.
+In a Mixture of Experts a token reads all weights in full except the experts, of which it reads top_k of n_experts. So
+the first layers leave their experts in host memory, where the CPU multiplies them; attention, KV cache, router and
+shared expert of all layers stay on the GPU. A dense layer has no such weights: of a dense model the first layers go to
+the CPU whole, and it sends the residual stream to the GPU once. The embedding, of which a token reads one row, is the
+CPU's in both cases. docs/decisions/cuda.md has the figures.
+
+Each of the two partitions of a program is a sequence of segments. They alternate: a segment of one partition computes
+values that the next segment, of the other partition, needs.
 """
 
 from __future__ import annotations
@@ -27,14 +30,14 @@ from pyggml_bridge.errors import CQError
 from pyggml_bridge.operations import Embed, Op, Recv, Route, Rows, SelectOutputs, Send, Value
 from pyggml_bridge.program import Program
 
-RESERVED_BYTES = 64 << 20  # for compiled kernels and graphs; what they take has not been measured
+RESERVED_BYTES = 64 << 20  # for compiled kernels and graphs; their size has not been measured
 
 
 # ---- cutting ----
 
 
 def on_cpu(program: Program, gpu_layers: int) -> list[bool]:
-    """Per operation whether the CPU computes it when the last gpu_layers layers, fewer than all, are on the GPU."""
+    """Per operation: does the CPU compute it if the last gpu_layers layers, fewer than all, are wholly on the GPU?"""
     assert len(program.layer_starts) == program.n_layers and 0 <= gpu_layers < program.n_layers
     output = next(i for i, op in enumerate(program.ops) if isinstance(op, SelectOutputs))
     first = [*program.layer_starts, output][program.n_layers - gpu_layers]
@@ -43,21 +46,24 @@ def on_cpu(program: Program, gpu_layers: int) -> list[bool]:
 
 
 def _of_experts(op: Op, program: Program) -> bool:
-    """Whether an operation chooses experts or is theirs; an expert that all tokens go to does not count."""
+    """Whether an operation chooses experts or computes them; shared experts, which all tokens go to, do not count."""
     if isinstance(op, Route):
         return op.routing in program.routings
     return any(value.rows is Rows.SLOTS for value in values_of(op))
 
 
 def cut(program: Program, on_cpu: Sequence[bool]) -> tuple[Program, Program]:
-    """The CPU's and the GPU's partition: a value is sent to the partition that needs it and lacks what is in it now."""
+    """The CPU's and the GPU's partition. A value is sent to the partition that needs it and has no current copy of it.
+
+    on_cpu: per operation, as on_cpu() returns it.
+    """
     partitions = {cpu: replace(program, ops=[], routings=[], logits=None, layer_starts=[]) for cpu in (True, False)}
-    current: dict[Value, set[bool]] = {}  # which partitions have it
+    current: dict[Value, set[bool]] = {}  # the partitions (True: the CPU's) that have what is in it now
     for cpu, group in groupby(zip(on_cpu, program.ops, strict=True), key=lambda pair: pair[0]):
         ops = [op for _, op in group]
         mine, other = partitions[cpu], partitions[not cpu]
         lacking = [value for value in _needed(ops) if cpu not in current.get(value, {cpu})]
-        assert lacking or not current, "each segment needs something of the one before, which the other partition ran"
+        assert lacking or not current, "each segment needs a value of the segment before, which the other partition ran"
         other.ops += [Send(value) for value in lacking]
         mine.ops += [*(Recv(value) for value in lacking), *ops]
         current.update((value, {True, False}) for value in lacking)
@@ -68,6 +74,7 @@ def cut(program: Program, on_cpu: Sequence[bool]) -> tuple[Program, Program]:
 
 
 def _changed(op: Op) -> list[Value]:
+    """The values that an operation writes, in whole or in place."""
     found = (getattr(op, "out", None), updated_in_place(op))
     return [value for value in found if value is not None]
 
@@ -87,7 +94,7 @@ def _needed(ops: Sequence[Op]) -> list[Value]:
 
 
 class SplitBackend:
-    """Two partitions whose segments run in turn; the host's is first and the device's last."""
+    """Two partitions whose segments alternate: the host's first segment begins, the device's last one ends."""
 
     def __init__(self, name: str, host: Partition, device: Partition) -> None:
         """The partitions of one program."""
@@ -95,13 +102,13 @@ class SplitBackend:
 
     @property
     def routing_ids(self) -> list[NDArray[np.int32]]:
-        """As Backend's: the layers with experts on the host come first."""
+        """As Backend.routing_ids: the layers with experts on the host come first."""
         return [*self._host.routing_ids, *self._device.routing_ids]
 
     def run(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> NDArray[np.float32]:
         """As Backend.run."""
         host, device = (partition.segments(tokens, position, n_outputs) for partition in (self._host, self._device))
-        next(device)  # sends nothing, and waits
+        next(device)  # its first segment has no operations: it sends nothing and waits for the host's values
         sent = next(host)
         while True:
             try:
@@ -119,7 +126,8 @@ class SplitBackend:
 def gpu_backend(program: Program, n_batch: int, n_threads: int, gpu_layers: int) -> Backend:
     """The program with gpu_layers of its layers wholly on the GPU.
 
-    CQError, before anything is uploaded, if what is there does not fit, with the number of layers that would.
+    CQError if the GPU's partition does not fit in its memory, with the number of layers that would fit; nothing has
+    been uploaded then.
     """
     device = Device()
     partition, planned = _plan(program, n_batch, device.info, gpu_layers)
@@ -138,7 +146,7 @@ def gpu_backend(program: Program, n_batch: int, n_threads: int, gpu_layers: int)
 
 
 def most_layers(program: Program, n_batch: int, device: DeviceInfo, free_bytes: int, below: int) -> int | None:
-    """The most layers, fewer than `below`, with which the GPU's partition fits in free_bytes; None: none at all."""
+    """The most layers, fewer than `below`, with which the GPU's partition fits in free_bytes; None if none does."""
 
     def needed(gpu_layers: int) -> int:  # more layers need more
         return _needed_bytes(_plan(program, n_batch, device, gpu_layers)[1])

@@ -51,7 +51,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special: bool, parse_special: bool = True) -> NDArray[np.int32]:
         """Token ids int32 [n]. add_special: BOS first, if the model wants one; parse_special: special tokens written in
-        the text become those tokens, else they are plain text. CQError if the text holds lone surrogates."""
+        the text become those tokens, else they are ordinary text. CQError if the text holds lone surrogates."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -97,7 +97,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Incremental decoding that never emits half a character."""
+    """Incremental decoding that emits whole characters only."""
 
     def __init__(self, tokenizer: Tokenizer, strip_space: bool) -> None:
         """strip_space: drop one space at the very start."""

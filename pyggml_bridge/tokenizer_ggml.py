@@ -12,8 +12,8 @@ from pyggml_bridge.reader import Metadata, StringArray
 # tokenizer.ggml.token_type
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
-# Pre-tokenizers: patterns applied in turn, each cutting every piece into its matches and what lies between them. They
-# are those of the models' own tokenizer.json; GGUF names them by tokenizer.ggml.pre.
+# Pre-tokenizers: patterns applied one after the other, each cutting every piece into its matches and what lies between
+# them. The patterns are those of the models' own tokenizer.json; GGUF names them by tokenizer.ggml.pre.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -1,4 +1,4 @@
-"""Which of a program's steps one kernel recvs together: a token's launches cost more than what most of them do."""
+"""Which of a program's steps one kernel computes together: of a token, most launches take longer than their work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Steps = list[Step]
 
 
 def fused(steps: Iterable[Step]) -> list[Steps]:
-    """The steps in groups, in an order that computes the same."""
+    """The steps in groups, each for one kernel or its own launches, in an order that computes the same."""
     todo, groups = quantized_early(list(steps)), []
     while todo:
         n = max(1, _heads(todo), _linears(todo), _combined(todo), _quantized(todo))
@@ -23,7 +23,7 @@ def fused(steps: Iterable[Step]) -> list[Steps]:
 
 
 def quantized_early(steps: Steps) -> Steps:
-    """Steps with a norm's output quantized right after the norm, where a router's come in between."""
+    """The steps, with the quantizer of a norm's output moved up to the norm, past a router's steps between them."""
     out: Steps = []
     for step in steps:
         at = len(out)
