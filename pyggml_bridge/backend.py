@@ -87,7 +87,7 @@ class Segment(Generic[Work]):
 
 
 def segment_of(segments: list[Segment[Work]], op: Op | Quantize) -> Segment[Work]:
-    """The segment of the next operation, a new one appended to `segments` if need be; Send and Recv are entered in it."""
+    """The segment of the next operation, appended to `segments` if it is new; Send and Recv are entered in it."""
     handed = isinstance(op, Send | Recv)
     if not segments or (segments[-1].hands_over and not handed):
         segments.append(Segment())
@@ -107,7 +107,8 @@ def row_count(value: Value, n_tokens: int, n_outputs: int) -> int:
 class Quantize:
     """The int8 or int4 form of x [rows, width].
 
-    group: columns that share a scale, 32 for Q8_0; 0 for the whole row, as CQ types have it. parts: equal parts of a row, each of which is quantized as if it were a row.
+    group: columns that share a scale, 32 for Q8_0; 0 for the whole row, as CQ types have it. parts: equal parts of a
+    row, each of which is quantized as if it were a row.
     """
 
     x: Value

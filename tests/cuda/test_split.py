@@ -42,7 +42,7 @@ def test_any_number_of_layers_gives_the_cpus_logits(
 ) -> None:
     compare_with_the_cpu(tmp_path / "tiny.gguf", MODELS[name], gpu_layers)
     all_there = gpu_layers >= N_LAYERS
-    # of a MoE: one segment up to each router whose experts are on the host, and the last; of a dense model: one
+    # With work, a MoE has one segment up to each router whose experts are on the host, and the last; a dense model one.
     segments = 1 if all_there or name == "dense" else N_LAYERS - gpu_layers + 1
     assert device.graph_launches == N_DECODE * segments
     assert ("embed" in {launch.kernel for launch in device.executed}) == all_there
