@@ -8,11 +8,12 @@ from datetime import datetime
 from typing import Any, NoReturn, TypedDict
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.reader import Metadata
 from pyggml_bridge.tokenizer import Tokenizer
 
 
 class Message(TypedDict):
-    """One turn; role is "system", "user" or "assistant"."""
+    """One message of a conversation; role is "system", "user" or "assistant"."""
 
     role: str
     content: str
@@ -42,7 +43,7 @@ class ChatTemplate:
         }
 
     @classmethod
-    def from_metadata(cls, metadata: dict[str, Any], tokenizer: Tokenizer) -> ChatTemplate | None:
+    def from_metadata(cls, metadata: Metadata, tokenizer: Tokenizer) -> ChatTemplate | None:
         """The file's template, None if it has none (a base model)."""
         source = metadata.get("tokenizer.chat_template")
         return None if source is None else cls(source, tokenizer)

@@ -39,15 +39,23 @@ class Context:
 
         CQError for an empty sequence or one that is longer than the context.
         """
-        if not tokens:
-            raise CQError("the prompt is empty")
-        if len(tokens) > self.model.n_ctx:
-            raise CQError(f"the prompt has {len(tokens)} tokens, the context holds {self.model.n_ctx} (--ctx)")
+        self._check_length(tokens)
         kept = self.common_prefix(tokens)
         del self.tokens[kept:]  # an interrupted evaluation must not leave the cache described as fuller than it is
         logits = self.model.forward(np.array(tokens[kept:], np.int32), kept, 1)
         self.tokens.extend(tokens[kept:])
         return logits[-1]
+
+    def evaluate_all(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [n, vocab] after each of `tokens`, a whole sequence from position 0, all of it computed.
+
+        CQError for an empty sequence, one that is longer than the context, or ids outside the vocabulary.
+        """
+        self._check_length(tokens)
+        self.tokens.clear()
+        logits = self.model.forward(np.array(tokens, np.int64), 0, len(tokens))
+        self.tokens.extend(tokens)
+        return logits
 
     def append(self, token: int) -> NDArray[np.float32]:
         """Logits [vocab] after one more token."""
@@ -59,6 +67,12 @@ class Context:
         """How many tokens of a new sequence the cache serves; never all, as the last one's logits are wanted."""
         limit = min(len(self.tokens), len(tokens) - 1)
         return next((i for i in range(limit) if self.tokens[i] != tokens[i]), limit)
+
+    def _check_length(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise CQError("the prompt is empty")
+        if len(tokens) > self.model.n_ctx:
+            raise CQError(f"the prompt has {len(tokens)} tokens, the context holds {self.model.n_ctx} (--ctx)")
 
 
 @dataclass(frozen=True)
@@ -141,8 +155,8 @@ def generate(
 ) -> Iterator[Event]:
     """Yield Chunks and at the end one Finish. max_new -1: until EOS or the context is full.
 
-    at_start: the answer is a text of its own (a chat turn), not the prompt's continuation. CQError for a prompt that is
-    empty or longer than the context, before anything is yielded.
+    at_start: the answer is a text of its own (a message of a chat), not the prompt's continuation. CQError for a prompt
+    that is empty or longer than the context, before anything is yielded.
     """
     text_filter = StopFilter(stops)
     evaluated = len(prompt) - context.common_prefix(prompt)
@@ -175,7 +189,7 @@ def generate(
 
 
 def _rest(text_filter: StopFilter, stream: TextStream, reason: StopReason) -> str:
-    """What was held back. A character cut off by the length is no part of the answer; one cut off by EOS is U+FFFD."""
+    """What was held back. A character cut off by the length is left out; one cut off by EOS is U+FFFD."""
     if reason == "eos":
         text, stopped = text_filter.push(stream.flush())
         return text if stopped else text + text_filter.flush()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge.backend import Backend
-from pyggml_bridge.cpu import CPUBackend
+from pyggml_bridge.cpu.backend import CPUBackend
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.program import LongRope, Program
-from pyggml_bridge.reader import GGUFFile
+from pyggml_bridge.reader import GGUFFile, Metadata
 
 
 class Model:
@@ -35,7 +33,7 @@ class Model:
         gpu_layers: with cuda at most so many layers are wholly on the GPU, None: all.
         """
         self.file = file
-        self.metadata: dict[str, Any] = file.metadata
+        self.metadata: Metadata = file.metadata
         self.n_ctx, self.vocab_size = program.n_ctx, program.vocab_size
         try:
             if cuda:

@@ -1,4 +1,4 @@
-"""Which operations of a program wait for those before them; between the others threads go on without a barrier."""
+"""Which operations of a program wait for those before them; threads begin all others without a barrier."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Access:
-    """What an operation touches, as buffers' addresses or anything else that tells them apart.
+    """What an operation reads and writes, as buffers' addresses or anything else that tells buffers apart.
 
-    rows: where each row of the buffers is computed from the same row only, how rows are shared among threads.
+    rows: None, or, for operations that compute each row from the same row of what they read, a name of how many rows
+    there are: operations with the same name share out rows among threads in the same way.
     """
 
     reads: frozenset[Hashable]
@@ -18,14 +19,14 @@ class Access:
     rows: Hashable | None = None
 
     def must_follow(self, earlier: Access) -> bool:
-        """Whether another thread's part of the earlier operation has to be complete before this one starts."""
+        """Whether all threads must have finished the earlier operation before a thread starts this one."""
         if self.rows is not None and self.rows == earlier.rows:
-            return False  # a thread has the same rows of both
+            return False  # each thread computes the same rows of both
         return bool(self.writes & (earlier.reads | earlier.writes) or self.reads & earlier.writes)
 
 
 class Ordering:
-    """Takes a program's operations in turn."""
+    """Decides for a program's operations, which it is given one after the other."""
 
     def __init__(self) -> None:
         """No operation yet."""

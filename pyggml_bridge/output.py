@@ -26,20 +26,20 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
 @contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; renamed to it on success, removed on any failure or interrupt."""
-    part = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + ".part")
     try:
-        yield part
-        publish(part, path)
+        yield temporary
+        publish(temporary, path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def publish(part: Path, path: Path) -> None:
+def publish(temporary: Path, path: Path) -> None:
     """Give a complete file its final name, once its bytes are on the disk; from another disk by way of a copy."""
-    if part.stat().st_dev != path.parent.stat().st_dev:
+    if temporary.stat().st_dev != path.parent.stat().st_dev:
         with complete_file(path) as copy:
-            shutil.copyfile(part, copy)
+            shutil.copyfile(temporary, copy)
         return
-    with part.open("rb+") as file:
+    with temporary.open("rb+") as file:
         os.fsync(file.fileno())
-    part.replace(path)
+    temporary.replace(path)

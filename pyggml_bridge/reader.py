@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
@@ -30,6 +30,8 @@ MAX_DIMS = 4
 MAX_NAME = 64 * 1024
 MIN_KV_BYTES = 8 + 1 + 4 + 1  # the smallest entry: a key of one byte and a value of one byte
 MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
+
+Metadata: TypeAlias = dict[str, Any]  # a file's keys: numbers, texts, and lists or StringArrays of them
 
 _SCALARS = {
     GGUFValueType.UINT8: struct.Struct("<B"),
@@ -148,7 +150,7 @@ class GGUFFile:
         return self._map[start : start + length].decode("utf-8")
 
     def _strings(self, count: int) -> StringArray:
-        """So many of them, in one loop: walking them was half of the time that a start takes."""
+        """`count` strings, walked in one loop: with a call per string that took half of a start's time."""
         data, size, length_at, prefix = self._map, self.size, _U64.unpack_from, _U64.size
         start = self._offset
         starts = [start]
@@ -173,7 +175,7 @@ class GGUFFile:
         n_tensors, n_keys = self._scalar(_U64), self._scalar(_U64)
         if n_keys > self.size // MIN_KV_BYTES or n_tensors > self.size // MIN_TENSOR_BYTES:
             raise ValueError(f"{n_tensors} tensors and {n_keys} keys do not fit {self.size} bytes")
-        self.metadata: dict[str, Any] = {}
+        self.metadata: Metadata = {}
         self.types: dict[str, tuple[GGUFValueType, GGUFValueType | None]] = {}  # value type, item type of arrays
         for _ in range(n_keys):
             key = self._string(MAX_NAME)

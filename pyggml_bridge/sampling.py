@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.reader import Metadata
 
 _METADATA_KEYS = {
     "temp": "general.sampling.temp",
@@ -33,7 +34,7 @@ _INTEGERS = frozenset({"top_k", "repeat_last_n"})
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """temp 0 is greedy; top_k 0, top_p 1, min_p 0 and repeat_penalty 1 turn their step off.
+    """temp 0 is greedy; top_k 0, top_p 1, min_p 0 and repeat_penalty 1 leave their step out.
 
     repeat_last_n: how many of the last tokens the penalty looks at, -1: all.
     """
@@ -46,16 +47,16 @@ class SamplingConfig:
     repeat_last_n: int = 64
 
     @classmethod
-    def resolve(cls, metadata: dict[str, Any], **given: float | None) -> SamplingConfig:
+    def resolve(cls, metadata: Metadata, **given: float | None) -> SamplingConfig:
         """What the user gave, else what the file recommends, else llama.cpp's defaults; CQError if out of range."""
-        values: dict[str, Any] = asdict(cls())
+        chosen: dict[str, Any] = {}
         for name, key in _METADATA_KEYS.items():
             option = f"--{name.replace('_', '-')}"
             for source, value in ((key, metadata.get(key)), (option, given.get(name))):
                 if value is not None:
                     _check_range(name, source, value)
-                    values[name] = int(value) if name in _INTEGERS else float(value)
-        return cls(**values)
+                    chosen[name] = int(value) if name in _INTEGERS else float(value)
+        return cls(**chosen)
 
 
 class Sampler:

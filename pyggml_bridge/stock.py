@@ -1,4 +1,4 @@
-"""What stock llama.cpp does otherwise with an exported file, as far as the file's keys tell."""
+"""What stock llama.cpp does differently with an exported file, as far as the file's keys tell."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 from pyggml_bridge.reader import GGUFFile
 
-NO_HEAD_DIM = ("qwen2", "qwen2moe", "olmoe", "phimoe")  # its tensors there are hidden by hidden
+# Architectures for which llama.cpp has no head width: it expects heads of hidden / n_heads columns.
+NO_HEAD_DIM = ("qwen2", "qwen2moe", "olmoe", "phimoe")
 
 
 def differences(file: GGUFFile) -> list[str]:

@@ -6,7 +6,6 @@ import codecs
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from pyggml_bridge import tokenizer_ggml
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.reader import Metadata
 
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -21,7 +21,7 @@ _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 class Tokenizer:
     """A model's tokenizer. `eos_ids` holds every token that ends an answer; `bos_id` may be None."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, metadata: dict[str, Any]) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, metadata: Metadata) -> None:
         """`backend` does the work; `metadata` says which tokens are special."""
         self._backend = backend
         self._added = backend.get_added_tokens_decoder()
@@ -36,7 +36,7 @@ class Tokenizer:
         self._strips_space = not self._byte_level and tokenizer_ggml.adds_space_prefix(metadata)
 
     @classmethod
-    def from_metadata(cls, metadata: dict[str, Any]) -> Tokenizer:
+    def from_metadata(cls, metadata: Metadata) -> Tokenizer:
         """From tokenizer.huggingface.json if the file holds it, else from tokenizer.ggml.*; CQError if that fails."""
         stored = metadata.get("tokenizer.huggingface.json")
         if stored is None:
@@ -51,7 +51,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special: bool, parse_special: bool = True) -> NDArray[np.int32]:
         """Token ids int32 [n]. add_special: BOS first, if the model wants one; parse_special: special tokens written in
-        the text become those tokens, else they are plain text. CQError if the text holds lone surrogates."""
+        the text become those tokens, else they are ordinary text. CQError if the text holds lone surrogates."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -89,7 +89,7 @@ class Tokenizer:
         byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
         return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
-    def _token_id(self, metadata: dict[str, Any], key: str) -> int | None:
+    def _token_id(self, metadata: Metadata, key: str) -> int | None:
         token_id = metadata.get(key)
         if token_id is not None and not 0 <= token_id < self.vocab_size:
             raise CQError(f"{key}: {token_id} is outside the vocabulary of {self.vocab_size}")
@@ -97,7 +97,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Incremental decoding that never emits half a character."""
+    """Incremental decoding that emits whole characters only."""
 
     def __init__(self, tokenizer: Tokenizer, strip_space: bool) -> None:
         """strip_space: drop one space at the very start."""

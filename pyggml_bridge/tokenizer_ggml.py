@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.reader import StringArray
+from pyggml_bridge.reader import Metadata, StringArray
 
 # tokenizer.ggml.token_type
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
-# Pre-tokenizers: patterns applied in turn, each cutting every piece into its matches and what lies between them. They
-# are those of the models' own tokenizer.json; GGUF names them by tokenizer.ggml.pre.
+# Pre-tokenizers: patterns applied one after the other, each cutting every piece into its matches and what lies between
+# them. The patterns are those of the models' own tokenizer.json; GGUF names them by tokenizer.ggml.pre.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -70,7 +69,7 @@ WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "pi
 BOS_BY_DEFAULT = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"})
 
 
-def build(metadata: dict[str, Any]) -> Tokenizer:
+def build(metadata: Metadata) -> Tokenizer:
     """Tokenizer of the kinds "gpt2" (byte-level BPE) and "llama" (SentencePiece BPE); CQError for any other."""
     kind = metadata.get("tokenizer.ggml.model")
     tokens = _string_array(metadata, "tokenizer.ggml.tokens")
@@ -84,7 +83,7 @@ def build(metadata: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def adds_bos(metadata: dict[str, Any]) -> bool:
+def adds_bos(metadata: Metadata) -> bool:
     """Whether a text starts with BOS: the file's word, else the custom of its kind of tokenizer."""
     stored = metadata.get("tokenizer.ggml.add_bos_token")
     if stored is not None:
@@ -92,7 +91,7 @@ def adds_bos(metadata: dict[str, Any]) -> bool:
     return metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") in BOS_BY_DEFAULT
 
 
-def adds_space_prefix(metadata: dict[str, Any]) -> bool:
+def adds_space_prefix(metadata: Metadata) -> bool:
     """Whether a space is put before a text: SentencePiece models do unless the file says otherwise."""
     return bool(metadata.get("tokenizer.ggml.add_space_prefix", metadata.get("tokenizer.ggml.model") == "llama"))
 
@@ -104,7 +103,7 @@ def as_pre_tokenizer(patterns: tuple[str, ...]) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([*splits, to_bytes])
 
 
-def _byte_level_bpe(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
+def _byte_level_bpe(metadata: Metadata, tokens: list[str]) -> Tokenizer:
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if pre not in PRE_TOKENIZERS:
         raise CQError(f"tokenizer.ggml.pre: pre-tokenizer {pre!r} is not known")
@@ -120,7 +119,7 @@ def _byte_level_bpe(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece_bpe(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
+def _sentencepiece_bpe(metadata: Metadata, tokens: list[str]) -> Tokenizer:
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise CQError("tokenizer.ggml.scores: missing, or not one per token")
@@ -156,7 +155,7 @@ def _bpe(ids: dict[str, int], merges: list[tuple[str, str]], **options: bool | s
         raise CQError(f"tokenizer.ggml: {error}") from error
 
 
-def _add_special_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str]) -> None:
+def _add_special_tokens(tokenizer: Tokenizer, metadata: Metadata, tokens: list[str]) -> None:
     """Control tokens are recognised on request, user-defined ones always; neither goes through the normalizer."""
     types = metadata.get("tokenizer.ggml.token_type")
     if not isinstance(types, list) or len(types) != len(tokens):
@@ -172,7 +171,7 @@ def _ids(tokens: list[str]) -> dict[str, int]:
     return {token: token_id for token_id, token in reversed(list(enumerate(tokens)))}
 
 
-def _string_array(metadata: dict[str, Any], key: str) -> list[str]:
+def _string_array(metadata: Metadata, key: str) -> list[str]:
     value = metadata.get(key)
     strings = list(value) if isinstance(value, list | StringArray) else []
     if not strings or set(map(type, strings)) != {str}:

@@ -13,7 +13,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from pyggml_bridge.measure.perplexity import chunks_of, measure
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import load_model, phimoe
-from pyggml_bridge.program import Program, Route, Scoring
+from pyggml_bridge.operations import Route, Scoring
+from pyggml_bridge.program import Program
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.tokenizer import Tokenizer
 from pyggml_bridge.weights import Weights
@@ -170,7 +171,7 @@ def measured(name: str, model: Model, text: Path, theirs: SavedLogits) -> Result
     same = bool(np.array_equal(tokens[: theirs.tokens.size], theirs.tokens.ravel()))
     bos = tokenizer.bos_id if tokenizer.add_bos else None
     *_, statistics = measure(model, chunks_of(tokens, N_CTX, len(theirs.tokens), bos), theirs)
-    summary = statistics.summary()
+    summary = asdict(statistics.summary())
     return Result(name, same, summary["ppl"], summary["base_ppl"], summary["mean_kld"], summary["same_top_p"])
 
 

@@ -101,7 +101,7 @@ def test_tensor_names_are_those_of_llama_cpp(name):
 
 
 def test_files_of_architectures_do_not_import_each_other():
-    """What they share is in converter/source/blocks.py and pyggml_bridge/models/builder.py."""
+    """What they share is in converter/source/blocks.py and pyggml_bridge/decoder/builder.py."""
     for name in arch.supported():
         text = (Path(arch.__file__).parent / f"{name}.py").read_text()
         assert not re.search(r"^from \.(?!\.)", text, re.MULTILINE), name

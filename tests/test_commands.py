@@ -18,6 +18,7 @@ from gguf.quants import dequantize
 from pyggml_bridge.format import CQType, hadamard
 from pyggml_bridge.measure.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from pyggml_bridge.models import load_model
+from pyggml_bridge.version import package_version
 from tests.byte_tokenizer import byte_keys
 from tests.processes import interruptible
 from tests.tiny_gguf import Tiny, write_tiny
@@ -168,6 +169,13 @@ def test_bad_usage_and_bad_input(files, tmp_path):
     assert_refused(run("export", model, "--out", "/nonexistent/x.gguf"), "/nonexistent")
     assert_refused(run("export", text, "--out", tmp_path / "x.gguf"), "not a GGUF file")
     assert not (tmp_path / "x.gguf").exists() and not list(Path(tmp_path).glob("*.part"))
+
+
+@pytest.mark.parametrize("command", ["run", "perplexity", "bench", "export", "info", "convert"])
+def test_version(command):
+    module = "codequant_converter.cli" if command == "convert" else f"pyggml_bridge.cli.{command}"
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"cq-{command} {package_version()}\n", "")
 
 
 def test_interrupt_exits_with_130(files):

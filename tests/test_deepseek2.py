@@ -17,14 +17,15 @@ from gguf.constants import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES
 from transformers import AutoConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
 
-from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.kernels import DeviceInfo
+from pyggml_bridge.cuda.program import CUDAProgram
+from pyggml_bridge.decoder.rope import rope_table
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.export import export
 from pyggml_bridge.kv_cache import KVCache
 from pyggml_bridge.models import load_model
 from pyggml_bridge.models.deepseek2 import build
-from pyggml_bridge.models.rope import rope_table
-from pyggml_bridge.program import Attention
+from pyggml_bridge.operations import Attention
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.weights import Weights
 from tests.models import MODELS, TEXT

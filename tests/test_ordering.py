@@ -63,5 +63,5 @@ def test_barriers_of_a_model(tmp_path):
 
 
 def waits_of(model):
-    ((ops, _),) = model._backend._turns
+    ((ops, _),) = model._backend._segments
     return [op.waits for op in ops]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from pyggml_bridge.cpu import CPUBackend
+from pyggml_bridge.cpu.backend import CPUBackend
 from pyggml_bridge.format import Clustered, CQType, quantize_activations
 from pyggml_bridge.program import Program
 from pyggml_bridge.weights import Matrix

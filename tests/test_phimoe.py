@@ -15,7 +15,8 @@ from gguf import GGMLQuantizationType
 from transformers import AutoConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
-from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.kernels import DeviceInfo
+from pyggml_bridge.cuda.program import CUDAProgram
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.export import export
 from pyggml_bridge.models import load_model

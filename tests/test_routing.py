@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.phimoe.modeling_phimoe import sparsemixer as transformers_sparsemixer
 
-from pyggml_bridge.program import Scoring
+from pyggml_bridge.operations import Scoring
 from tests.routing_oracle import N_TOKENS, drawn_logits, route, softmax, sparsemixer
 from tests.test_kernels import EPS
 

@@ -8,8 +8,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from pyggml_bridge.cli.common import (
     ArgumentParser,
@@ -21,7 +21,7 @@ from pyggml_bridge.cli.common import (
 )
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
-from pyggml_bridge.measure.bench import cpu_name, measure_kernels, measure_tests
+from pyggml_bridge.measure.bench import BenchResult, KernelResult, cpu_name, measure_kernels, measure_tests
 from pyggml_bridge.measure.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import load_model
@@ -65,15 +65,11 @@ def _command() -> None:
     choose_isa(args.isa)
     with _file(args) as file:
         args.file = file
-        results = _kernels(args) if args.kernels else _tests(args)
-    if args.json or args.output == "json":
-        print_json(results)
-    elif args.kernels:
-        _print_table(results, ("kernel", "shape", "gbps", "gmacs", "frac_bandwidth", "frac_peak"))
-    else:
-        _print_table(
-            [_table_row(result) for result in results], ("model", "size", "params", "backend", "threads", "test", "t/s")
-        )
+        as_json = args.json or args.output == "json"
+        if args.kernels:
+            _show_kernels(_kernels(args), as_json)
+        else:
+            _show_tests(*_tests(args), as_json)
 
 
 @contextmanager
@@ -102,33 +98,50 @@ def _file(args: argparse.Namespace) -> Iterator[str]:
         yield str(path)
 
 
-def _tests(args: argparse.Namespace) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Setup:
+    """What was measured and where, in llama-bench's fields; sizes in bytes."""
+
+    model_filename: str
+    model_type: str
+    model_size: int
+    model_n_params: int
+    n_threads: int
+    n_gpu_layers: int
+    backend: str
+    cpu_info: str
+    n_depth: int
+    peak_memory_bytes: int
+
+    @classmethod
+    def of(cls, model: Model, depth: int) -> Setup:
+        """After the tests, when the memory was used."""
+        tensors = model.file.tensors.values()
+        companions = (".centroids", ".scales", ".group_scales")
+        return cls(
+            model_filename=str(model.file.path),
+            model_type=str(model.metadata.get("general.name") or model.metadata["general.architecture"]),
+            model_size=sum(tensor.nbytes for tensor in tensors),
+            model_n_params=sum(tensor.n_elements for tensor in tensors if not tensor.name.endswith(companions)),
+            n_threads=model.n_threads,
+            n_gpu_layers=model.gpu_layers,
+            backend=model.backend,
+            cpu_info=cpu_name(),
+            n_depth=depth,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+
+def _tests(args: argparse.Namespace) -> tuple[Setup, list[BenchResult]]:
     if not args.n_prompt and not args.n_gen:
         raise CQError("-p and -n are both 0: nothing to measure")
     longest = args.n_depth + max(args.n_prompt, args.n_gen)
     model = load_model(args.file, n_ctx=longest, n_threads=args.threads, cuda=args.cuda, gpu_layers=args.gpu_layers)
-    common = _description(model)
-    tests = measure_tests(model, args.n_prompt, args.n_gen, args.n_depth, args.repetitions)
-    common |= {"n_depth": args.n_depth, "peak_memory_bytes": peak_memory_bytes()}
-    return [common | test for test in tests]
+    results = measure_tests(model, args.n_prompt, args.n_gen, args.n_depth, args.repetitions)
+    return Setup.of(model, args.n_depth), results
 
 
-def _description(model: Model) -> dict[str, Any]:
-    tensors = model.file.tensors.values()
-    companions = (".centroids", ".scales", ".group_scales")
-    return {
-        "model_filename": str(model.file.path),
-        "model_type": str(model.metadata.get("general.name") or model.metadata["general.architecture"]),
-        "model_size": sum(tensor.nbytes for tensor in tensors),
-        "model_n_params": sum(tensor.n_elements for tensor in tensors if not tensor.name.endswith(companions)),
-        "n_threads": model.n_threads,
-        "n_gpu_layers": model.gpu_layers,
-        "backend": model.backend,
-        "cpu_info": cpu_name(),
-    }
-
-
-def _kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _kernels(args: argparse.Namespace) -> list[KernelResult]:
     file = GGUFFile(args.file)
     weights = Weights(file)
     clustered = [tensor for tensor in file.tensors.values() if int(tensor.type) in list(CQType)]
@@ -144,24 +157,30 @@ def _kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
     )
 
 
-def _table_row(result: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "model": result["model_type"],
-        "size": f"{result['model_size'] / 2**20:.2f} MiB",
-        "params": f"{result['model_n_params'] / 1e6:.2f} M",
-        "backend": result["backend"],
-        "threads": result["n_threads"],
-        "test": result["test"],
-        "t/s": f"{result['avg_ts']:.2f} ± {result['stddev_ts']:.2f}",
-    }
+def _show_tests(setup: Setup, results: list[BenchResult], as_json: bool) -> None:
+    if as_json:
+        print_json([asdict(setup) | asdict(result) for result in results])
+        return
+    size, params = f"{setup.model_size / 2**20:.2f} MiB", f"{setup.model_n_params / 1e6:.2f} M"
+    common = [setup.model_type, size, params, setup.backend, str(setup.n_threads)]
+    rows = [[*common, result.test, f"{result.avg_ts:.2f} ± {result.stddev_ts:.2f}"] for result in results]
+    _print_table(["model", "size", "params", "backend", "threads", "test", "t/s"], rows)
 
 
-def _print_table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    cells = [[f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
-    widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
+def _show_kernels(results: list[KernelResult], as_json: bool) -> None:
+    if as_json:
+        print_json([asdict(result) for result in results])
+        return
+    rates = [(r.gbps, r.gmacs, r.frac_bandwidth, r.frac_peak) for r in results]
+    rows = [[r.kernel, r.shape, *(f"{x:.3f}" for x in of)] for r, of in zip(results, rates, strict=True)]
+    _print_table([field.name for field in fields(KernelResult)], rows)
+
+
+def _print_table(columns: list[str], rows: list[list[str]]) -> None:
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     print("| " + " | ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)) + " |")
     print("| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
-    for row in cells:
+    for row in rows:
         print("| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |")
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from pyggml_bridge.errors import CQError
@@ -15,8 +15,26 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+class _Version(argparse.Action):
+    """argparse's own action "version", except that the version is looked up only when someone asks."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from pyggml_bridge.version import package_version  # here: reading the package's metadata takes a while
+
+        print(f"{parser.prog} {package_version()}")
+        parser.exit()
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, except that bad usage is one `error: ...` line, like every other bad input."""
+    """argparse, except that bad usage is one `error: ...` line, like every other bad input; and with --version."""
+
+    def __init__(self, **options: Any) -> None:
+        """options: argparse's."""
+        super().__init__(**options)
+        self.add_argument("--version", action=_Version)
 
     def error(self, message: str) -> NoReturn:
         """Raise CQError instead of printing the usage."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from itertools import chain
 from pathlib import Path
@@ -63,7 +64,7 @@ def _command() -> None:
         print(f"[{i}]{statistics.perplexity()[0]:.4f},", end="", flush=True, file=sys.stderr)
     print(file=sys.stderr)
     if args.json:
-        print_json(statistics.summary())
+        print_json(asdict(statistics.summary()))
     else:
         _print_report(statistics)
 

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from pyggml_bridge.backend import Arrays, Segments, finish, row_count
 from pyggml_bridge.cuda import nvrtc
-from pyggml_bridge.cuda.kernels import Launch
+from pyggml_bridge.cuda.kernels import DeviceInfo, Launch
 from pyggml_bridge.cuda.memory import Buffer
-from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.program import CUDAProgram
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.program import Value
+from pyggml_bridge.operations import Value
 
 OLDEST = 75  # compute capability 7.5: dp4a, ldmatrix and integer tensor cores
-UPLOAD_BYTES = 64 << 20  # at once, so that a map larger than memory is read through
+UPLOAD_BYTES = 64 << 20  # per copy, so that a map larger than memory can be uploaded
 
 
 def _import_cupy() -> Any:
@@ -60,7 +60,7 @@ class Device:
 
 
 class CUDABackend:
-    """A program, or a partition of one, on a GPU that has the memory it needs."""
+    """A program, or a partition of one, on a GPU with enough memory for it."""
 
     def __init__(self, device: Device, program: CUDAProgram) -> None:
         """Upload the weights."""
@@ -91,7 +91,7 @@ class CUDABackend:
         return finish(self.segments(tokens, position, n_outputs))
 
     def segments(self, tokens: NDArray[np.int32], position: int, n_outputs: int) -> Segments:
-        """As Partition.segments. One token with its logits, which is decoding, replays a captured graph per segment."""
+        """As Partition.segments. Decoding, one token and its logits, replays a captured graph per segment."""
         inputs = np.concatenate([[position], tokens]).astype(np.int32)
         with self._stream:
             self._arrays[self._program.inputs][: inputs.nbytes].set(inputs.view(np.uint8), stream=self._stream)
@@ -104,7 +104,7 @@ class CUDABackend:
         return self._read(self._program.logits, np.float32, (n_outputs, self._program.vocab_size))
 
     def _run_segment(self, segment: int, n_tokens: int, n_outputs: int) -> None:
-        if not self._program.segments[segment].work:  # the first segment may be the other partition's
+        if not self._program.segments[segment].work:  # the first segment, if the other partition begins
             return
         if n_tokens == 1 and n_outputs == 1:
             if segment not in self._graphs:
@@ -114,9 +114,10 @@ class CUDABackend:
             for launch in self._program.launches(segment, n_tokens, n_outputs):
                 self._launch(launch)
 
-    # ---- the other partition's values, by way of pinned memory, which the device reads and writes on its own ----
+    # ---- values to and from the other partition, through pinned memory, which the device reads and writes itself ----
 
     def _handed_over(self) -> list[list[Value]]:
+        """The values of each exchange with the other partition."""
         return [values for segment in self._program.segments for values in (segment.sends, segment.recvs) if values]
 
     def _send(self, values: list[Value], n_tokens: int, n_outputs: int) -> Arrays:
@@ -145,14 +146,14 @@ class CUDABackend:
     # ---- memory ----
 
     def refresh(self, array: NDArray[Any]) -> None:
-        """As Backend.refresh: uploaded anew to the same place, which captured graphs read."""
+        """As Backend.refresh: the array is uploaded anew to the address that captured graphs read."""
         buffer = self._program.memory.holding(array)
         if buffer is not None:
             with self._stream:
                 self._upload(buffer, array)
 
     def _place(self, buffer: Buffer) -> None:
-        """Allocate, and copy what the file holds in pieces straight from the map."""
+        """Allocate a buffer; fill it from the memory map, in pieces, or with zeros."""
         array = self._cupy.empty(max(buffer.nbytes, 1), np.uint8)
         buffer.address, self._arrays[buffer] = int(array.data.ptr), array
         if buffer.host is None:
@@ -177,7 +178,7 @@ class CUDABackend:
     # ---- launches ----
 
     def _capture(self, segment: int) -> Any:
-        """A segment's launches for one token as a graph; what they load must be there before."""
+        """A segment's launches for one token as a graph. Modules are loaded before, which a capture does not allow."""
         launches = self._program.launches(segment, 1, 1)
         for launch in launches:
             self._function(launch)

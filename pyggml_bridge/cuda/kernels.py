@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-WIDE_HEAD = 256  # with wider heads a block of attention.cu takes half as many rows: CQ_ROWS_EACH
-DECODE_HEADS, DECODE_KEYS = 8, 32  # of a block and of a tile of decode.cu
-WIDE_LATENT = 576  # of wider keys latent.cu takes half as many rows: CQ_WIDE
+WIDE_HEAD = 256  # with wider heads a block of attention.cu has 16 rows instead of 32: CQ_ROWS_EACH
+DECODE_HEADS, DECODE_KEYS = 8, 32  # most heads of a block and keys of a tile of decode.cu
+WIDE_LATENT = 576  # with wider keys a block of latent.cu has 8 rows instead of 16: CQ_WIDE
 MAX_HEAD_DIM = 600  # of attention.cu, whose queries and keys fill 48 KB of shared memory at 602
 Q8_0_BLOCK = 32
 ROW_THREADS = 256
-PART = 4 * ROW_THREADS  # columns that a block takes at once where threads take four: CQ_PART
+PART = 4 * ROW_THREADS  # columns that a block computes at once, four a thread: CQ_PART
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class Launch:
     threads: int
     args: tuple[Any, ...]
     shared_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """What launches depend on. n_processors: streaming multiprocessors."""
+
+    n_processors: int
+    tensor_cores: bool = True
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -84,7 +92,7 @@ NORM = np.dtype(
 def norm(
     weight: int, out: int, n: int, eps: float, bias: int = 0, quantized: Quantized | None = None
 ) -> NDArray[np.void]:
-    """cq_norm of rows.cu, an array of one: of rows [n]; bias 0: none; quantized: where the int8 form goes as well."""
+    """cq_norm of rows.cu, an array of one, for rows [n]. bias 0: none. quantized: where the int8 form goes, if any."""
     struct = np.zeros(1, NORM)
     for name, value in (("weight", weight), ("bias", bias), ("out", out), ("n", n), ("eps", eps)):
         struct[name] = value
@@ -114,7 +122,7 @@ def quantize_blocks(x: int, q: int, scales: int, n: int, n_rows: int) -> Launch:
 def rope(
     x: int, cos_sin: int, position: int, heads: tuple[int, int], n_rot: int, n_tokens: int, *, interleaved: bool
 ) -> Launch:
-    """x [n_tokens, *heads = (n_heads, head_dim)] in place; position: address of the first token's."""
+    """x [n_tokens, *heads = (n_heads, head_dim)] in place; position: address of the first token's position."""
     sizes = map(np.int32, (*heads, n_rot, interleaved))
     return heads_launch("rope", (n_tokens, 1), np.uint64(x), np.uint64(cos_sin), np.uint64(position), *sizes)
 
@@ -146,13 +154,13 @@ def swiglu(gate: int, up: int, n: int, hadamard: int, n_rows: int) -> Launch:
 
 
 def swiglu_quantize(gate: int, up: int, to: Quantized, n: int, hadamard: int, n_rows: int) -> Launch:
-    """The same, then its int8 form; for rows that fits_swiglu_quantize."""
+    """swiglu, and then the result's int8 form; only for rows that fits_swiglu_quantize accepts."""
     addresses = map(np.uint64, (gate, up, to.q, to.scales))
     return rows_launch("swiglu_quantize", (n_rows, 1), *addresses, np.int32(n), np.int32(hadamard), to.top)
 
 
 def fits_swiglu_quantize(n: int, hadamard: int) -> bool:
-    """Whether a block of threads holds a row in registers."""
+    """Whether a block of threads can hold a row of n columns in registers."""
     return n % 4 == 0 and n <= 4 * PART and hadamard <= PART
 
 
@@ -183,7 +191,7 @@ ATTENTION = np.dtype(
 class AttentionShape:
     """What attention depends on besides addresses and the number of tokens.
 
-    window 0: all keys are visible. value_dim: columns of values; latent: those are the first ones of each key.
+    window 0: all keys are visible. value_dim: columns of values; latent: the values are the first columns of each key.
     """
 
     n_heads: int
@@ -210,13 +218,15 @@ class AttentionShape:
 
     @property
     def decode_heads(self) -> int:
-        """Heads of a block of decode.cu: those that share a key-value head, in equal parts of up to eight."""
+        """Heads of a block of decode.cu: those of a key-value head are dealt to the fewest blocks of up to eight."""
         heads = self.n_heads // self.n_kv_heads
         return ceil_div(heads, ceil_div(heads, DECODE_HEADS))
 
     def splits(self, n_tokens: int, n_processors: int) -> int:
-        """Parts of the keys that give each processor two blocks of a single token, of at least 128 keys; without
-        latents four blocks and 32 keys. More tokens: one."""
+        """Ranges that the keys are split into, one block each, for a single token; 1 for more tokens.
+
+        As many as give each processor two blocks, of at least 128 keys; without latents four blocks, of 32 keys.
+        """
         if n_tokens > 1:
             return 1
         if self.latent:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pyggml_bridge.cuda.kernels import ROW_THREADS, Launch, Module, ceil_div, rows_launch
 from pyggml_bridge.format import CQType
 
-GEMV_MAX_TOKENS = 4  # up to here every token (or slot of an expert) reads the weights itself
+GEMV_MAX_TOKENS = 4  # up to so many tokens every token (or slot of an expert) reads the weights on its own
 TILE_TOKENS = 64  # of the GEMM kernels: CQ_TILE_TOKENS
 
 _MATRIX_FIELDS = ("type", "n_experts", "n_rows", "n_cols", "codebook_rows", "codebook_cols", "scale_cols", "unused")
@@ -41,7 +41,7 @@ CHOICE = np.dtype(
 
 @dataclass(frozen=True)
 class DeviceMatrix:
-    """A weight on the device: addresses of its parts, 0 where it has none."""
+    """A weight on the device: its sizes, and addresses of its data and companions, 0 for companions it lacks."""
 
     type: int
     n_experts: int
@@ -84,9 +84,12 @@ class DeviceRouting:
 
 @dataclass(frozen=True)
 class Operands:
-    """What a linear layer reads and writes. q and scales: quantized x, for CQ types and Q8_0. n_tokens: rows of x, of
-    whose slots there are n_tokens * top_k where it is routed. places: int32 [experts], of a weight cut by type. parts:
-    without a routing, equal parts of a row, each multiplied by the weight's matrix of its own."""
+    """What a linear layer reads and writes.
+
+    n_tokens: rows, with a routing tokens of top_k slots each. q and scales: quantized x, for CQ types and Q8_0. places:
+    int32 [n_experts], each expert's matrix in this section of a weight cut by type. parts: without a routing, the equal
+    parts of a row, each multiplied by its own matrix of the weight.
+    """
 
     n_tokens: int
     out: int
@@ -139,16 +142,17 @@ Layer = tuple[DeviceMatrix, Operands]
 def linear(
     w: DeviceMatrix, operands: Operands, *others: Layer, tensor_cores: bool = True, n_processors: int = 1
 ) -> Launch:
-    """The launch that suits the number of tokens. others: as those of gemv and gemm."""
+    """gemv for few tokens, else gemm. others: as gemv's and gemm's."""
     if operands.n_tokens <= GEMV_MAX_TOKENS:
         return gemv(w, operands, *others, n_processors=n_processors)
     return gemm(w, operands, *others, tensor_cores=tensor_cores)
 
 
 def gemv(w: DeviceMatrix, operands: Operands, *others: Layer, n_processors: int = 1) -> Launch:
-    """Each item on its own. No sorting of slots by expert is needed. n_processors: that share the work.
+    """The launch in which each row of the output is computed on its own, without sorting slots by expert.
 
-    others: layers of the same launch, of quantized x, type, n_cols and routing like the first.
+    n_processors: the processors that share the work. others: further layers of the same launch, whose quantized x,
+    type, n_cols and routing are the first layer's.
     """
     if not is_clustered(w.type):
         grid = (ceil_div(w.n_rows, 4), operands.n_items, 1)
@@ -169,22 +173,22 @@ def _layers(w: DeviceMatrix, operands: Operands, *others: Layer) -> tuple[NDArra
 
 
 def gemv_lanes(n_cols: int, n_groups: int, n_processors: int) -> int:
-    """Lanes that share eight rows, of which there are n_groups in all: those with which the GEMV should end first.
+    """Threads that share eight rows of the weight, for n_groups groups of eight rows: those that should end first.
 
-    A warp waits for most of a turn of the loop (half a block of columns a lane) on its own instructions: turns of up to
-    2.5 warps on one of a processor's four schedulers take as long as one.
+    In an iteration of the GEMV's loop each of these threads has 32 columns of its rows. For most of an iteration a warp
+    waits for its own instructions: up to 2.5 warps on each of a processor's four schedulers take as long as one warp.
     """
-    halves = n_cols // 32
+    n_pieces = n_cols // 32
 
-    def turns(lanes: int) -> float:
+    def time(lanes: int) -> float:
         warps = n_groups * lanes / 32 / (4 * n_processors)
-        return ceil_div(halves, lanes) * max(2.5, warps)
+        return ceil_div(n_pieces, lanes) * max(2.5, warps)
 
-    return min((32, 16, 8, 64, 128), key=turns)
+    return min((32, 16, 8, 64, 128), key=time)
 
 
 def gemm(w: DeviceMatrix, operands: Operands, *others: Layer, tensor_cores: bool = True) -> Launch:
-    """Tiles of items; a routing's order, offsets and tiles must be there (group). others: as gemv's."""
+    """The launch over tiles of rows; with a routing, group() must have run. others: as gemv's."""
     if w.type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
         grid = (operands.n_tiles, ceil_div(w.n_rows, 32), 2)
         return Launch(linear_module("plain.cu", w.type), "plain_gemm", grid, 256, (operands.struct(w),))
@@ -202,7 +206,7 @@ def linear_module(source: str, kind: int, *, tensor_cores: bool = True) -> Modul
 # ---- experts ----
 
 ROUTE = Module("route.cu")
-MAX_EXPERTS = 2048  # a lane of route marks its 64 in a word
+MAX_EXPERTS = 2048  # each of a warp's 32 lanes marks its 64 experts in one word of route.cu
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ class Choice:
 
 
 def route(logits: int, routing: DeviceRouting, n_tokens: int, choice: Choice) -> list[Launch]:
-    """Each token's experts, and for more tokens than the GEMV takes the slots sorted by expert."""
+    """Each token's experts and, if there are too many tokens for gemv, the slots sorted by expert."""
     struct = np.zeros(1, CHOICE)
     for name in ("scoring", "normalize", "n_groups", "top_groups", "scale", "jitter"):
         struct[name] = getattr(choice, name)
@@ -246,7 +250,7 @@ def combine(y: int, routing: DeviceRouting, out: int, n: int, n_tokens: int) -> 
 
 
 def combine_norm(y: int, routing: DeviceRouting, x: int, to: NDArray[np.void], n_tokens: int) -> Launch:
-    """The same, and the norm of the sum."""
+    """x [n_tokens, n] += the experts' weighted outputs, and the norm of the sum, as `to` says."""
     args = (np.uint64(y), np.uint64(routing.weights), np.uint64(x), np.int32(routing.top_k), to)
     return rows_launch("combine_norm", (n_tokens, 1), *args)
 

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from pyggml_bridge.cuda.kernels import ceil_div
 from pyggml_bridge.cuda.linear import DeviceRouting
-from pyggml_bridge.program import Routing
+from pyggml_bridge.operations import Routing
 
 ALIGNMENT = 512  # what CuPy's allocator rounds to
 
 
 @dataclass(eq=False)
 class Buffer:
-    """Device memory: `address` is set when it is allocated. host: what it is filled with first."""
+    """Device memory. address: 0 until it is allocated. host: the array that it is filled with then; None: zeros."""
 
     nbytes: int
     host: NDArray[Any] | None = None
@@ -25,7 +25,7 @@ class Buffer:
 
     @property
     def allocated_bytes(self) -> int:
-        """As the device counts them."""
+        """Bytes as the device's allocator counts them."""
         return ceil_div(max(self.nbytes, 1), ALIGNMENT) * ALIGNMENT
 
 
@@ -51,21 +51,21 @@ class Memory:
         self._hosted: dict[tuple[int, int], Buffer] = {}
 
     def new(self, nbytes: int, host: NDArray[Any] | None = None) -> Buffer:
-        """A buffer of its own."""
+        """A buffer that nothing else shares. host: the array that is uploaded to it first."""
         buffer = Buffer(nbytes, host)
         self.buffers.append(buffer)
         return buffer
 
     def take(self, nbytes: int) -> Buffer:
-        """A buffer that was given back, or a new one."""
+        """A buffer of this size that was given back, or a new one."""
         return self._free[nbytes].pop() if self._free[nbytes] else self.new(nbytes)
 
     def give_back(self, buffer: Buffer) -> None:
-        """For the next that takes one of its size."""
+        """Keep the buffer for the next call of take() with its size."""
         self._free[buffer.nbytes].append(buffer)
 
     def host(self, array: NDArray[Any] | None) -> Buffer | None:
-        """An array that is uploaded, once however often it is used."""
+        """The buffer that an array is uploaded to, the same for every call with this array; None for None."""
         if array is None:
             return None
         found = self.holding(array)
@@ -79,12 +79,12 @@ class Memory:
 
 
 def address(buffer: Buffer | None) -> int:
-    """0 for none."""
+    """The buffer's address, 0 for None."""
     return buffer.address if buffer else 0
 
 
 def device_routing(routing: Routing, buffers: RoutingBuffers | None = None) -> DeviceRouting:
-    """A routing as launches take it; without buffers for its sizes alone."""
+    """A routing as launches take it. Without buffers all addresses are 0, for callers that need the sizes alone."""
     names = ("ids", "weights", "order", "offsets", "tiles")
     addresses = [getattr(buffers, name).address if buffers else 0 for name in names]
     return DeviceRouting(routing.n_experts, routing.top_k, *addresses)

@@ -37,7 +37,7 @@ def _library() -> ctypes.CDLL:
     for candidate in _candidates():
         try:
             return ctypes.CDLL(candidate)
-        except OSError:  # another platform's, or half an installation: the next may do
+        except OSError:  # another platform's, or an incomplete installation: the next candidate may do
             continue
     raise CQError("--cuda: the NVRTC library is missing (pip install 'codequant-gguf[cuda]')")
 

@@ -5,20 +5,44 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_bridge.cpu import native_matrix
+from pyggml_bridge.cpu.memory import native_matrix
+from pyggml_bridge.cpu.program import NativeOp
 from pyggml_bridge.format import Clustered, CQType
 from pyggml_bridge.model import Model
 from pyggml_bridge.native import aligned_empty, ffi, lib, pointer
+from pyggml_bridge.operations import Value
 from pyggml_bridge.weights import Matrix
 
 STREAM_BYTES = 192 << 20  # several times any laptop's last-level cache
 MIN_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """One test of llama-bench: tokens per second, mean, standard deviation and each repetition's."""
+
+    test: str
+    avg_ts: float
+    stddev_ts: float
+    samples_ts: list[float]
+
+
+@dataclass(frozen=True)
+class KernelResult:
+    """A kernel on one matrix: weight bytes (1e9) and multiply-adds (1e9) per second, and their shares of the limits."""
+
+    kernel: str
+    shape: str
+    gbps: float
+    gmacs: float
+    frac_bandwidth: float
+    frac_peak: float
 
 
 def cpu_name() -> str:
@@ -33,15 +57,16 @@ def cpu_name() -> str:
 
 def measure_tests(
     model: Model, n_prompt: int, n_gen: int, depth: int, repetitions: int, seed: int = 0
-) -> list[dict[str, Any]]:
+) -> list[BenchResult]:
     """llama-bench's pp (one prompt of n_prompt tokens) and tg (n_gen single tokens) tests after `depth` tokens."""
     rng = np.random.default_rng(seed)
-    results = []
+    results, after = [], f" @ d{depth}" if depth else ""
     if depth:
         model.forward(_random_tokens(rng, model, depth), 0, 0)
     if n_prompt:
         prompt = _random_tokens(rng, model, n_prompt)
-        results.append(_time_test(f"pp{n_prompt}", n_prompt, repetitions, lambda: model.forward(prompt, depth, 1)))
+        name = f"pp{n_prompt}{after}"
+        results.append(_time_test(name, n_prompt, repetitions, lambda: model.forward(prompt, depth, 1)))
     if n_gen:
         tokens = _random_tokens(rng, model, n_gen)
 
@@ -49,9 +74,7 @@ def measure_tests(
             for i in range(n_gen):
                 model.forward(tokens[i : i + 1], depth + i, 1)
 
-        results.append(_time_test(f"tg{n_gen}", n_gen, repetitions, generate))
-    for result in results:
-        result["test"] += f" @ d{depth}" if depth else ""
+        results.append(_time_test(f"tg{n_gen}{after}", n_gen, repetitions, generate))
     return results
 
 
@@ -59,7 +82,7 @@ def _random_tokens(rng: np.random.Generator, model: Model, n: int) -> NDArray[np
     return rng.integers(0, model.vocab_size, n, dtype=np.int32)
 
 
-def _time_test(name: str, n_tokens: int, repetitions: int, run: Callable[[], object]) -> dict[str, Any]:
+def _time_test(name: str, n_tokens: int, repetitions: int, run: Callable[[], object]) -> BenchResult:
     run()  # warm-up: page faults, caches
     samples = []
     for _ in range(repetitions):
@@ -67,18 +90,26 @@ def _time_test(name: str, n_tokens: int, repetitions: int, run: Callable[[], obj
         run()
         samples.append(n_tokens / (time.perf_counter() - start))
     spread = float(np.std(samples, ddof=1)) if repetitions > 1 else 0.0
-    return {"test": name, "avg_ts": float(np.mean(samples)), "stddev_ts": spread, "samples_ts": samples}
+    return BenchResult(name, float(np.mean(samples)), spread, samples)
 
 
 # ---- kernels ----
 
 
-def measure_limits(n_threads: int) -> tuple[float, float]:
-    """(bytes per second read from memory, int8 multiply-adds per second) on n_threads threads."""
-    buffer = aligned_empty(STREAM_BYTES)
-    buffer[:] = 1
-    bandwidth = lib.cq_measure_bandwidth(pointer(buffer, "const uint8_t *"), buffer.nbytes, n_threads)
-    return bandwidth, lib.cq_measure_peak(n_threads)
+@dataclass(frozen=True)
+class Limits:
+    """What this machine can do: bytes read from memory and int8 multiply-adds per second."""
+
+    bandwidth: float
+    peak: float
+
+    @classmethod
+    def measure(cls, n_threads: int) -> Limits:
+        """On n_threads threads, now."""
+        buffer = aligned_empty(STREAM_BYTES)
+        buffer[:] = 1
+        bandwidth = lib.cq_measure_bandwidth(pointer(buffer, "const uint8_t *"), buffer.nbytes, n_threads)
+        return cls(bandwidth, lib.cq_measure_peak(n_threads))
 
 
 def measure_kernels(
@@ -87,27 +118,23 @@ def measure_kernels(
     n_tokens: int = 512,
     scale_cols: int = 64,
     codebook_rows: int = 1,
-) -> list[dict[str, Any]]:
+) -> list[KernelResult]:
     """Time GEMV and GEMM on matrices [rows, cols]; rates beside the limits measured in the same run.
 
     GEMV: rows are repeated until the matrix is several caches large, so that it streams from memory as in a model.
     """
     results = []
     for cq, rows, cols in shapes:
-        bandwidth, peak = measure_limits(n_threads)
+        limits = Limits.measure(n_threads)
         wide = random_matrix(cq, rows, cols, scale_cols, codebook_rows)
         assert wide.clustered is not None
         tall = random_matrix(cq, -(-STREAM_BYTES // wide.clustered.nbytes) * rows, cols, scale_cols, codebook_rows)
-        gemv = _time_linear(tall, 1, n_threads)
-        gemm = _time_linear(wide, n_tokens, n_threads)
-        assert tall.clustered is not None
-        read, macs = tall.clustered.nbytes / gemv, tall.n_rows * cols / gemv
-        shape = f"{cq.name} {rows}x{cols}"
-        results.append({"kernel": "gemv", "shape": shape, "gbps": read / 1e9, "gmacs": macs / 1e9})
-        results[-1] |= {"frac_bandwidth": read / bandwidth, "frac_peak": macs / peak}
-        read, macs = wide.clustered.nbytes / gemm, rows * cols * n_tokens / gemm
-        results.append({"kernel": f"gemm{n_tokens}", "shape": shape, "gbps": read / 1e9, "gmacs": macs / 1e9})
-        results[-1] |= {"frac_bandwidth": read / bandwidth, "frac_peak": macs / peak}
+        for kernel, matrix, tokens in (("gemv", tall, 1), (f"gemm{n_tokens}", wide, n_tokens)):
+            assert matrix.clustered is not None
+            seconds = _time_linear(matrix, tokens, n_threads)
+            read, macs = matrix.clustered.nbytes / seconds, matrix.n_rows * cols * tokens / seconds
+            fractions = read / limits.bandwidth, macs / limits.peak
+            results.append(KernelResult(kernel, f"{cq.name} {rows}x{cols}", read / 1e9, macs / 1e9, *fractions))
     return results
 
 
@@ -130,9 +157,8 @@ def _time_linear(matrix: Matrix, n_tokens: int, n_threads: int) -> float:
     weight, activation = native_matrix(matrix), ffi.new("cq_activation *", {"bits": 8})
     activation.q, activation.sums = pointer(x, "int8_t *"), pointer(sums, "int32_t *")
     activation.scales = pointer(scales, "float *")
-    linear = {"w": weight, "act": activation, "out": pointer(out, "float *")}
-    op = {"code": lib.CQ_OP_LINEAR, "rows": lib.CQ_ROWS_TOKENS, "top_k": 1, "u": {"linear": linear}}
-    ops = ffi.new("cq_op[]", [op])
+    arguments = {"w": weight, "act": activation, "out": pointer(out, "float *")}
+    ops = ffi.new("cq_op[]", [NativeOp("linear", Value(matrix.n_rows), arguments).struct])
     scratch = aligned_empty(lib.cq_scratch_bytes(ops, 1, n_threads))
     step = ffi.new("cq_step *", {"n_tokens": n_tokens, "n_threads": n_threads})
     step.scratch = pointer(scratch, "uint8_t *")

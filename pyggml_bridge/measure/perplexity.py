@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,6 +69,25 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return shifted - np.log(total).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Summary:
+    """The fields of cq-perplexity --json; those of the base are None without one, the last also for dense models."""
+
+    ppl: float
+    ppl_stderr: float
+    tokens: int
+    base_ppl: float | None = None
+    ln_ppl_ratio: float | None = None
+    mean_kld: float | None = None
+    median_kld: float | None = None
+    p99_kld: float | None = None
+    p99_9_kld: float | None = None
+    max_kld: float | None = None
+    rms_delta_p: float | None = None
+    same_top_p: float | None = None
+    router_top_k_change: float | None = None
+
+
 @dataclass
 class Statistics:
     """Per-token results of all chunks so far. Arrays of one float64 per scored token."""
@@ -109,27 +128,27 @@ class Statistics:
         mean, error = mean_and_error(np.concatenate(getattr(self, which)))
         return float(np.exp(mean)), float(np.exp(mean) * error)
 
-    def summary(self) -> dict[str, Any]:
-        """The fields of cq-perplexity --json; those of the base are None without one."""
+    def summary(self) -> Summary:
+        """What is known so far."""
         ppl, stderr = self.perplexity()
-        fields: dict[str, Any] = {"ppl": ppl, "ppl_stderr": stderr, "tokens": sum(map(len, self.nll))}
-        names = ("base_ppl", "ln_ppl_ratio", "mean_kld", "median_kld", "p99_kld", "p99_9_kld", "max_kld")
-        fields |= dict.fromkeys((*names, "rms_delta_p", "same_top_p", "router_top_k_change"))
-        if self.kld:
-            kld = np.concatenate(self.kld)
-            base_ppl = self.perplexity("base_nll")[0]
-            fields |= {
-                "base_ppl": base_ppl,
-                "ln_ppl_ratio": float(np.log(ppl / base_ppl)),
-                "mean_kld": float(kld.mean()),
-            }
-            fields |= {"median_kld": float(np.median(kld)), "p99_kld": float(np.quantile(kld, 0.99))}
-            fields |= {"p99_9_kld": float(np.quantile(kld, 0.999)), "max_kld": float(kld.max())}
-            fields["rms_delta_p"] = float(np.sqrt(np.mean(np.concatenate(self.delta_p) ** 2)))
-            fields["same_top_p"] = float(np.concatenate(self.same_top).mean())
-        if self.routing_sets:
-            fields["router_top_k_change"] = self.routing_changes / self.routing_sets
-        return fields
+        change = self.routing_changes / self.routing_sets if self.routing_sets else None
+        known = Summary(ppl, stderr, tokens=sum(map(len, self.nll)), router_top_k_change=change)
+        if not self.kld:
+            return known
+        kld = np.concatenate(self.kld)
+        base_ppl = self.perplexity("base_nll")[0]
+        return replace(
+            known,
+            base_ppl=base_ppl,
+            ln_ppl_ratio=float(np.log(ppl / base_ppl)),
+            mean_kld=float(kld.mean()),
+            median_kld=float(np.median(kld)),
+            p99_kld=float(np.quantile(kld, 0.99)),
+            p99_9_kld=float(np.quantile(kld, 0.999)),
+            max_kld=float(kld.max()),
+            rms_delta_p=float(np.sqrt(np.mean(np.concatenate(self.delta_p) ** 2))),
+            same_top_p=float(np.concatenate(self.same_top).mean()),
+        )
 
 
 def mean_and_error(values: NDArray[np.floating[Any]]) -> tuple[float, float]:

@@ -12,13 +12,12 @@ from pyggml_bridge.native import default_threads
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.weights import Weights
 
-_HELPERS = {"builder", "hparams", "rope"}
 DEFAULT_CTX = 8192
 
 
 def architectures() -> list[str]:
     """Names that general.architecture may have."""
-    return sorted({module.name for module in pkgutil.iter_modules(__path__)} - _HELPERS)
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load_model(

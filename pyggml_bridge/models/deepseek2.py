@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pyggml_bridge.decoder.builder import DecoderBuilder
+from pyggml_bridge.decoder.hparams import MAX_DIMENSION, HParams
+from pyggml_bridge.decoder.rope import rope_table
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.models.builder import DecoderBuilder
-from pyggml_bridge.models.hparams import MAX_DIMENSION, HParams
-from pyggml_bridge.models.rope import rope_table
-from pyggml_bridge.program import Program, Value
+from pyggml_bridge.operations import Value
+from pyggml_bridge.program import Program
 from pyggml_bridge.weights import Weights
 
 SOFTMAX = 1  # llama.cpp's expert_gating_func

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyggml_bridge.models.builder import DecoderBuilder
+from pyggml_bridge.decoder.builder import DecoderBuilder
 from pyggml_bridge.program import Program
 from pyggml_bridge.weights import Weights
 

@@ -1,13 +1,13 @@
 """GGUF architecture "phimoe": Phi-3.5-MoE and Phi-mini-MoE, as cq-convert writes them.
 
-Their LayerNorms are RMS norms there, since nothing writes the residual stream's mean (converter/transform/fold.py). A file of
-llama.cpp's converter holds them as they were and does not say how the router chooses.
+Their LayerNorms are RMS norms there, since nothing writes the residual stream's mean (converter/transform/fold.py). A
+file of llama.cpp's converter holds them as they were and does not say how the router chooses.
 """
 
 from __future__ import annotations
 
+from pyggml_bridge.decoder.builder import DecoderBuilder
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.models.builder import DecoderBuilder
 from pyggml_bridge.program import Program
 from pyggml_bridge.weights import Weights
 

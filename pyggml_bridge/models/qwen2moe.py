@@ -5,7 +5,7 @@ Their queries, keys and values have biases. One more expert is for every token, 
 
 from __future__ import annotations
 
-from pyggml_bridge.models.builder import DecoderBuilder
+from pyggml_bridge.decoder.builder import DecoderBuilder
 from pyggml_bridge.program import Program
 from pyggml_bridge.weights import Weights
 

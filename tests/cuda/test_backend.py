@@ -11,14 +11,15 @@ import pytest
 
 from pyggml_bridge.cli import run as cli_run
 from pyggml_bridge.cuda.backend import require_device
-from pyggml_bridge.cuda.kernels import ATTENTION, HEADS, NORM
+from pyggml_bridge.cuda.kernels import ATTENTION, HEADS, NORM, DeviceInfo
 from pyggml_bridge.cuda.linear import CHOICE, LINEAR, LINEARS, MATRIX
-from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.program import CUDAProgram
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.models import load_model
 from pyggml_bridge.native import ffi
-from pyggml_bridge.program import Program, Value
+from pyggml_bridge.operations import Value
+from pyggml_bridge.program import Program
 from pyggml_bridge.split import RESERVED_BYTES
 from tests.cuda.emulate import struct_layout
 from tests.cuda.stand_in import StandIn, allocated_bytes

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyggml_bridge import program as p
 from pyggml_bridge.backend import Quantize, steps
 from pyggml_bridge.cuda.fusion import fused
-from pyggml_bridge.cuda.program import CUDAProgram, DeviceInfo
+from pyggml_bridge.cuda.kernels import DeviceInfo
+from pyggml_bridge.cuda.program import CUDAProgram
 from pyggml_bridge.format import CQType
 from pyggml_bridge.models.llama import build
+from pyggml_bridge.operations import Value
+from pyggml_bridge.program import Program
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.weights import Matrix, Weights
 from tests.oracle import random_clustered
@@ -24,7 +26,7 @@ def matrix(rows: int, cols: int, cq: CQType = CQType.CQ4) -> Matrix:
     return Matrix("w", cq, 1, rows, cols, w.packed.view(np.uint8), w)  # type: ignore[arg-type]
 
 
-def grouped(program: p.Program) -> list[list[str]]:
+def grouped(program: Program) -> list[list[str]]:
     """Names of the groups' operations."""
     return [[type(step.op).__name__ for step in group] for group in fused(steps(program))]
 
@@ -69,8 +71,8 @@ def test_launches_of_a_layer_with_experts(tmp_path: Path) -> None:
 
 def test_a_quantizer_follows_its_norm_unless_the_value_changes_in_between() -> None:
     for changed in (False, True):
-        program = p.Program(64, 1, 1, 64, 64)
-        x = p.Value(64)
+        program = Program(64, 1, 1, 64, 64)
+        x = Value(64)
         normed = program.rms_norm(x, ones(64), 1e-5)
         other = program.rms_norm(x, ones(64), 1e-5)
         if changed:
@@ -83,8 +85,8 @@ def test_a_quantizer_follows_its_norm_unless_the_value_changes_in_between() -> N
 
 
 def test_layers_that_share_nothing_are_launched_alone() -> None:
-    program = p.Program(64, 1, 1, 64, 64)
-    x, y = p.Value(64), p.Value(64)
+    program = Program(64, 1, 1, 64, 64)
+    x, y = Value(64), Value(64)
     for of, w in (
         (x, matrix(8, 64)),
         (x, matrix(9, 64)),
@@ -102,8 +104,8 @@ def test_layers_that_share_nothing_are_launched_alone() -> None:
 
 @pytest.mark.parametrize(("width", "hadamard", "together"), [(4096, 1024, True), (4160, 0, False), (2048, 2048, False)])
 def test_wide_swiglu_is_quantized_on_its_own(width: int, hadamard: int, together: bool) -> None:
-    program = p.Program(64, 1, 1, 64, 64)
-    hidden = program.swiglu(p.Value(width), p.Value(width), hadamard)
+    program = Program(64, 1, 1, 64, 64)
+    hidden = program.swiglu(Value(width), Value(width), hadamard)
     program.linear(hidden, matrix(8, width))
     groups = [["SwiGLU", "Quantize"]] if together else [["SwiGLU"], ["Quantize"]]
     assert grouped(program) == [*groups, ["Linear"]]
@@ -111,8 +113,8 @@ def test_wide_swiglu_is_quantized_on_its_own(width: int, hadamard: int, together
 
 @pytest.mark.parametrize("why", ["fits", "keys are read again", "bias", "width", "first"])
 def test_heads_are_prepared_together_if_they_can_be(why: str) -> None:
-    program = p.Program(64, 1, 2, 64, 64)
-    q, k, v = p.Value(256), p.Value(128), p.Value(128)
+    program = Program(64, 1, 2, 64, 64)
+    q, k, v = Value(256), Value(128), Value(128)
     table = np.zeros((64, 16, 2), np.float32)
     normed = [
         program.rms_norm(q, ones(256 if why == "width" else 64), 1e-5, ones(64) if why == "bias" else None),

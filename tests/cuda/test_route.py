@@ -9,7 +9,7 @@ import pytest
 
 from pyggml_bridge.cuda import linear as cl
 from pyggml_bridge.native import lib
-from pyggml_bridge.program import Scoring
+from pyggml_bridge.operations import Scoring
 from tests.cuda.arrays import Memory
 from tests.cuda.emulate import run
 from tests.cuda.test_rows import EPS, SEEDS, floats

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyggml_bridge import program as p
 from pyggml_bridge.cli import bench, perplexity, run
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.models import load_model
 from pyggml_bridge.models.llama import build
+from pyggml_bridge.operations import Attention, Embed, Recv, Send
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.split import RESERVED_BYTES, cut, on_cpu
 from pyggml_bridge.weights import Weights
@@ -42,7 +42,7 @@ def test_any_number_of_layers_gives_the_cpus_logits(
 ) -> None:
     compare_with_the_cpu(tmp_path / "tiny.gguf", MODELS[name], gpu_layers)
     all_there = gpu_layers >= N_LAYERS
-    # of a MoE: one segment up to each router whose experts are on the host, and the last; of a dense model: one
+    # With work, a MoE has one segment up to each router whose experts are on the host, and the last; a dense model one.
     segments = 1 if all_there or name == "dense" else N_LAYERS - gpu_layers + 1
     assert device.graph_launches == N_DECODE * segments
     assert ("embed" in {launch.kernel for launch in device.executed}) == all_there
@@ -74,14 +74,14 @@ def test_what_is_handed_over(tmp_path: Path) -> None:
     program = build(Weights(GGUFFile(tmp_path / "tiny.gguf")), 64)
     host, device = cut(program, on_cpu(program, 2))
     x, sends = program.ops[0].out, [type(op) for op in device.ops]
-    assert [type(op) for op in host.ops[:2]] == [p.Embed, p.Send] and device.ops[0] == p.Recv(x)
-    sent = [op.x for op in device.ops if isinstance(op, p.Send)]
+    assert [type(op) for op in host.ops[:2]] == [Embed, Send] and device.ops[0] == Recv(x)
+    sent = [op.x for op in device.ops if isinstance(op, Send)]
     assert [value.width for value in sent] == [6, 128, 128] and sent[2] is x  # logits, their input, the residual
-    assert [op.out for op in host.ops if isinstance(op, p.Recv)] == sent
-    assert sends.count(p.Recv) == 2 and isinstance(host.ops[-1], p.Send) and host.ops[-1].x is x
+    assert [op.out for op in host.ops if isinstance(op, Recv)] == sent
+    assert sends.count(Recv) == 2 and isinstance(host.ops[-1], Send) and host.ops[-1].x is x
     assert host.routings == program.routings[:1] and device.routings == program.routings[1:]
     assert host.logits is None and device.logits is program.logits
-    kept = [op for partition in (host, device) for op in partition.ops if not isinstance(op, p.Send | p.Recv)]
+    kept = [op for partition in (host, device) for op in partition.ops if not isinstance(op, Send | Recv)]
     assert len(kept) == len(program.ops) and set(map(id, kept)) == set(map(id, program.ops))
 
 
@@ -90,10 +90,10 @@ def test_dense_layers_go_to_the_cpu_whole(tmp_path: Path) -> None:
     program = build(Weights(GGUFFile(tmp_path / "tiny.gguf")), 64)
     for gpu_layers in range(N_LAYERS):
         host, device = cut(program, on_cpu(program, gpu_layers))
-        layers = [[op.layer for op in partition.ops if isinstance(op, p.Attention)] for partition in (host, device)]
+        layers = [[op.layer for op in partition.ops if isinstance(op, Attention)] for partition in (host, device)]
         assert layers == [[*range(N_LAYERS - gpu_layers)], [*range(N_LAYERS - gpu_layers, N_LAYERS)]]
-        handed = [type(op) for partition in (host, device) for op in partition.ops if isinstance(op, p.Send | p.Recv)]
-        assert handed == [p.Send, p.Recv]
+        handed = [type(op) for partition in (host, device) for op in partition.ops if isinstance(op, Send | Recv)]
+        assert handed == [Send, Recv]
 
 
 @pytest.mark.parametrize("t", [MODELS["moe"], Tiny(n_layers=N_LAYERS, tied=True)], ids=["moe", "tied"])

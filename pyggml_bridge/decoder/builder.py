@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from pyggml_bridge.decoder.hparams import HParams
+from pyggml_bridge.decoder.rope import long_rope, rope_table
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.models.hparams import HParams
-from pyggml_bridge.models.rope import long_rope, rope_table
-from pyggml_bridge.program import Program, Routing, Value
+from pyggml_bridge.operations import Routing, Value
+from pyggml_bridge.program import Program
 from pyggml_bridge.weights import Matrix, Weights
 
 
