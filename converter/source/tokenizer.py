@@ -8,6 +8,7 @@ from typing import Any
 from gguf import TokenType
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import Key
 
 from ..console import warn
 from .checkpoint import Checkpoint, GgufCheckpoint
@@ -27,7 +28,7 @@ def tokenizer_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     if isinstance(tokenizer.chat_template, str):
         keys["tokenizer.chat_template"] = tokenizer.chat_template
     eos = _eos_ids(checkpoint)
-    return keys | ({"cq.eos_token_ids": eos} if eos else {})
+    return keys | ({Key.CQ_EOS_TOKEN_IDS: eos} if eos else {})
 
 
 def _source_keys(checkpoint: Checkpoint) -> dict[str, Any]:
