@@ -79,7 +79,7 @@ def _deepseek_keys(t: TinyDeepSeek) -> dict[str, Any]:
         Key.ROPE_SCALING_TYPE: "yarn",
         Key.ROPE_SCALING_FACTOR: 4.0,
         Key.ROPE_SCALING_ORIGINAL: 16,
-        Key.ROPE_SCALING_YARN_LOG: 0.1,
+        Key.YARN_LOG_MULTIPLIER: 0.1,
         Key.ROPE_SCALING_ATTN_FACTOR: 1.1,
     }
 
