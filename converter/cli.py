@@ -9,7 +9,7 @@ from typing import Any
 
 from pyggml_bridge.cli.common import ArgumentParser, print_json, run_main
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import BLOCK, MAX_COLS
+from pyggml_bridge.format import BLOCK, MAX_COLS, Grouping
 from pyggml_bridge.format import CODEBOOK_ROWS as ROW_COUNTS
 from pyggml_bridge.native import default_threads
 
@@ -27,7 +27,6 @@ from .settings import (
     FLOAT_TYPES,
     METHODS,
     ROTATIONS,
-    Grouping,
     Override,
     Refinement,
     Settings,
@@ -224,7 +223,8 @@ def show_plan(settings: Settings, plan: Plan, needs: Needs, as_json: bool) -> No
     if settings.measures_sensitivity and settings.bits is None:
         warn("types are chosen when sensitivity is measured; these are the ones without it")
     tensors: list[dict[str, Any]] = [
-        {"name": t.name, "type": t.type, "shape": list(t.shape), "bpw": t.bpw, "bytes": t.nbytes} for t in plan.tensors
+        {"name": t.name, "type": t.type_name, "shape": list(t.shape), "bpw": t.bpw, "bytes": t.nbytes}
+        for t in plan.tensors
     ]
     if as_json:
         needed = {"peak_memory_bytes": needs.memory, "disk_bytes": needs.disk, "seconds": needs.seconds}

@@ -51,7 +51,7 @@ class Report:
         return document
 
     def _entry(self, tensor: PlannedTensor) -> dict[str, Any]:
-        entry: dict[str, Any] = {"name": tensor.name, "type": tensor.type, "shape": list(tensor.shape)}
+        entry: dict[str, Any] = {"name": tensor.name, "type": tensor.type_name, "shape": list(tensor.shape)}
         entry |= {"bpw": tensor.bpw, "rel_error": self.rel_errors.get(tensor.name)}
         return entry | ({"note": tensor.note} if tensor.note else {})
 
@@ -84,5 +84,5 @@ def tensor_table(plan: Plan, rel_errors: dict[str, float]) -> Table:
         if len(tensor.shape) > 1:
             error = f"{rel_errors[tensor.name]:.4f}" if tensor.name in rel_errors else ""
             shape = " x ".join(map(str, tensor.shape))
-            table.add_row(tensor.name, shape, tensor.type, f"{tensor.bpw:.3f}", error, tensor.note)
+            table.add_row(tensor.name, shape, tensor.type_name, f"{tensor.bpw:.3f}", error, tensor.note)
     return table

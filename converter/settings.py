@@ -6,15 +6,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf import GGMLQuantizationType
+
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import CQType
+from pyggml_bridge.format import CQType, Grouping, TensorType, type_name
 
 DESCENT_ROUNDS = 1
 CODEBOOK_ROWS = 8
 METHODS = ("full", "paper")
 ROTATIONS = ("learned", "random", "none")
 FLOAT_TYPES = ("f16", "f32")
-TENSOR_TYPES = ("f32", "f16", "q8_0", *(cq.name.lower() for cq in reversed(CQType)))
+F32, F16, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0
+TENSOR_TYPES: dict[str, TensorType] = {type_name(kind): kind for kind in (F32, F16, Q8_0, *reversed(CQType))}
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Override:
     """--tensor-type REGEX=TYPE: matrices whose name the pattern finds get this type."""
 
     pattern: re.Pattern[str]
-    type: str
+    type: TensorType
 
     @classmethod
     def parse(cls, text: str) -> Override:
@@ -31,21 +34,13 @@ class Override:
         if not separator or kind.lower() not in TENSOR_TYPES:
             raise CQError(f"--tensor-type {text}: expected REGEX=TYPE with a type of {', '.join(TENSOR_TYPES)}")
         try:
-            return cls(re.compile(pattern), kind.lower())
+            return cls(re.compile(pattern), TENSOR_TYPES[kind.lower()])
         except re.error as error:
             raise CQError(f"--tensor-type {text}: invalid pattern: {error}") from error
 
-
-@dataclass(frozen=True)
-class Grouping:
-    """Columns that share a codebook and a scale: multiples of 64, or -1 for the whole row (and no group scales).
-
-    codebook_rows: rows that share their codebooks, 1, 2, 4 or 8.
-    """
-
-    group_size: int = -1
-    scale_group: int = 64
-    codebook_rows: int = 1
+    def __str__(self) -> str:
+        """`REGEX=TYPE` again, for error messages."""
+        return f"{self.pattern.pattern}={type_name(self.type)}"
 
 
 @dataclass(frozen=True)
@@ -103,12 +98,13 @@ class Settings:
     @property
     def cq(self) -> CQType:
         """The clustered type of ordinary linears where types are not mixed."""
-        return CQType(17200 + (self.bits or 4))
+        return CQType.of_bits(self.bits or 4)
 
     @property
-    def head_type(self) -> str:
+    def head_type(self) -> TensorType:
         """Of the output: clustered where its inputs are known; without them it costs four times the divergence."""
-        return "cq5" if self.calibration is not None and self.refinement.feedback and self.method == "full" else "q8_0"
+        inputs_known = self.calibration is not None and self.refinement.feedback and self.method == "full"
+        return CQType.CQ5 if inputs_known else Q8_0
 
     @property
     def tunes_centroids(self) -> bool:

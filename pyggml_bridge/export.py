@@ -6,16 +6,21 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter
-from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
+from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import FILE_TYPES, Companions, CQType, hadamard, is_later_section
+from pyggml_bridge.format import FILE_TYPES, Companions, FileTensor, Key, add_keys, cq_type, hadamard, is_later_section
 from pyggml_bridge.output import complete_file
 from pyggml_bridge.reader import GGUFFile, Tensor
 from pyggml_bridge.weights import Matrix, Weights
 
-REPLACED = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
+REPLACED = (
+    Key.GENERAL_ARCHITECTURE,
+    Key.GENERAL_ALIGNMENT,
+    Key.GENERAL_FILE_TYPE,
+    Key.GENERAL_QUANTIZATION_VERSION,
+)
 TYPES = {"f16": GGMLQuantizationType.F16, "f32": GGMLQuantizationType.F32, "q8_0": GGMLQuantizationType.Q8_0}
 
 
@@ -23,28 +28,28 @@ def export(source: Path, out: Path, kind: GGMLQuantizationType) -> None:
     """Write `source` with the weights that stock readers would not understand as `kind`, the rest as it is."""
     file = GGUFFile(source)
     weights = Weights(file)
-    clustered = {name for name, tensor in file.tensors.items() if int(tensor.type) in list(CQType)}
+    clustered = {name for name, tensor in file.tensors.items() if cq_type(tensor.type)}
     cut = {name for name in file.tensors if Companions.of(name).experts in file.tensors}
     converted = clustered | cut | {name for name in file.tensors if _is_transformed(weights, name)}
     absorbed = {name for weight in clustered | cut for name in vars(Companions.of(weight)).values()}
     absorbed |= {name for name in cut if is_later_section(name)}
     kept = {name: tensor for name, tensor in file.tensors.items() if name not in absorbed}
     with complete_file(out) as part:
-        writer = GGUFWriter(part, str(file.get("general.architecture", str)))
+        architecture: str = file.get(Key.GENERAL_ARCHITECTURE, str)
+        writer = GGUFWriter(part, architecture)
         for key, value in file.metadata.items():
             value_type, item_type = file.types[key]
             if not key.startswith("cq.") and key not in REPLACED:
                 writer.add_key_value(key, value, value_type, item_type)
-        writer.add_file_type(FILE_TYPES[kind])
-        writer.add_quantization_version(GGML_QUANT_VERSION)
+        add_keys(
+            writer,
+            architecture,
+            {Key.GENERAL_FILE_TYPE: FILE_TYPES[kind], Key.GENERAL_QUANTIZATION_VERSION: GGML_QUANT_VERSION},
+        )
         for name, tensor in kept.items():
             target = kind if name in converted else tensor.type
             shape = (weights.n_experts, *tensor.shape[1:]) if name in cut else tensor.shape
-            if target == GGMLQuantizationType.Q8_0:
-                shape = quant_shape_to_byte_shape(shape, target)
-            dtype = np.uint8 if target == GGMLQuantizationType.Q8_0 else _DTYPES[target]
-            nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            writer.add_tensor_info(name, shape, np.dtype(dtype), nbytes, raw_dtype=target)
+            FileTensor.of(name, shape, target).announce(writer)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -53,12 +58,9 @@ def export(source: Path, out: Path, kind: GGMLQuantizationType) -> None:
         writer.close()
 
 
-_DTYPES = {GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.I8: np.int8}
-
-
 def _is_transformed(weights: Weights, name: str) -> bool:
     """Whether the weight is stored for inputs after a Hadamard transform, which stock readers do not compute."""
-    return "ffn_down" in name and name.endswith(".weight") and weights.file.get("cq.hadamard.ffn_down", int, 0) > 0
+    return "ffn_down" in name and name.endswith(".weight") and weights.file.get(Key.CQ_HADAMARD_FFN_DOWN, int, 0) > 0
 
 
 def dequantized(matrix: Matrix) -> NDArray[np.float32]:

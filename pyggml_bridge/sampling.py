@@ -10,15 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import Key
 from pyggml_bridge.reader import Metadata
 
 _METADATA_KEYS = {
-    "temp": "general.sampling.temp",
-    "top_k": "general.sampling.top_k",
-    "top_p": "general.sampling.top_p",
-    "min_p": "general.sampling.min_p",
-    "repeat_penalty": "general.sampling.penalty_repeat",
-    "repeat_last_n": "general.sampling.penalty_last_n",
+    "temp": Key.SAMPLING_TEMP,
+    "top_k": Key.SAMPLING_TOP_K,
+    "top_p": Key.SAMPLING_TOP_P,
+    "min_p": Key.SAMPLING_MIN_P,
+    "repeat_penalty": Key.SAMPLING_PENALTY_REPEAT,
+    "repeat_last_n": Key.SAMPLING_PENALTY_LAST_N,
 }
 # Accepted values, both ends included.
 _RANGES = {

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pyggml_bridge import tokenizer_ggml
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import Key
 from pyggml_bridge.reader import Metadata
 
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -30,7 +31,7 @@ class Tokenizer:
         self.bos_id = self._token_id(metadata, "tokenizer.ggml.bos_token_id")
         self.eos_id = self._token_id(metadata, "tokenizer.ggml.eos_token_id")
         ends = {self._token_id(metadata, f"tokenizer.ggml.{key}") for key in _END_KEYS}
-        ends.update(metadata.get("cq.eos_token_ids", ()))
+        ends.update(metadata.get(Key.CQ_EOS_TOKEN_IDS, ()))
         self.eos_ids = frozenset(int(end) for end in ends if end is not None)
         self.add_bos = tokenizer_ggml.adds_bos(metadata)
         self._strips_space = not self._byte_level and tokenizer_ggml.adds_space_prefix(metadata)

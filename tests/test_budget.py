@@ -60,7 +60,7 @@ def test_close_to_the_best_of_all_choices(model, target):
     n_weights = plan.body_bytes * 8 / plan.bpw
     sizes, losses = {}, {}
     for stem, kind in product(STEMS, DISTORTION):
-        own = Override.parse(f"blk.0.{stem}.weight={kind}")
+        own = Override.parse(f"blk.0.{stem}.weight={kind.name}")
         candidate = make_plan(checkpoint, replace(chosen, overrides=(*chosen.overrides, own)))
         sizes[stem, kind] = candidate.body_bytes - plan.body_bytes
         losses[stem, kind] = predicted(candidate, predicted_kl) - predicted(plan, predicted_kl)
@@ -105,7 +105,7 @@ def test_a_mixed_file_runs(model, tmp_path):
     chosen = settings(model, 4.0)
     report = convert(chosen)
     assert report.plan.bpw <= 4.0 and report.document()["bpw"] == report.plan.bpw
-    kinds = {kind for layer in report.plan.layers for tensor in layer for kind in tensor.type.split("+")}
+    kinds = {kind for layer in report.plan.layers for tensor in layer for kind in tensor.types}
     assert len(kinds & set(DISTORTION)) >= 2
     assert report.check["finite"]
     load_model(str(model / "m.gguf"), n_ctx=64, n_threads=1)

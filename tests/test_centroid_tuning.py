@@ -150,7 +150,7 @@ def test_paper_files_run_and_repeat(folder):
     chosen = settings(folder, "--calibration", str(text), "--activation-bits", "4", "--group-size", "64")
     report = convert(chosen)
     assert report.tuned and all(layer.loss_end <= layer.loss_start for layer in report.tuned)
-    kinds = {t.type for layer in report.plan.layers for t in layer if len(t.shape) > 1}
+    kinds = {t.type_name for layer in report.plan.layers for t in layer if len(t.shape) > 1}
     assert kinds <= {"cq4", "f32", "q8_0"} and report.check["finite"]
     load_model(str(chosen.out), n_ctx=64, n_threads=1)
     first = chosen.out.read_bytes()

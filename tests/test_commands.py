@@ -141,6 +141,8 @@ def test_bench_measures_both_tests_and_the_kernels(files):
     for result in results:
         assert len(result["samples_ts"]) == 2 and result["avg_ts"] == pytest.approx(np.mean(result["samples_ts"]))
         assert {"stddev_ts", "model_size", "model_n_params", "n_threads", "backend", "cpu_info"} <= set(result)
+    cut = run_json("bench", folder / "types.gguf", "-p", 4, "-n", 0, "-r", 1, "--json")
+    assert cut[0]["model_n_params"] == results[0]["model_n_params"]  # lists of experts are no parameters
     kernels = run_json("bench", folder / "moe.gguf", "--kernels", "--json")
     assert {"gemv", "gemm512"} == {result["kernel"] for result in kernels}
     for result in kernels:

@@ -22,6 +22,7 @@ from pyggml_bridge.cuda.program import CUDAProgram
 from pyggml_bridge.decoder.rope import rope_table
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.export import export
+from pyggml_bridge.format import type_name
 from pyggml_bridge.kv_cache import KVCache
 from pyggml_bridge.models import load_model
 from pyggml_bridge.models.deepseek2 import build
@@ -57,7 +58,9 @@ def test_default_settings_give_mixed_types_and_a_close_model(case):
             assert tensors[f"blk.{layer}.{norm}.weight"]["type"] == "f32"
         suffixes = ("",) if layer < n_dense else ("_exps", "_shexp")
         for suffix in suffixes:
-            assert set(tensors[f"blk.{layer}.ffn_down{suffix}.weight"]["type"].split("+")) <= set(DISTORTION)
+            assert set(tensors[f"blk.{layer}.ffn_down{suffix}.weight"]["type"].split("+")) <= set(
+                map(type_name, DISTORTION)
+            )
         assert (f"blk.{layer}.ffn_gate_inp.weight" in tensors) == (layer >= n_dense)
     assert len({tensor["type"] for tensor in document["tensors"]}) > 3
     assert [entry["layer"] for entry in document["experts"]] == list(range(n_dense, 3))

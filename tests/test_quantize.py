@@ -6,17 +6,19 @@ import torch
 from codequant_converter.calibrate.hessian import Hessian
 from codequant_converter.quantize.matrix import DESCENT_ROWS, Quantized, quantize, store_unclustered
 from codequant_converter.quantize.plan import PlannedTensor
-from codequant_converter.settings import Grouping, Refinement
+from codequant_converter.settings import F16, F32, Q8_0, Grouping, Refinement
+
+from pyggml_bridge.format import CQType
 
 SHAPE = (24, 128)
 
 
-def quantized(tokens: int, rounds: int, kind: str = "cq4t") -> Quantized:
+def quantized(tokens: int, rounds: int, kind: CQType = CQType.CQ4T) -> Quantized:
     """A random weight, clustered under the hessian of so many random tokens."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(SHAPE, generator=generator)
     x = torch.randn(tokens, SHAPE[1], generator=generator) @ torch.randn(SHAPE[1], SHAPE[1], generator=generator)
-    planned = PlannedTensor("blk.0.ffn_up.weight", SHAPE, kind, Grouping(-1, 64, 8))
+    planned = PlannedTensor("blk.0.ffn_up.weight", SHAPE, (kind,), Grouping(-1, 64, 8))
     found, tasks = quantize(planned, weight, Hessian.of_rows(x), None, Refinement(descent_rounds=rounds))
     for task in tasks:
         task.run(1)
@@ -45,10 +47,10 @@ def test_errors_add_up_over_pieces_of_rows(monkeypatch):
     assert quantized(2000, 0).rel_error(1) == pytest.approx(whole, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "f16", "f32"])
+@pytest.mark.parametrize("kind", [Q8_0, F16, F32])
 def test_some_rows_of_an_embedding(kind):
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
-    embedding = store_unclustered(PlannedTensor("token_embd.weight", SHAPE, kind, Grouping()), weight)
+    embedding = store_unclustered(PlannedTensor("token_embd.weight", SHAPE, (kind,), Grouping()), weight)
     ids = torch.tensor([[3, 3, 0], [23, 1, 7]])
     assert torch.equal(embedding.rows(ids, 1), embedding.weight(1)[ids])
 

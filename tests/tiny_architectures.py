@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pyggml_bridge.format import Key
 from tests.tiny_gguf import Tiny, TinyFile, write_tiny
 
 
@@ -59,17 +60,28 @@ def write(path: Path, t: Tiny) -> None:
 
 
 def _deepseek_keys(t: TinyDeepSeek) -> dict[str, Any]:
-    keys: dict[str, Any] = {
-        "attention.head_count_kv": 1, "attention.key_length": t.kv_rank + t.n_rot, "attention.value_length": t.kv_rank,
-        "attention.key_length_mla": t.nope + t.n_rot, "attention.value_length_mla": t.value,
-        "attention.kv_lora_rank": t.kv_rank, "attention.q_lora_rank": t.q_rank, "rope.dimension_count": t.n_rot,
-        "leading_dense_block_count": t.n_dense, "expert_feed_forward_length": t.expert_ffn,
-        "expert_shared_count": t.n_shared, "expert_weights_scale": t.scale, "expert_weights_norm": t.normalize,
-        "expert_group_count": t.groups[0], "expert_group_used_count": t.groups[1],
-        "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16,
-        "rope.scaling.yarn_log_multiplier": 0.1, "rope.scaling.attn_factor": 1.1,
-    }  # fmt: skip
-    return {f"deepseek2.{key}": value for key, value in keys.items()}
+    return {
+        Key.HEAD_COUNT_KV: 1,
+        Key.KEY_LENGTH: t.kv_rank + t.n_rot,
+        Key.VALUE_LENGTH: t.kv_rank,
+        Key.KEY_LENGTH_MLA: t.nope + t.n_rot,
+        Key.VALUE_LENGTH_MLA: t.value,
+        Key.KV_LORA_RANK: t.kv_rank,
+        Key.Q_LORA_RANK: t.q_rank,
+        Key.ROPE_DIMENSION_COUNT: t.n_rot,
+        Key.LEADING_DENSE_BLOCK_COUNT: t.n_dense,
+        Key.EXPERT_FEED_FORWARD_LENGTH: t.expert_ffn,
+        Key.EXPERT_SHARED_COUNT: t.n_shared,
+        Key.EXPERT_WEIGHTS_SCALE: t.scale,
+        Key.EXPERT_WEIGHTS_NORM: t.normalize,
+        Key.EXPERT_GROUP_COUNT: t.groups[0],
+        Key.EXPERT_GROUP_USED_COUNT: t.groups[1],
+        Key.ROPE_SCALING_TYPE: "yarn",
+        Key.ROPE_SCALING_FACTOR: 4.0,
+        Key.ROPE_SCALING_ORIGINAL: 16,
+        Key.YARN_LOG_MULTIPLIER: 0.1,
+        Key.ROPE_SCALING_ATTN_FACTOR: 1.1,
+    }
 
 
 def _write_deepseek(path: Path, t: TinyDeepSeek) -> None:
@@ -103,12 +115,11 @@ def _write_deepseek(path: Path, t: TinyDeepSeek) -> None:
 
 
 def _phi_keys(t: TinyPhi) -> dict[str, Any]:
-    keys: dict[str, Any] = {"router_jitter_noise": t.jitter, "attention.sliding_window": t.window}
-    keys["rope.freq_base"] = 10000.0
+    keys = {Key.ROUTER_JITTER_NOISE: t.jitter, Key.SLIDING_WINDOW: t.window, Key.ROPE_FREQ_BASE: 10000.0}
     if t.original:
-        keys |= {"rope.scaling.original_context_length": t.original, "rope.scaling.attn_factor": 1.2}
-        keys["rope.scaling.attn_factor_long"] = 1.4
-    return {f"phimoe.{key}": value for key, value in keys.items()}
+        keys |= {Key.ROPE_SCALING_ORIGINAL: t.original, Key.ROPE_SCALING_ATTN_FACTOR: 1.2}
+        keys[Key.ROPE_SCALING_ATTN_FACTOR_LONG] = 1.4
+    return keys
 
 
 def _write_phi(path: Path, t: TinyPhi) -> None:

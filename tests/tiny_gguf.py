@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from pyggml_bridge.format import VERSION, Clustered, Companions, CQType, pack, register, section_name
+from pyggml_bridge.format import (
+    VERSION,
+    Clustered,
+    CQType,
+    FileTensor,
+    Grouping,
+    Key,
+    add_keys,
+    pack,
+    section_name,
+    weight_tensors,
+)
 from tests.oracle import random_indices
-
-register()
 
 
 @dataclass(frozen=True)
@@ -43,21 +52,28 @@ class Tiny:
     hadamard: int = 0
     seed: int = 0
 
+    @property
+    def grouping(self) -> Grouping:
+        return Grouping(self.group_size, self.scale_group, self.codebook_rows)
 
-def random_clustered(rng: np.random.Generator, shape: tuple[int, ...], t: Tiny, cq: CQType) -> Clustered:
-    *lead, cols = shape
-    codebook_cols = min(cols, t.group_size) if t.group_size > 0 else cols
-    n_codebooks = -(-cols // codebook_cols)
+
+def random_clustered(
+    rng: np.random.Generator, tensors: list[FileTensor], shape: tuple[int, ...], t: Tiny, cq: CQType
+) -> Clustered:
+    """A weight of this shape, of which the file holds these tensors."""
+    _, centroids, scales, *groups = tensors
+    cols = shape[-1]
     indices = random_indices(rng, shape, cq, t.codebook_rows)
-    books = (*lead[:-1], -(-lead[-1] // t.codebook_rows))
-    centroids = rng.integers(-127, 128, (*books, n_codebooks * cq.n_centroids)).astype(np.int8)
-    scales = (rng.uniform(0.5, 2.0, lead) / (127 * np.sqrt(cols))).astype(np.float32)
-    groups, scale_cols = None, 0
-    if t.scale_group > 0:
-        scale_cols = min(cols, t.scale_group)
-        groups = rng.integers(30, 128, (*lead, -(-cols // scale_cols))).astype(np.int8)
-    sizes = codebook_cols, scale_cols, t.codebook_rows
-    return Clustered(cq, pack(indices, cq, t.codebook_rows), centroids, scales, groups, *sizes)
+    return Clustered(
+        cq,
+        pack(indices, cq, t.codebook_rows),
+        rng.integers(-127, 128, centroids.shape).astype(np.int8),
+        (rng.uniform(0.5, 2.0, scales.shape) / (127 * np.sqrt(cols))).astype(np.float32),
+        rng.integers(30, 128, groups[0].shape).astype(np.int8) if t.scale_group > 0 else None,
+        t.grouping.codebook_cols(cols),
+        t.grouping.scale_cols(cols),
+        t.codebook_rows,
+    )
 
 
 class TinyFile:
@@ -67,21 +83,16 @@ class TinyFile:
         self.t, self.rng = t, np.random.default_rng(t.seed)
         self.dense: dict[str, np.ndarray] = {}
         self._writer = GGUFWriter(path, t.arch)
-        _write_keys(self._writer, t)
-        for key, value in (keys or {}).items():
-            kind = GGUFValueType.get_type(value)
-            item = GGUFValueType.get_type(value[0]) if kind is GGUFValueType.ARRAY else None
-            self._writer.add_key_value(key, value, kind, item)
+        add_keys(self._writer, t.arch, _keys(t) | (keys or {}))
 
-    def clustered(self, name: str, *shape: int, cq: CQType | None = None) -> None:
+    def clustered(self, name: str, *shape: int, cq: CQType | None = None, ids: list[int] | None = None) -> None:
+        """ids: the experts of this part of a weight."""
         cq = cq or self.t.cq
-        weight = random_clustered(self.rng, shape, self.t, cq)
-        names = Companions.of(name)
-        self._writer.add_tensor(name, weight.packed, raw_dtype=GGMLQuantizationType(int(cq)))
-        self._writer.add_tensor(names.centroids, weight.centroids)
-        self._writer.add_tensor(names.scales, weight.scales)
-        if weight.group_scales is not None:
-            self._writer.add_tensor(names.group_scales, weight.group_scales)
+        tensors = weight_tensors(name, shape, cq, self.t.grouping, is_section=ids is not None)
+        weight = random_clustered(self.rng, tensors, shape, self.t, cq)
+        arrays = [*weight.arrays(), *([] if ids is None else [np.array(ids, np.int32)])]
+        for tensor, array in zip(tensors, arrays, strict=True):
+            self._writer.add_tensor(tensor.name, array, raw_dtype=tensor.type)
         self.dense[name] = weight.dequantize()
 
     def experts(self, name: str, *shape: int) -> None:
@@ -92,8 +103,7 @@ class TinyFile:
         whole = np.empty((t.n_experts, *shape), np.float32)
         for i, cq in enumerate(sorted(set(t.expert_cqs))):
             section, ids = section_name(name, i), [e for e, own in enumerate(t.expert_cqs) if own is cq]
-            self.clustered(section, len(ids), *shape, cq=cq)
-            self._writer.add_tensor(Companions.of(section).experts, np.array(ids, np.int32))
+            self.clustered(section, len(ids), *shape, cq=cq, ids=ids)
             whole[ids] = self.dense.pop(section)
         self.dense[name] = whole
 
@@ -167,26 +177,28 @@ def write_tiny(path: Path, t: Tiny, keys: dict[str, Any] | None = None) -> dict[
     return file.dense
 
 
-def _write_keys(writer: GGUFWriter, t: Tiny) -> None:
-    writer.add_uint32("cq.version", VERSION)
-    writer.add_uint32("cq.bits", t.cq.bits)
-    writer.add_int32("cq.group_size", t.group_size)
-    writer.add_uint32("cq.codebook_rows", t.codebook_rows)
-    writer.add_int32("cq.scale_group", t.scale_group)
-    writer.add_uint32("cq.activation_bits", t.activation_bits)
-    writer.add_uint32("cq.hadamard.ffn_down", t.hadamard)
-    writer.add_context_length(1024)
-    writer.add_embedding_length(t.hidden)
-    writer.add_block_count(t.n_layers)
-    writer.add_feed_forward_length(t.ffn)
-    writer.add_head_count(t.n_heads)
-    writer.add_head_count_kv(t.n_kv_heads)
-    writer.add_key_length(t.head_dim)
-    writer.add_value_length(t.head_dim)
-    writer.add_rope_dimension_count(t.head_dim)
-    writer.add_layer_norm_rms_eps(1e-5)
+def _keys(t: Tiny) -> dict[str, Any]:
+    keys = {
+        Key.CQ_VERSION: VERSION,
+        Key.CQ_BITS: t.cq.bits,
+        Key.CQ_GROUP_SIZE: t.group_size,
+        Key.CQ_CODEBOOK_ROWS: t.codebook_rows,
+        Key.CQ_SCALE_GROUP: t.scale_group,
+        Key.CQ_ACTIVATION_BITS: t.activation_bits,
+        Key.CQ_HADAMARD_FFN_DOWN: t.hadamard,
+        Key.CONTEXT_LENGTH: 1024,
+        Key.EMBEDDING_LENGTH: t.hidden,
+        Key.BLOCK_COUNT: t.n_layers,
+        Key.FEED_FORWARD_LENGTH: t.ffn,
+        Key.HEAD_COUNT: t.n_heads,
+        Key.HEAD_COUNT_KV: t.n_kv_heads,
+        Key.KEY_LENGTH: t.head_dim,
+        Key.VALUE_LENGTH: t.head_dim,
+        Key.ROPE_DIMENSION_COUNT: t.head_dim,
+        Key.LAYER_NORM_RMS_EPSILON: 1e-5,
+    }
     if t.n_experts:
-        writer.add_expert_count(t.n_experts)
-        writer.add_expert_used_count(t.top_k)
+        keys |= {Key.EXPERT_COUNT: t.n_experts, Key.EXPERT_USED_COUNT: t.top_k}
     if t.shared_ffn:
-        writer.add_expert_shared_feed_forward_length(t.shared_ffn)
+        keys[Key.EXPERT_SHARED_FEED_FORWARD_LENGTH] = t.shared_ffn
+    return keys

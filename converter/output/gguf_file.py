@@ -11,7 +11,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import register
+from pyggml_bridge.format import FileTensor, add_keys
 from pyggml_bridge.output import check_writable
 
 from ..quantize.plan import PlannedTensor
@@ -39,28 +39,27 @@ class OutputFile:
         self, path: Path, architecture: str, keys: dict[str, Any], tensors: list[PlannedTensor], n_written: int = 0
     ) -> None:
         """Open `path`, which holds this header and so many tensors, or nothing yet; CQError if it does not."""
-        register()
         header = _header(path.with_name(path.name + ".header"), architecture, keys, tensors)
-        written = [part for tensor in tensors[:n_written] for part in tensor.parts()]
-        self._pending = [part for tensor in reversed(tensors[n_written:]) for part in reversed(tensor.parts())]
+        written = _file_tensors(tensors[:n_written])
+        self._pending = _file_tensors(tensors[n_written:])[::-1]
         self._file = path.open("r+b" if n_written else "w+b")
         if not n_written:
             self._file.write(header)
             return
-        size = len(header) + sum(_padded(part.nbytes) for part in written)
+        size = len(header) + sum(_padded(tensor.nbytes) for tensor in written)
         if self._file.read(len(header)) != header or path.stat().st_size < size:
             raise CQError(f"{path}: is not what was written before: start again without --resume")
         self._file.truncate(size)
         self._file.seek(size)
 
     def write(self, planned: PlannedTensor, arrays: list[NDArray[Any]]) -> None:
-        """Write the next weight, its parts in the plan's order; ValueError if it is not what was planned."""
-        for expected, array in zip(planned.parts(), arrays, strict=True):
-            part = self._pending.pop()
-            if part != expected or part.shape != array.shape or np.dtype(part.dtype) != array.dtype:
-                raise ValueError(f"{expected.name}: {array.dtype} {array.shape} where {part} was planned")
+        """Write the next weight, its tensors in the plan's order; ValueError if it is not what was planned."""
+        for expected, array in zip(planned.file_tensors(), arrays, strict=True):
+            tensor = self._pending.pop()
+            if tensor != expected or tensor.shape != array.shape or np.dtype(tensor.dtype) != array.dtype:
+                raise ValueError(f"{expected.name}: {array.dtype} {array.shape} where {tensor} was planned")
             self._file.write(np.ascontiguousarray(array).data)
-            self._file.write(bytes(_padded(part.nbytes) - part.nbytes))
+            self._file.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
 
     def flush(self) -> None:
         """Hand everything to the operating system, so that it outlives this process."""
@@ -77,6 +76,10 @@ class OutputFile:
         self._file.close()
 
 
+def _file_tensors(planned: list[PlannedTensor]) -> list[FileTensor]:
+    return [tensor for weight in planned for tensor in weight.file_tensors()]
+
+
 def _padded(nbytes: int) -> int:
     return -(-nbytes // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
 
@@ -84,10 +87,9 @@ def _padded(nbytes: int) -> int:
 def _header(path: Path, architecture: str, keys: dict[str, Any], tensors: list[PlannedTensor]) -> bytes:
     """The file up to its first tensor, made in a file at `path`."""
     writer = GGUFWriter(path, architecture)
-    for key, value in keys.items():
-        _add_key(writer, key, value)
-    for part in (part for tensor in tensors for part in tensor.parts()):
-        writer.add_tensor_info(part.name, part.shape, np.dtype(part.dtype), part.nbytes, part.ggml_type)
+    add_keys(writer, architecture, keys)
+    for tensor in _file_tensors(tensors):
+        tensor.announce(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -95,11 +97,3 @@ def _header(path: Path, architecture: str, keys: dict[str, Any], tensors: list[P
     header = path.read_bytes()
     path.unlink()
     return header.ljust(_padded(len(header)), b"\0")
-
-
-def _add_key(writer: GGUFWriter, key: str, value: object) -> None:
-    add = {bool: "bool", str: "string", float: "float32", list: "array"}
-    if isinstance(value, int) and not isinstance(value, bool):
-        (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
-    else:
-        getattr(writer, f"add_{add[type(value)]}")(key, value)

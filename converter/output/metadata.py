@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from gguf import GGMLQuantizationType
-
-from pyggml_bridge.format import FILE_TYPES, VERSION
+from pyggml_bridge.format import FILE_TYPES, VERSION, Key
 from pyggml_bridge.version import package_version
 
 from ..quantize.plan import Plan
-from ..settings import Settings
+from ..settings import TENSOR_TYPES, Settings
 from ..source.checkpoint import Checkpoint
 from ..source.tokenizer import tokenizer_keys
 
-SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+SAMPLING = {  # by transformers' names
+    "temperature": Key.SAMPLING_TEMP,
+    "top_k": Key.SAMPLING_TOP_K,
+    "top_p": Key.SAMPLING_TOP_P,
+    "min_p": Key.SAMPLING_MIN_P,
+}
 
 
 def metadata(checkpoint: Checkpoint, settings: Settings, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
     """All keys but general.architecture; values are int, float, bool, str or a list of one of them."""
     arch = checkpoint.arch
-    keys: dict[str, Any] = {"general.type": "model", "general.name": checkpoint.path.stem}
+    keys: dict[str, Any] = {Key.GENERAL_TYPE: "model", Key.GENERAL_NAME: checkpoint.path.stem}
     if settings.float_type:
-        keys["general.file_type"] = int(FILE_TYPES[GGMLQuantizationType[settings.float_type.upper()]])
+        keys[Key.GENERAL_FILE_TYPE] = int(FILE_TYPES[TENSOR_TYPES[settings.float_type]])
     keys |= {f"{arch.gguf_name}.{key}": value for key, value in arch.hparams(checkpoint.config).items()}
     keys |= _cq_keys(settings, plan, calibration_tokens)
     return keys | _sampling_keys(checkpoint) | tokenizer_keys(checkpoint)
@@ -30,20 +33,21 @@ def metadata(checkpoint: Checkpoint, settings: Settings, plan: Plan, calibration
 
 def _cq_keys(settings: Settings, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
     keys: dict[str, Any] = {
-        "cq.version": VERSION,
-        "cq.bits": plan.bits,
-        "cq.group_size": settings.grouping.group_size,
-        "cq.codebook_rows": settings.grouping.codebook_rows,
-        "cq.scale_group": settings.grouping.scale_group,
-        "cq.activation_bits": settings.activation_bits,
-        "cq.hadamard.ffn_down": plan.hadamard,
-        "cq.seed": settings.seed,
-        "cq.rotation": settings.rotation,
-        "cq.method": settings.method,
-        "cq.converter": f"codequant {package_version()}",
+        Key.CQ_VERSION: VERSION,
+        Key.CQ_BITS: plan.bits,
+        Key.CQ_GROUP_SIZE: settings.grouping.group_size,
+        Key.CQ_CODEBOOK_ROWS: settings.grouping.codebook_rows,
+        Key.CQ_SCALE_GROUP: settings.grouping.scale_group,
+        Key.CQ_ACTIVATION_BITS: settings.activation_bits,
+        Key.CQ_HADAMARD_FFN_DOWN: plan.hadamard,
+        Key.CQ_SEED: settings.seed,
+        Key.CQ_ROTATION: settings.rotation,
+        Key.CQ_METHOD: settings.method,
+        Key.CQ_CONVERTER: f"codequant {package_version()}",
     }
     if settings.calibration:
-        keys |= {"cq.calibration.file": settings.calibration.name, "cq.calibration.tokens": calibration_tokens}
+        keys[Key.CQ_CALIBRATION_FILE] = settings.calibration.name
+        keys[Key.CQ_CALIBRATION_TOKENS] = calibration_tokens
     return keys
 
 
@@ -52,5 +56,8 @@ def _sampling_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.generation_config
     if not config.do_sample:
         return {}
-    found = {name: getattr(config, field, None) for field, name in SAMPLING.items()}
-    return {f"general.sampling.{name}": value for name, value in found.items() if value is not None}
+    values = {key: getattr(config, field, None) for field, key in SAMPLING.items()}
+    found: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
+    if found.get(Key.SAMPLING_TOP_K, 0) < 0:  # what some servers call all tokens
+        found[Key.SAMPLING_TOP_K] = 0
+    return found

@@ -7,22 +7,23 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import CQType, TensorType
 
-from ..settings import Settings
+from ..settings import Q8_0, Settings
 from .plan import Plan, PlannedTensor
 
 # Squared error relative to a unit Gaussian's: CQ4 by Lloyd and Max's quantizer of 16 levels, the other clustered types
 # by what they leave relative to it after clustering (docs/decisions/format.md); Q8_0 with steps of 2.2 / 127, the mean
 # largest of 32 being 2.2.
-DISTORTION = {
-    "cq2": 0.140,
-    "cq2t": 0.115,
-    "cq3": 0.0355,
-    "cq3t": 0.0273,
-    "cq4": 0.0095,
-    "cq4t": 0.0073,
-    "cq5": 0.00256,
-    "q8_0": (2.2 / 127) ** 2 / 12,
+DISTORTION: dict[TensorType, float] = {
+    CQType.CQ2: 0.140,
+    CQType.CQ2T: 0.115,
+    CQType.CQ3: 0.0355,
+    CQType.CQ3T: 0.0273,
+    CQType.CQ4: 0.0095,
+    CQType.CQ4T: 0.0073,
+    CQType.CQ5: 0.00256,
+    Q8_0: (2.2 / 127) ** 2 / 12,
 }
 
 TRELLIS_ROWS = 8  # rows around which the distortions of the types with T were measured
@@ -45,14 +46,14 @@ def allocate(plan: Plan, predicted_kl: list[dict[str, list[float]]], settings: S
     per byte comes first, as long as one fits. CQError if not even the smallest types do.
     """
     free = list(_free(plan, predicted_kl, settings))
-    first = _with_types(plan, {tensor.name: ["cq2"] for tensor in free})
+    first = _with_types(plan, {tensor.name: [CQType.CQ2] for tensor, _ in free})
     if first.bpw > target_bpw:
         raise CQError(f"--target-bpw {target_bpw:g}: the smallest types take {first.bpw:.3f}")
-    items = [item for tensor in free for item in _items(tensor, predicted_kl, settings)]
+    items = [item for tensor, known in free for item in _items(tensor, known, settings)]
     n_weights = first.body_bytes * 8 / first.bpw
     room = int(target_bpw * n_weights / 8) - first.body_bytes - ID_BYTES * sum(item.expert for item in items)
     at = _climb([item.choices for item in items], room)
-    types: dict[str, list[str]] = {}
+    types: dict[str, list[TensorType]] = {}
     for item, i in zip(items, at, strict=True):
         types.setdefault(item.name, []).append(item.choices[i].type)
     return _with_types(plan, types)
@@ -84,7 +85,7 @@ def _climb(items: list[list[_Choice]], room: int) -> list[int]:
 class _Choice:
     """A type that an item can have. loss: predicted divergence in nats per token."""
 
-    type: str
+    type: TensorType
     nbytes: int
     loss: float
 
@@ -98,18 +99,16 @@ class _Item:
     choices: list[_Choice]
 
 
-def _items(tensor: PlannedTensor, predicted_kl: list[dict[str, list[float]]], settings: Settings) -> list[_Item]:
-    _, layer, stem, _ = tensor.name.split(".")
-    known = predicted_kl[int(layer)][stem]
-    if len(known) == 1 or not settings.expert_types:
-        return [_Item(tensor.name, False, _choices(tensor, sum(known), settings))]
+def _items(tensor: PlannedTensor, predicted_kl: list[float], settings: Settings) -> list[_Item]:
+    if len(predicted_kl) == 1 or not settings.expert_types:
+        return [_Item(tensor.name, False, _choices(tensor, sum(predicted_kl), settings))]
     one = replace(tensor, shape=(1, *tensor.shape[1:]))
-    return [_Item(tensor.name, True, _choices(one, value, settings)) for value in known]
+    return [_Item(tensor.name, True, _choices(one, value, settings)) for value in predicted_kl]
 
 
 def _choices(tensor: PlannedTensor, predicted_kl: float, settings: Settings) -> list[_Choice]:
     trellis = settings.trellis and settings.grouping.codebook_rows == TRELLIS_ROWS  # fewer rows gain less than measured
-    kinds = [kind for kind in DISTORTION if trellis or not kind.endswith("t")]
+    kinds = [kind for kind in DISTORTION if trellis or not (isinstance(kind, CQType) and kind.trellis)]
     sizes = {kind: tensor.of_types([kind]).nbytes for kind in kinds}
     found: list[_Choice] = []
     for kind in sorted(kinds, key=lambda kind: (sizes[kind], DISTORTION[kind])):
@@ -119,15 +118,17 @@ def _choices(tensor: PlannedTensor, predicted_kl: float, settings: Settings) -> 
     return found
 
 
-def _free(plan: Plan, predicted_kl: list[dict[str, list[float]]], settings: Settings) -> Iterable[PlannedTensor]:
+def _free(
+    plan: Plan, predicted_kl: list[dict[str, list[float]]], settings: Settings
+) -> Iterable[tuple[PlannedTensor, list[float]]]:
+    """The linears whose types may change, each with what is predicted for it."""
     for layer, known in zip(plan.layers, predicted_kl, strict=True):
         for tensor in layer:
-            _, _, stem, kind = tensor.name.split(".")  # a bias has its linear's stem
             overridden = any(override.pattern.search(tensor.name) for override in settings.overrides)
-            if stem in known and kind == "weight" and not tensor.note and not overridden:
-                yield tensor
+            if tensor.linear in known and not tensor.note and not overridden:
+                yield tensor, known[tensor.linear]
 
 
-def _with_types(plan: Plan, types: dict[str, list[str]]) -> Plan:
+def _with_types(plan: Plan, types: dict[str, list[TensorType]]) -> Plan:
     layers = [tuple(t.of_types(types[t.name]) if t.name in types else t for t in layer) for layer in plan.layers]
     return replace(plan, layers=tuple(layers))

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_bridge.format import BLOCK, Clustered, CQType, pack, unpack
+from pyggml_bridge.format import BLOCK, Clustered, CQType, Grouping, pack, unpack
 from pyggml_bridge.native import aligned_empty, ffi, lib, pointer
 
-from ..settings import DESCENT_ROUNDS, Grouping
+from ..settings import DESCENT_ROUNDS
 
 ITERATIONS = 8
 ITERATIONS_BEFORE_FEEDBACK = 6  # which chooses the indices anew

@@ -204,16 +204,16 @@ def _clustering_task(fit: Fit, hessian: Hessian | None, output: Hessian | None, 
 
 def _floats(planned: PlannedTensor, plain: NDArray[Any]) -> Tensor:
     """What rows of a type that is not clustered stand for."""
-    if planned.type == "q8_0":
+    if planned.type == GGMLQuantizationType.Q8_0:
         plain = quants.dequantize(plain, GGMLQuantizationType.Q8_0)
     return torch.tensor(plain, dtype=torch.float32)  # aligned, which NumPy's are not
 
 
 def _plain(planned: PlannedTensor, weight: Tensor) -> NDArray[Any]:
     values = np.ascontiguousarray(weight.numpy(), np.float32)
-    if planned.type == "f32":
+    if planned.type == GGMLQuantizationType.F32:
         return values
-    if planned.type == "f16":
+    if planned.type == GGMLQuantizationType.F16:
         if float(weight.abs().max()) > F16_MAX:
             raise CQError(f"{planned.name}: values beyond the range of F16: use --tensor-type")
         return values.astype(np.float16)

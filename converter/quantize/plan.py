@@ -6,13 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import BLOCK, MAX_COLS, Companions, CQType, packed_shape, section_name
+from pyggml_bridge.format import (
+    BLOCK,
+    EMBEDDINGS_AND_HEAD,
+    MAX_COLS,
+    CQType,
+    FileTensor,
+    Grouping,
+    TensorType,
+    section_name,
+    type_name,
+    weight_tensors,
+)
 
-from ..settings import Grouping, Settings
+from ..settings import F16, F32, Q8_0, TENSOR_TYPES, Settings
 from ..source.checkpoint import (
     EMBEDDING,
     FINAL_NORM,
@@ -25,65 +35,66 @@ from ..source.checkpoint import (
 )
 from ..source.rope import rope_tensors
 
-Q8_0_BLOCK, Q8_0_BYTES = GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tensor of the GGUF file: array shape and dtype as handed to the writer."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: type[np.generic]
-    ggml_type: GGMLQuantizationType
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-def _ids_part(section: PlannedTensor, ids: list[int]) -> Part:
-    return Part(Companions.of(section.name).experts, (len(ids),), np.int32, GGMLQuantizationType.I32)
+Q8_0_BLOCK, _ = GGML_QUANT_SIZES[Q8_0]
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A weight [..., cols] of the output. note: why it has another type than asked for ("" if it has not).
+    """A weight [..., cols] of the output.
 
-    expert_types: each expert's type where they differ, else (); type then names all that occur.
+    types: the type of all of it, or one per expert where they differ. note: why it has another type than asked for (""
+    if it has not). linear: the name of the linear in the architecture's description ("" for all other tensors).
     """
 
     name: str
     shape: tuple[int, ...]
-    type: str
+    types: tuple[TensorType, ...]
     grouping: Grouping
     note: str = ""
-    expert_types: tuple[str, ...] = ()
+    linear: str = ""
 
-    def of_types(self, types: Sequence[str]) -> PlannedTensor:
+    def of_types(self, types: Sequence[TensorType]) -> PlannedTensor:
         """The same of another type, or of one type per expert."""
-        kinds = sorted(set(types))
-        return replace(self, type="+".join(kinds), expert_types=tuple(types) if len(kinds) > 1 else ())
+        return replace(self, types=tuple(types) if len(set(types)) > 1 else (types[0],))
+
+    @property
+    def type(self) -> TensorType:
+        """The type of all of it; ValueError if experts differ."""
+        (own,) = self.types
+        return own
+
+    @property
+    def expert_types(self) -> tuple[TensorType, ...]:
+        """Each expert's type where they differ, else ()."""
+        return self.types if len(self.types) > 1 else ()
+
+    @property
+    def type_name(self) -> str:
+        """As reports show it: all types that occur, such as `cq3t+cq4`."""
+        return "+".join(map(type_name, self._distinct_types))
+
+    @property
+    def _distinct_types(self) -> list[TensorType]:
+        return sorted(set(self.types), key=type_name)
 
     def sections(self) -> list[tuple[list[int], PlannedTensor]]:
         """Per type of a weight whose experts have several: whose matrices, and the part of the file that holds them."""
         found = []
-        for i, kind in enumerate(self.type.split("+")):
+        for i, kind in enumerate(self._distinct_types):
             ids = [expert for expert, own in enumerate(self.expert_types) if own == kind]
             name, shape = section_name(self.name, i), (len(ids), *self.shape[1:])
-            found.append((ids, replace(self, name=name, shape=shape, type=kind, expert_types=())))
+            found.append((ids, replace(self, name=name, shape=shape, types=(kind,))))
         return found
 
     def of_expert(self, number: int) -> PlannedTensor:
         """One expert's matrix."""
-        own = self.expert_types[number] if self.expert_types else self.type
-        return replace(self, shape=self.shape[1:], type=own, expert_types=())
+        own = self.types[number] if self.expert_types else self.type
+        return replace(self, shape=self.shape[1:], types=(own,))
 
     @property
     def cq(self) -> CQType | None:
-        """The clustered type, None for an ordinary one. Of a section, where there are any."""
-        return CQType[self.type.upper()] if self.type.startswith("cq") else None
+        """The clustered type, None for an ordinary one; ValueError if experts differ."""
+        return self.type if isinstance(self.type, CQType) else None
 
     @property
     def n_weights(self) -> int:
@@ -93,39 +104,21 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes in the file, companions included."""
-        return sum(part.nbytes for part in self.parts())
+        return sum(tensor.nbytes for tensor in self.file_tensors())
 
     @property
     def bpw(self) -> float:
         """Bits per weight, companions included."""
         return 8 * self.nbytes / self.n_weights
 
-    def parts(self) -> list[Part]:
+    def file_tensors(self) -> list[FileTensor]:
         """The GGUF tensors of this weight: itself, and its companions if it is clustered; those of all its sections."""
-        if self.expert_types:
-            return [part for ids, section in self.sections() for part in [*section.parts(), _ids_part(section, ids)]]
-        if self.cq:
-            return self._clustered_parts(self.cq)
-        if self.type == "q8_0":
-            shape = (*self.shape[:-1], self.shape[-1] // Q8_0_BLOCK * Q8_0_BYTES)
-            return [Part(self.name, shape, np.uint8, GGMLQuantizationType.Q8_0)]
-        dtype = np.float16 if self.type == "f16" else np.float32
-        return [Part(self.name, self.shape, dtype, GGMLQuantizationType[self.type.upper()])]
-
-    def _clustered_parts(self, cq: CQType) -> list[Part]:
-        *rows, cols = self.shape
-        books = (*rows[:-1], -(-rows[-1] // self.grouping.codebook_rows))
-        names, i8 = Companions.of(self.name), GGMLQuantizationType.I8
-        codebook_cols = cols if self.grouping.group_size == -1 else self.grouping.group_size
-        n_centroids = -(-cols // codebook_cols) * cq.n_centroids
-        parts = [
-            Part(self.name, packed_shape(self.shape, cq), np.uint8, GGMLQuantizationType(cq)),
-            Part(names.centroids, (*books, n_centroids), np.int8, i8),
-            Part(names.scales, tuple(rows), np.float32, GGMLQuantizationType.F32),
+        if not self.expert_types:
+            return weight_tensors(self.name, self.shape, self.type, self.grouping)
+        sections = [section for _, section in self.sections()]
+        return [
+            tensor for s in sections for tensor in weight_tensors(s.name, s.shape, s.type, s.grouping, is_section=True)
         ]
-        if self.grouping.scale_group > 0:
-            parts.append(Part(names.group_scales, (*rows, -(-cols // self.grouping.scale_group)), np.int8, i8))
-        return parts
 
 
 @dataclass(frozen=True)
@@ -169,8 +162,7 @@ class Plan:
 
     @property
     def _body(self) -> list[PlannedTensor]:
-        outside = (GGUF_NAMES[EMBEDDING], GGUF_NAMES[HEAD], GGUF_BIASES[HEAD_BIAS])
-        return [t for t in self.tensors if t.name not in outside]
+        return [t for t in self.tensors if t.name not in EMBEDDINGS_AND_HEAD]
 
 
 def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
@@ -179,9 +171,9 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     Sensitive linears become Q8_0 where that leaves the whole below half a bit more than --bits.
     """
     if settings.method == "paper" or settings.float_type:
-        return _plan_with(checkpoint, settings, settings.cq.name.lower())
-    plan = _plan_with(checkpoint, settings, "q8_0")
-    return plan if plan.bpw <= settings.cq.bits + 0.5 else _plan_with(checkpoint, settings, settings.cq.name.lower())
+        return _plan_with(checkpoint, settings, settings.cq)
+    plan = _plan_with(checkpoint, settings, Q8_0)
+    return plan if plan.bpw <= settings.cq.bits + 0.5 else _plan_with(checkpoint, settings, settings.cq)
 
 
 def _hadamard_block(checkpoint: Checkpoint, settings: Settings) -> int:
@@ -191,20 +183,21 @@ def _hadamard_block(checkpoint: Checkpoint, settings: Settings) -> int:
     return BLOCK if settings.hadamard and all(shape[-1] % BLOCK == 0 for shape in shapes) else 0
 
 
-def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: str) -> Plan:
+def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: TensorType) -> Plan:
     planner = _Planner(settings)
     config = checkpoint.config
     head_shape = (config.vocab_size, config.hidden_size)
     first = [planner.float32(name, factors.shape) for name, factors in rope_tensors(config).items()]
-    first.append(planner.matrix(GGUF_NAMES[EMBEDDING], head_shape, "q8_0"))
+    first.append(planner.matrix(GGUF_NAMES[EMBEDDING], head_shape, Q8_0))
     layers = []
     for i in range(config.num_hidden_layers):
         arch = checkpoint.arch_of(i)
         tensors = [planner.float32(spec.in_file(i), checkpoint.expected_shape(spec, i)) for spec in arch.unquantized]
         for linear in arch.linears:
-            kind = "f32" if linear.float32 else sensitive if linear.sensitive else settings.cq.name.lower()
-            kind = "q8_0" if linear.q8_0 else kind
-            tensors.append(planner.matrix(linear.in_file(i), checkpoint.expected_shape(linear, i), kind))
+            kind = F32 if linear.float32 else sensitive if linear.sensitive else settings.cq
+            kind = Q8_0 if linear.q8_0 else kind
+            planned = planner.matrix(linear.in_file(i), checkpoint.expected_shape(linear, i), kind)
+            tensors.append(replace(planned, linear=linear.name))
         layers.append(tuple(tensors))
     last = [planner.float32(GGUF_NAMES[FINAL_NORM], (config.hidden_size,))]
     if checkpoint.arch.has_layer_norms:
@@ -218,14 +211,15 @@ def _plan_with(checkpoint: Checkpoint, settings: Settings, sensitive: str) -> Pl
 
 class _Planner:
     def __init__(self, settings: Settings) -> None:
-        self.grouping, self.overrides, self.float_type = settings.grouping, settings.overrides, settings.float_type
+        self.grouping, self.overrides = settings.grouping, settings.overrides
+        self.float_type = None if settings.float_type is None else TENSOR_TYPES[settings.float_type]
         self.unused = list(settings.overrides)
 
     def float32(self, name: str, shape: tuple[int, ...]) -> PlannedTensor:
-        return PlannedTensor(name, tuple(shape), "f32", self.grouping)
+        return PlannedTensor(name, tuple(shape), (F32,), self.grouping)
 
-    def matrix(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTensor:
-        if self.float_type and kind != "f32":
+    def matrix(self, name: str, shape: tuple[int, ...], kind: TensorType) -> PlannedTensor:
+        if self.float_type is not None and kind != F32:
             kind = self.float_type
         matches = [override for override in self.overrides if override.pattern.search(name)]
         if not matches:
@@ -233,18 +227,18 @@ class _Planner:
         self.unused = [override for override in self.unused if override not in matches]
         planned = self._fit(name, shape, matches[-1].type)
         if planned.note:
-            raise CQError(f"--tensor-type {matches[-1].pattern.pattern}={matches[-1].type}: {name}: {planned.note}")
+            raise CQError(f"--tensor-type {matches[-1]}: {name}: {planned.note}")
         return planned
 
-    def _fit(self, name: str, shape: tuple[int, ...], kind: str) -> PlannedTensor:
+    def _fit(self, name: str, shape: tuple[int, ...], kind: TensorType) -> PlannedTensor:
         """The nearest larger type that the input width allows."""
         cols, note = shape[-1], ""
-        if kind.startswith("cq") and (cols % BLOCK or cols > MAX_COLS):
-            kind, note = "q8_0", f"{cols} columns: not a multiple of {BLOCK} up to {MAX_COLS}"
-        if kind == "q8_0" and cols % Q8_0_BLOCK:
-            kind, note = "f16", f"{cols} columns: not a multiple of {Q8_0_BLOCK}"
-        return PlannedTensor(name, shape, kind, self.grouping, note)
+        if isinstance(kind, CQType) and (cols % BLOCK or cols > MAX_COLS):
+            kind, note = Q8_0, f"{cols} columns: not a multiple of {BLOCK} up to {MAX_COLS}"
+        if kind == Q8_0 and cols % Q8_0_BLOCK:
+            kind, note = F16, f"{cols} columns: not a multiple of {Q8_0_BLOCK}"
+        return PlannedTensor(name, shape, (kind,), self.grouping, note)
 
     def require_all_used(self) -> None:
         for override in self.unused:
-            raise CQError(f"--tensor-type {override.pattern.pattern}={override.type}: no matrix has such a name")
+            raise CQError(f"--tensor-type {override}: no matrix has such a name")

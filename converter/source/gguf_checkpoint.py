@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import Key
 
 from . import arch
 from .architecture import Keys, Linear, Norm, Vector, split_rope
@@ -33,7 +34,7 @@ class GgufCheckpoint(Checkpoint):
         for key, what in ((f"{name}.expert_count", "experts"), (f"{name}.rope.scaling.type", "rope scaling")):
             if self.source.reader.get_field(key):
                 raise CQError(f"{self.path}: a GGUF file with {what} ({key}) is not supported as input")
-        hadamard = self.source.reader.get_field("cq.hadamard.ffn_down")
+        hadamard = self.source.reader.get_field(Key.CQ_HADAMARD_FFN_DOWN)
         if hadamard and hadamard.contents():
             raise CQError(f"{self.path}: was written by cq-convert for a transform at run time: use its original")
         if self.source.shape("rope_freqs.weight"):

@@ -8,6 +8,7 @@ from typing import Any
 from gguf import TokenType
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import Key
 
 from ..console import warn
 from .architecture import Keys
@@ -30,7 +31,7 @@ def tokenizer_keys(checkpoint: Checkpoint) -> Keys:
     if isinstance(tokenizer.chat_template, str):
         keys["tokenizer.chat_template"] = tokenizer.chat_template
     eos = _eos_ids(checkpoint)
-    return keys | ({"cq.eos_token_ids": eos} if eos else {})
+    return keys | ({Key.CQ_EOS_TOKEN_IDS: eos} if eos else {})
 
 
 def _eos_ids(checkpoint: Checkpoint) -> list[int]:

@@ -20,7 +20,7 @@ from pyggml_bridge.cli.common import (
     run_main,
 )
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import CQType
+from pyggml_bridge.format import cq_type
 from pyggml_bridge.measure.bench import BenchResult, KernelResult, cpu_name, measure_kernels, measure_tests
 from pyggml_bridge.measure.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from pyggml_bridge.model import Model
@@ -116,13 +116,12 @@ class Setup:
     @classmethod
     def of(cls, model: Model, depth: int) -> Setup:
         """After the tests, when the memory was used."""
-        tensors = model.file.tensors.values()
-        companions = (".centroids", ".scales", ".group_scales")
+        sizes, keys = tensor_sizes(model.file), model.metadata
         return cls(
             model_filename=str(model.file.path),
-            model_type=str(model.metadata.get("general.name") or model.metadata["general.architecture"]),
-            model_size=sum(tensor.nbytes for tensor in tensors),
-            model_n_params=sum(tensor.n_elements for tensor in tensors if not tensor.name.endswith(companions)),
+            model_type=str(keys.get(Key.GENERAL_NAME) or keys[Key.GENERAL_ARCHITECTURE]),
+            model_size=sum(size.nbytes for size in sizes),
+            model_n_params=sum(size.n_weights for size in sizes),
             n_threads=model.n_threads,
             n_gpu_layers=model.gpu_layers,
             backend=model.backend,
@@ -143,18 +142,11 @@ def _tests(args: argparse.Namespace) -> tuple[Setup, list[BenchResult]]:
 
 def _kernels(args: argparse.Namespace) -> list[KernelResult]:
     file = GGUFFile(args.file)
-    weights = Weights(file)
-    clustered = [tensor for tensor in file.tensors.values() if int(tensor.type) in list(CQType)]
-    shapes = {(CQType(int(t.type)), t.shape[-2], t.shape[-1]) for t in clustered}
+    shapes = {(cq, t.shape[-2], t.shape[-1]) for t in file.tensors.values() if (cq := cq_type(t.type))}
     if not shapes:
         raise CQError(f"{file.path}: holds no CQ tensors")
     print(f"{cpu_name()}, {args.threads or default_threads()} threads", file=sys.stderr)
-    return measure_kernels(
-        sorted(shapes),
-        args.threads or default_threads(),
-        scale_cols=max(weights.scale_group, 0),
-        codebook_rows=weights.codebook_rows,
-    )
+    return measure_kernels(sorted(shapes), args.threads or default_threads(), Weights(file).grouping)
 
 
 def _show_tests(setup: Setup, results: list[BenchResult], as_json: bool) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from pyggml_bridge.cli.common import ArgumentParser, print_json, run_main
+from pyggml_bridge.format import Key
 from pyggml_bridge.measure.sizes import bits_per_weight, tensor_sizes
 from pyggml_bridge.reader import GGUFFile, StringArray
 
@@ -35,7 +36,7 @@ def describe(file: GGUFFile) -> dict[str, Any]:
     return {
         "file": str(file.path),
         "bytes": file.size,
-        "architecture": file.metadata.get("general.architecture"),
+        "architecture": file.metadata.get(Key.GENERAL_ARCHITECTURE),
         "bpw": bpw,
         "bpw_total": bpw_total,
         "metadata": {key: _shorten(value) for key, value in file.metadata.items()},

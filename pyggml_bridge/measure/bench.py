@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pyggml_bridge.cpu.memory import native_matrix
 from pyggml_bridge.cpu.program import NativeOp
-from pyggml_bridge.format import Clustered, CQType
+from pyggml_bridge.format import Clustered, CQType, Grouping, weight_tensors
 from pyggml_bridge.model import Model
 from pyggml_bridge.native import aligned_empty, ffi, lib, pointer
 from pyggml_bridge.operations import Value
@@ -115,9 +115,8 @@ class Limits:
 def measure_kernels(
     shapes: list[tuple[CQType, int, int]],
     n_threads: int,
+    grouping: Grouping,
     n_tokens: int = 512,
-    scale_cols: int = 64,
-    codebook_rows: int = 1,
 ) -> list[KernelResult]:
     """Time GEMV and GEMM on matrices [rows, cols]; rates beside the limits measured in the same run.
 
@@ -126,9 +125,9 @@ def measure_kernels(
     results = []
     for cq, rows, cols in shapes:
         limits = Limits.measure(n_threads)
-        wide = random_matrix(cq, rows, cols, scale_cols, codebook_rows)
+        wide = random_matrix(cq, rows, cols, grouping)
         assert wide.clustered is not None
-        tall = random_matrix(cq, -(-STREAM_BYTES // wide.clustered.nbytes) * rows, cols, scale_cols, codebook_rows)
+        tall = random_matrix(cq, -(-STREAM_BYTES // wide.clustered.nbytes) * rows, cols, grouping)
         for kernel, matrix, tokens in (("gemv", tall, 1), (f"gemm{n_tokens}", wide, n_tokens)):
             assert matrix.clustered is not None
             seconds = _time_linear(matrix, tokens, n_threads)
@@ -138,15 +137,21 @@ def measure_kernels(
     return results
 
 
-def random_matrix(cq: CQType, rows: int, cols: int, scale_cols: int, codebook_rows: int = 1, seed: int = 0) -> Matrix:
+def random_matrix(cq: CQType, rows: int, cols: int, grouping: Grouping, seed: int = 0) -> Matrix:
     """A clustered [rows, cols] matrix of random bytes with unit row scales."""
     rng = np.random.default_rng(seed)
-    packed = rng.integers(0, 256, (rows, cols // 64 * cq.block_bytes), dtype=np.uint8)
-    centroids = rng.integers(-127, 128, (-(-rows // codebook_rows), cq.n_centroids), dtype=np.int8)
-    groups = rng.integers(1, 128, (rows, -(-cols // scale_cols)), dtype=np.int8) if scale_cols else None
-    sizes = cols, scale_cols, codebook_rows
-    clustered = Clustered(cq, packed, centroids, np.ones(rows, np.float32), groups, *sizes)
-    return Matrix("random", cq, 1, rows, cols, packed.reshape(-1), clustered)  # type: ignore[arg-type]
+    packed, centroids, scales, *groups = weight_tensors("random.weight", (rows, cols), cq, grouping)
+    clustered = Clustered(
+        cq,
+        rng.integers(0, 256, packed.shape, dtype=np.uint8),
+        rng.integers(-127, 128, centroids.shape, dtype=np.int8),
+        np.ones(scales.shape, np.float32),
+        rng.integers(1, 128, groups[0].shape, dtype=np.int8) if groups else None,
+        grouping.codebook_cols(cols),
+        grouping.scale_cols(cols),
+        grouping.codebook_rows,
+    )
+    return Matrix("random", packed.type, 1, rows, cols, clustered.packed.reshape(-1), clustered)
 
 
 def _time_linear(matrix: Matrix, n_tokens: int, n_threads: int) -> float:

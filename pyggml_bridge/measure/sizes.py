@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyggml_bridge.format import Companions
+from pyggml_bridge.format import EMBEDDINGS_AND_HEAD, Companions
 from pyggml_bridge.reader import GGUFFile, Tensor
-
-EMBEDDINGS_AND_HEAD = ("token_embd.weight", "output.weight")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 
-from pyggml_bridge.format import VERSION, Companions, CQType, packed_shape, register
+from pyggml_bridge.format import VERSION, CQType, FileTensor, Grouping, Key, add_keys, weight_tensors
 
-SCALE_GROUP, CODEBOOK_ROWS, HADAMARD, HEAD = 64, 8, 64, CQType.CQ5  # as cq-convert sets them
+GROUPING, HADAMARD, HEAD = Grouping(-1, 64, 8), 64, CQType.CQ5  # as cq-convert sets them
 POOL_BYTES = 64 << 20  # random bytes, from which every tensor takes its own from another place
 Q8_0_BLOCK = np.dtype([("scale", np.float16), ("values", np.int8, 32)])
 
@@ -84,21 +83,8 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    name: str
-    shape: tuple[int, ...]  # of the array that is written
-    dtype: Any
-    type: GGMLQuantizationType
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
 def synthetic_bytes(shape: Shape, layers: int, cq: CQType = CQType.CQ4) -> int:
     """Size of the file's tensors."""
-    register()
     return sum(tensor.nbytes for tensor in _tensors(shape, layers, cq))
 
 
@@ -109,12 +95,11 @@ def write_synthetic(path: Path, shape: Shape, layers: int, cq: CQType = CQType.C
 
     Weights are small enough for finite activations and mean nothing; there is no tokenizer.
     """
-    register()
     writer = GGUFWriter(path, shape.arch)
-    _write_keys(writer, shape, layers, cq)
+    add_keys(writer, shape.arch, _keys(shape, layers, cq))
     tensors = list(_tensors(shape, layers, cq))
     for tensor in tensors:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(tensor.dtype), tensor.nbytes, tensor.type)
+        tensor.announce(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -125,53 +110,58 @@ def write_synthetic(path: Path, shape: Shape, layers: int, cq: CQType = CQType.C
     writer.close()
 
 
-def _write_keys(writer: GGUFWriter, s: Shape, layers: int, cq: CQType) -> None:
-    writer.add_name("synthetic")
-    writer.add_block_count(layers)
-    writer.add_context_length(32768)
-    writer.add_embedding_length(s.hidden)
-    writer.add_feed_forward_length(s.dense_ffn or s.ffn)
-    writer.add_expert_feed_forward_length(s.ffn)
-    writer.add_head_count(s.heads)
-    if s.latent:
-        _write_latent_keys(writer, s.latent)
+def _keys(s: Shape, layers: int, cq: CQType) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        Key.GENERAL_NAME: "synthetic",
+        Key.BLOCK_COUNT: layers,
+        Key.CONTEXT_LENGTH: 32768,
+        Key.EMBEDDING_LENGTH: s.hidden,
+        Key.FEED_FORWARD_LENGTH: s.dense_ffn or s.ffn,
+        Key.EXPERT_FEED_FORWARD_LENGTH: s.ffn,
+        Key.HEAD_COUNT: s.heads,
+        **_head_keys(s),
+        Key.ROPE_FREQ_BASE: s.rope_base,
+        Key.LAYER_NORM_RMS_EPSILON: 1e-6,
+        Key.EXPERT_COUNT: s.experts,
+        Key.EXPERT_USED_COUNT: s.top_k,
+        Key.CQ_VERSION: VERSION,
+        Key.CQ_BITS: cq.bits,
+        Key.CQ_GROUP_SIZE: GROUPING.group_size,
+        Key.CQ_CODEBOOK_ROWS: GROUPING.codebook_rows,
+        Key.CQ_SCALE_GROUP: GROUPING.scale_group,
+        Key.CQ_ACTIVATION_BITS: 8,
+        Key.CQ_HADAMARD_FFN_DOWN: HADAMARD,
+    }
+    optional = {
+        Key.EXPERT_SHARED_COUNT: s.shared,
+        Key.LEADING_DENSE_BLOCK_COUNT: s.dense_layers,
+        Key.SLIDING_WINDOW: s.window,
+    }
+    keys |= {key: value for key, value in optional.items() if value}
+    return keys if s.jitter is None else keys | {Key.ROUTER_JITTER_NOISE: s.jitter}
+
+
+def _head_keys(s: Shape) -> dict[str, Any]:
+    if s.latent is None:
+        kv_heads, key_length, value_length, n_rot = s.kv_heads, s.head_dim, s.head_dim, s.head_dim
+        latent: dict[str, Any] = {}
     else:
-        writer.add_head_count_kv(s.kv_heads)
-        writer.add_key_length(s.head_dim)
-        writer.add_value_length(s.head_dim)
-        writer.add_rope_dimension_count(s.head_dim)
-    if s.shared:
-        writer.add_expert_shared_count(s.shared)
-    if s.dense_layers:
-        writer.add_leading_dense_block_count(s.dense_layers)
-    writer.add_rope_freq_base(s.rope_base)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_expert_count(s.experts)
-    writer.add_expert_used_count(s.top_k)
-    if s.window:
-        writer.add_sliding_window(s.window)
-    if s.jitter is not None:
-        writer.add_float32(f"{s.arch}.router_jitter_noise", s.jitter)
-    writer.add_uint32("cq.version", VERSION)
-    writer.add_uint32("cq.bits", cq.bits)
-    writer.add_int32("cq.group_size", -1)
-    writer.add_uint32("cq.codebook_rows", CODEBOOK_ROWS)
-    writer.add_int32("cq.scale_group", SCALE_GROUP)
-    writer.add_uint32("cq.activation_bits", 8)
-    writer.add_uint32("cq.hadamard.ffn_down", HADAMARD)
+        rank, n_rot = s.latent.rank, s.latent.rope
+        kv_heads, key_length, value_length = 1, rank + n_rot, rank
+        latent = {
+            Key.KV_LORA_RANK: rank,
+            Key.KEY_LENGTH_MLA: s.latent.nope + n_rot,
+            Key.VALUE_LENGTH_MLA: s.latent.value,
+        }
+    return latent | {
+        Key.HEAD_COUNT_KV: kv_heads,
+        Key.KEY_LENGTH: key_length,
+        Key.VALUE_LENGTH: value_length,
+        Key.ROPE_DIMENSION_COUNT: n_rot,
+    }
 
 
-def _write_latent_keys(writer: GGUFWriter, latent: Latent) -> None:
-    writer.add_head_count_kv(1)
-    writer.add_kv_lora_rank(latent.rank)
-    writer.add_key_length(latent.rank + latent.rope)
-    writer.add_value_length(latent.rank)
-    writer.add_key_length_mla(latent.nope + latent.rope)
-    writer.add_value_length_mla(latent.value)
-    writer.add_rope_dimension_count(latent.rope)
-
-
-def _tensors(s: Shape, layers: int, cq: CQType) -> Iterator[_Tensor]:
+def _tensors(s: Shape, layers: int, cq: CQType) -> Iterator[FileTensor]:
     yield _q8_0("token_embd.weight", s.vocab, s.hidden)
     for i in range(layers):
         block = f"blk.{i}"
@@ -187,7 +177,7 @@ def _tensors(s: Shape, layers: int, cq: CQType) -> Iterator[_Tensor]:
     yield from _clustered("output.weight", (s.vocab, s.hidden), HEAD)
 
 
-def _attention(s: Shape, block: str, cq: CQType) -> Iterator[_Tensor]:
+def _attention(s: Shape, block: str, cq: CQType) -> Iterator[FileTensor]:
     q_width, kv_width = s.heads * s.head_dim, s.kv_heads * s.head_dim
     if s.head_norms:
         yield _float32(f"{block}.attn_q_norm.weight", s.head_dim)
@@ -198,14 +188,14 @@ def _attention(s: Shape, block: str, cq: CQType) -> Iterator[_Tensor]:
     yield from _clustered(f"{block}.attn_output.weight", (s.hidden, q_width), cq)
 
 
-def _biases(s: Shape, block: str) -> Iterator[_Tensor]:
+def _biases(s: Shape, block: str) -> Iterator[FileTensor]:
     for name in ("attn_norm", "ffn_norm", "attn_output"):
         yield _float32(f"{block}.{name}.bias", s.hidden)
     for name, heads in (("attn_q", s.heads), ("attn_k", s.kv_heads), ("attn_v", s.kv_heads)):
         yield _float32(f"{block}.{name}.bias", heads * s.head_dim)
 
 
-def _latent_attention(s: Shape, a: Latent, block: str, cq: CQType) -> Iterator[_Tensor]:
+def _latent_attention(s: Shape, a: Latent, block: str, cq: CQType) -> Iterator[FileTensor]:
     yield _float32(f"{block}.attn_kv_a_norm.weight", a.rank)
     yield from _clustered(f"{block}.attn_q.weight", (s.heads * (a.nope + a.rope), s.hidden), cq)
     yield from _clustered(f"{block}.attn_kv_a_mqa.weight", (a.rank + a.rope, s.hidden), cq)
@@ -214,14 +204,14 @@ def _latent_attention(s: Shape, a: Latent, block: str, cq: CQType) -> Iterator[_
     yield from _clustered(f"{block}.attn_output.weight", (s.hidden, s.heads * a.value), cq)
 
 
-def _experts(s: Shape, block: str, cq: CQType) -> Iterator[_Tensor]:
+def _experts(s: Shape, block: str, cq: CQType) -> Iterator[FileTensor]:
     yield _float32(f"{block}.ffn_gate_inp.weight", s.experts, s.hidden)
     yield from _gated(block, "_exps", (s.experts, s.ffn, s.hidden), cq)
     if s.shared:
         yield from _gated(block, "_shexp", (s.shared * s.ffn, s.hidden), cq)
 
 
-def _gated(block: str, suffix: str, shape: tuple[int, ...], cq: CQType) -> Iterator[_Tensor]:
+def _gated(block: str, suffix: str, shape: tuple[int, ...], cq: CQType) -> Iterator[FileTensor]:
     """Gate and up [..., ffn, hidden], down [..., hidden, ffn]."""
     *lead, ffn, hidden = shape
     yield from _clustered(f"{block}.ffn_gate{suffix}.weight", shape, cq)
@@ -229,25 +219,19 @@ def _gated(block: str, suffix: str, shape: tuple[int, ...], cq: CQType) -> Itera
     yield from _clustered(f"{block}.ffn_down{suffix}.weight", (*lead, hidden, ffn), cq)
 
 
-def _float32(name: str, *shape: int) -> _Tensor:
-    return _Tensor(name, shape, np.float32, GGMLQuantizationType.F32)
+def _float32(name: str, *shape: int) -> FileTensor:
+    return FileTensor.of(name, shape, GGMLQuantizationType.F32)
 
 
-def _q8_0(name: str, *shape: int) -> _Tensor:
-    *rows, cols = shape
-    return _Tensor(name, (*rows, cols // 32 * Q8_0_BLOCK.itemsize), np.uint8, GGMLQuantizationType.Q8_0)
+def _q8_0(name: str, *shape: int) -> FileTensor:
+    return FileTensor.of(name, shape, GGMLQuantizationType.Q8_0)
 
 
-def _clustered(name: str, shape: tuple[int, ...], cq: CQType) -> Iterator[_Tensor]:
-    *lead, rows, cols = shape
-    names, i8 = Companions.of(name), GGMLQuantizationType.I8
-    yield _Tensor(name, packed_shape(shape, cq), np.uint8, GGMLQuantizationType(cq))
-    yield _Tensor(names.centroids, (*lead, -(-rows // CODEBOOK_ROWS), cq.n_centroids), np.int8, i8)
-    yield _Tensor(names.scales, (*lead, rows), np.float32, GGMLQuantizationType.F32)
-    yield _Tensor(names.group_scales, (*lead, rows, cols // SCALE_GROUP), np.int8, i8)
+def _clustered(name: str, shape: tuple[int, ...], cq: CQType) -> list[FileTensor]:
+    return weight_tensors(name, shape, cq, GROUPING)
 
 
-def _values(tensor: _Tensor, rng: np.random.Generator, pool: NDArray[np.uint8]) -> NDArray[Any]:
+def _values(tensor: FileTensor, rng: np.random.Generator, pool: NDArray[np.uint8]) -> NDArray[Any]:
     if tensor.name.endswith("norm.weight"):
         return np.ones(tensor.shape, np.float32)
     if tensor.name.endswith(".scales"):

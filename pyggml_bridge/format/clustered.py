@@ -1,11 +1,4 @@
-"""The CQ tensor types: ids, sizes, tensor names, and the NumPy oracle for their bytes (docs/format.md).
-
-A weight `blk.0.attn_q.weight` of type CQ5, CQ4, CQ3, CQ2, CQ4T, CQ3T or CQ2T holds packed indices only. Beside it lie
-ordinary tensors:
-
-    blk.0.attn_q.centroids     I8   [..., rows / codebook_rows, n_codebooks * n_centroids]   -127 .. 127
-    blk.0.attn_q.scales        F32  [..., rows]                          finite, >= 0
-    blk.0.attn_q.group_scales  I8   [..., rows, n_groups]                0 .. 127, only where the file uses them
+"""The NumPy oracle for the bytes of a clustered weight: packing of indices, and the weights they stand for.
 
 The effective weight is an int8 times the row's scale, so that a kernel's whole inner loop is integer:
 
@@ -16,104 +9,13 @@ The effective weight is an int8 times the row's scale, so that a kernel's whole 
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields
-from enum import IntEnum
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
-VERSION = 2
-BLOCK = 64
-CODEBOOK_ROWS = (1, 2, 4, 8)  # how many rows may share codebooks: clustering takes eight side by side
-FILE_TYPES = {  # general.file_type of files of one stock type
-    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
-    GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
-    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
-}
-MAX_COLS = 65536  # the int32 accumulator's bound, see native/src/kernels.h
-
-
-class CQType(IntEnum):
-    """GGUF tensor type ids of the clustered types, far from any in use elsewhere.
-
-    Those with T have a trellis: an index has one bit more than is stored, which follows from the rows above.
-    """
-
-    CQ2 = 17202
-    CQ3 = 17203
-    CQ4 = 17204
-    CQ5 = 17205
-    CQ2T = 17212
-    CQ3T = 17213
-    CQ4T = 17214
-
-    @property
-    def trellis(self) -> bool:
-        """Whether the rows above take part in an index."""
-        return self >= 17210
-
-    @property
-    def bits(self) -> int:
-        """Bits per weight of the packed indices."""
-        return self - (17210 if self.trellis else 17200)
-
-    @property
-    def n_centroids(self) -> int:
-        """Entries of a codebook."""
-        return 1 << self.bits + self.trellis
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a packed block of 64 indices."""
-        return BLOCK * self.bits // 8
-
-
-def register() -> None:
-    """Teach gguf-py the CQ types (idempotent): its reader and writer then handle our files like any other."""
-    members, values = GGMLQuantizationType._member_map_, GGMLQuantizationType._value2member_map_
-    for cq in CQType:
-        if cq.value in values:
-            continue
-        member = int.__new__(GGMLQuantizationType, cq.value)
-        member._name_, member._value_ = cq.name, cq.value
-        members[cq.name] = values[cq.value] = member
-        GGMLQuantizationType._member_names_.append(cq.name)
-        GGML_QUANT_SIZES[member] = (BLOCK, cq.block_bytes)
-
-
-@dataclass(frozen=True)
-class Companions:
-    """Names of the tensors beside a clustered weight. experts: also beside other parts of a weight cut by type."""
-
-    centroids: str
-    scales: str
-    group_scales: str
-    experts: str
-
-    @classmethod
-    def of(cls, weight: str) -> Companions:
-        """`blk.0.attn_q.weight` -> `blk.0.attn_q.{centroids,scales,group_scales,experts}`."""
-        stem = weight.removesuffix(".weight")
-        return cls(*(f"{stem}.{field.name}" for field in fields(cls)))
-
-
-def section_name(weight: str, index: int) -> str:
-    """The index-th part of a weight whose experts have several types: `S.weight`, `S.1.weight`, `S.2.weight`, ..."""
-    return weight if index == 0 else f"{weight.removesuffix('.weight')}.{index}.weight"
-
-
-def is_later_section(weight: str) -> bool:
-    """Whether this is the name of a part of a weight, other than the first."""
-    return re.search(r"\.\d+\.weight$", weight) is not None
-
-
-def packed_shape(shape: tuple[int, ...], cq: CQType) -> tuple[int, ...]:
-    """Byte shape of packed indices of a [..., rows, cols] weight; ValueError unless cols is a multiple of 64."""
-    if shape[-1] % BLOCK:
-        raise ValueError(f"{cq.name} needs a multiple of {BLOCK} columns, not {shape[-1]}")
-    return (*shape[:-1], shape[-1] // BLOCK * cq.block_bytes)
+from pyggml_bridge.format.tensor_types import BLOCK, CQType, packed_shape
 
 
 def pack(indices: NDArray[np.uint8], cq: CQType, codebook_rows: int = 1) -> NDArray[np.uint8]:
@@ -201,8 +103,12 @@ class Clustered:
     @property
     def nbytes(self) -> int:
         """Bytes in the file, companions included."""
-        groups = 0 if self.group_scales is None else self.group_scales.nbytes
-        return self.packed.nbytes + self.centroids.nbytes + self.scales.nbytes + groups
+        return sum(array.nbytes for array in self.arrays())
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """Those of the file's tensors, in the order of weight_tensors."""
+        groups = [] if self.group_scales is None else [self.group_scales]
+        return [self.packed, self.centroids, self.scales, *groups]
 
     def weights_i8(self) -> NDArray[np.int8]:
         """Effective int8 weights [..., rows, cols]: what every kernel multiplies."""
@@ -219,32 +125,3 @@ class Clustered:
     def dequantize(self) -> NDArray[np.float32]:
         """Float weights [..., rows, cols]."""
         return self.weights_i8().astype(np.float32) * self.scales[..., None]
-
-
-def hadamard(x: NDArray[np.float32], block: int) -> NDArray[np.float32]:
-    """Each block of columns of x [..., n] times the orthonormal Hadamard matrix of Sylvester, its own inverse.
-
-    block: a power of two that divides n. In log2(block) steps of sums and differences, as the kernels do it: no BLAS,
-    whose sums need not be the same twice.
-    """
-    columns = np.array(x.reshape(-1, block).T, np.float32, order="C")
-    half = 1
-    while half < block:
-        low, high = columns.reshape(-1, 2, half, columns.shape[1]).swapaxes(0, 1)
-        difference = low - high
-        low += high
-        high[:] = difference
-        half *= 2
-    return (columns.T * np.float32(1 / block**0.5)).reshape(x.shape)
-
-
-def quantize_activations(x: NDArray[np.float32], bits: int = 8) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """The run-time quantizer: x [tokens, cols] -> (q int8, scales float32 [tokens]), symmetric per token.
-
-    scale = max|x| / (127 or 7); q = x * (1 / scale) rounded half to even, all in float32. A row of zeros has scale 0.
-    """
-    top = np.float32((1 << (bits - 1)) - 1)
-    scales = (np.abs(x).max(axis=-1) / top).astype(np.float32)
-    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > 0)
-    q = np.clip(np.rint(x * inverse[..., None]), -top, top).astype(np.int8)
-    return q, scales
