@@ -20,8 +20,9 @@ from pyggml_bridge.cli.common import (
     run_main,
 )
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import cq_type
+from pyggml_bridge.format import Key, cq_type
 from pyggml_bridge.measure.bench import BenchResult, KernelResult, cpu_name, measure_kernels, measure_tests
+from pyggml_bridge.measure.sizes import tensor_sizes
 from pyggml_bridge.measure.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import load_model
