@@ -156,6 +156,29 @@ def test_transformers_reads_our_float32_file(checkpoints, tmp_path, name):
     assert difference <= 1e-3
 
 
+def test_unknown_tokenizer_keys_of_a_gguf_input_are_left_out(checkpoints, tmp_path, capsys):
+    folder, _ = checkpoints("llama-tied")
+    convert(folder, tmp_path / "cq.gguf", "--tensor-type", ".=f32", "--no-check")
+    export(tmp_path / "cq.gguf", tmp_path / "known.gguf", GGMLQuantizationType.F32)
+    source = gguf.GGUFReader(tmp_path / "known.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name, field in source.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            item = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], item)
+    writer.add_uint32("tokenizer.ggml.invented_token_id", 7)
+    for tensor in source.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    convert(tmp_path / "m.gguf", tmp_path / "again.gguf", "--tensor-type", ".=f32", "--no-check")
+    keys = gguf.GGUFReader(tmp_path / "again.gguf").fields
+    assert "tokenizer.ggml.bos_token_id" in keys and "tokenizer.ggml.invented_token_id" not in keys
+    assert "tokenizer.ggml.invented_token_id" in capsys.readouterr().err
+
+
 def test_gguf_input_equals_the_directory(checkpoints, tmp_path):
     """directory -> F32 GGUF -> converted again: the lazy GGUF reader undoes the row order of rope."""
     folder, model = checkpoints("llama-tied")

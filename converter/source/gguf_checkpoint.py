@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import Key
+from pyggml_bridge.format import Key, is_known
 
+from ..console import warn
 from . import arch
 from .architecture import Keys, Linear, Norm, Vector, split_rope
 from .checkpoint import GGUF_NAMES, Checkpoint
@@ -62,6 +63,9 @@ class GgufCheckpoint(Checkpoint):
         return tensor
 
     def stored_tokenizer_keys(self) -> Keys:
-        """The file's own tokenizer.ggml keys, which its author's tokenizer determined."""
-        fields = self.source.reader.fields
-        return {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.ggml.")}
+        """The file's own tokenizer.ggml keys, which its author's tokenizer determined; a warning for unknown ones."""
+        found = {name: field for name, field in self.source.reader.fields.items() if name.startswith("tokenizer.ggml.")}
+        unknown = [name for name in found if not is_known(name)]
+        if unknown:
+            warn(f"{self.path}: keys that this program does not know are left out: {', '.join(unknown)}")
+        return {name: field.contents() for name, field in found.items() if name not in unknown}

@@ -2,7 +2,7 @@
 
 from pyggml_bridge.format.activations import hadamard, quantize_activations
 from pyggml_bridge.format.clustered import Clustered, pack, unpack
-from pyggml_bridge.format.keys import ARCHITECTURE, VERSION, Key, add_keys, find_key
+from pyggml_bridge.format.keys import ARCHITECTURE, VERSION, Key, add_keys, find_key, is_known
 from pyggml_bridge.format.layout import (
     EMBEDDINGS_AND_HEAD,
     Companions,
@@ -44,6 +44,7 @@ __all__ = [
     "cq_type",
     "find_key",
     "hadamard",
+    "is_known",
     "is_later_section",
     "pack",
     "packed_shape",

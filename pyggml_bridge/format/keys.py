@@ -146,6 +146,11 @@ class Key(str, Enum):
 _BY_NAME = {key.value: key for key in Key}
 
 
+def is_known(name: str) -> bool:
+    """Whether the table has a key of this name, which is not one of an architecture's."""
+    return name in _BY_NAME
+
+
 def find_key(name: str, architecture: str = ARCHITECTURE) -> Key:
     """The key of this name in a file of this architecture; CQError if the table has none."""
     own = f"{architecture}."
