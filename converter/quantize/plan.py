@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 from gguf import GGML_QUANT_SIZES
@@ -101,7 +102,7 @@ class PlannedTensor:
         """Elements."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes in the file, companions included."""
         return sum(tensor.nbytes for tensor in self.file_tensors())
