@@ -43,7 +43,7 @@ class Layer:
         self.quantized_hidden = self.hidden + 0.05 * self.hidden.std() * noise
         tensors = self.quantized.tensors
         clustered = [linear for linear in checkpoint.arch.linears if tensors[linear.name].fits]
-        self.books = [Codebooks(linear, tensors[linear.name], quantizer.basis(linear)) for linear in clustered]
+        self.books = [Codebooks(linear, tensors[linear.name], quantizer.layout(linear)) for linear in clustered]
         self.pair = LayerPair(stream, checkpoint.arch, stream.module(0, model.whole_layer(0)), {})
         self.effective = quantizer.effective(checkpoint.arch, tensors)
 

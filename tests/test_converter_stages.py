@@ -117,7 +117,7 @@ def test_moments_are_those_of_every_linears_input(mixtral):
         inner = torch.nn.functional.silu(rows @ layer["ffn_gate_exps"][expert].T) * (
             rows @ layer["ffn_up_exps"][expert].T
         )
-        found = routed.hessian(expert, Expert.of(mixtral.arch, model.expert(0, expert), stream.activation(0)), None)
+        found = routed.hessians(expert, Expert.of(mixtral.arch, model.expert(0, expert), stream.activation(0)), None)
         for entry, inputs in zip(found, (rows, inner), strict=True):
             assert entry.tokens == len(rows)
             expected = inputs.T @ inputs / len(rows)
