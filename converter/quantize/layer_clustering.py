@@ -130,23 +130,30 @@ class LayerClustering:
         """All tensors of a layer by GGUF stem, in file order. layer: all but the experts; its linears are taken out."""
         arch = self.model.checkpoint.arch_of(index)
         planned = dict(zip((spec.name for spec in arch.specs), self.plan.layers[index], strict=True))
+        dense = {linear: planned[linear.name] for linear in arch.linears if not linear.experts}
+        experts = {linear: planned[linear.name] for linear in arch.linears if linear.experts}
+        calibrated = bool(seen.hessians)  # of which clustering the dense linears leaves none
         found: dict[str, Fitted | Stored] = {}
-        calibrated = bool(seen.hessians)
         for spec in arch.unquantized:
             found[spec.name] = store_unclustered(planned[spec.name], layer[spec.name])
-        dense = [linear for linear in arch.linears if not linear.experts]
-        matrices = _Matrices(layer, _InputHessians(seen.hessians, dense), self.settings.refinement)
-        for linear in dense:
-            own, layout = planned[linear.name], self._layout(linear)
-            found[linear.name] = matrices.start(linear, own, layout, seen.output_hessian(linear))
+        found |= self._cluster_dense(dense, layer, seen, calibrated)
+        if experts:
+            found |= self._cluster_experts(index, experts, seen, calibrated)
+        return {spec.name: found[spec.name] for spec in arch.specs}
+
+    def _cluster_dense(
+        self, planned: dict[Linear, PlannedTensor], layer: Layer, seen: Seen, calibrated: bool
+    ) -> dict[str, Fitted | Stored]:
+        """One task per matrix."""
+        matrices = _Matrices(layer, _InputHessians(seen.hessians, planned), self.settings.refinement)
+        found: dict[str, Fitted | Stored] = {}
+        for linear, own in planned.items():
+            found[linear.name] = matrices.start(linear, own, self._layout(linear), seen.output_hessian(linear))
         shapes = [weight.planned.shape[-2:] for weight in found.values() if isinstance(weight, FittedWeight)]
         self._run(matrices.tasks, [[shape] for shape in shapes], calibrated)
         for name in found if not self.keeps_fits else ():
             found[name] = stored(found[name], self.settings.threads)
-        experts = {linear: planned[linear.name] for linear in arch.linears if linear.experts}
-        if experts:
-            found |= self._cluster_experts(index, experts, seen, calibrated)
-        return {spec.name: found[spec.name] for spec in arch.specs}
+        return found
 
     def _run(self, tasks: list[Task], shapes: list[list[tuple[int, ...]]], calibrated: bool) -> None:
         """As many tasks side by side as the memory allows, and forgets them. Each clusters matrices of some shapes."""
