@@ -1,11 +1,11 @@
-"""What is said while a conversion runs, on standard error: warnings and progress bars."""
+"""What a conversion says while it runs, on standard error: warnings and progress bars."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,9 +18,16 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+class Advance(Protocol):
+    """Moves a progress bar on by `step`; now: what is written beside it."""
+
+    def __call__(self, now: str = "", step: int = 1) -> None:
+        """Once per step, or once for many."""
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Any]:
-    """A progress bar on stderr, drawn only on a terminal; yields a function that advances it."""
+def progress(what: str, total: int) -> Iterator[Advance]:
+    """A progress bar on stderr, drawn only on a terminal; yields what advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
     with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -107,7 +107,7 @@ def test_a_mixed_file_runs(model, tmp_path):
     assert report.plan.bpw <= 4.0 and report.document()["bpw"] == report.plan.bpw
     kinds = {kind for layer in report.plan.layers for tensor in layer for kind in tensor.types}
     assert len(kinds & set(DISTORTION)) >= 2
-    assert report.check["finite"]
+    assert report.check.finite
     load_model(str(model / "m.gguf"), n_ctx=64, n_threads=1)
     first = (model / "m.gguf").read_bytes()
     convert(chosen)

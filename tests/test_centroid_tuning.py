@@ -10,10 +10,14 @@ import torch
 from codequant_converter import cli
 from codequant_converter.calibrate.layer_stream import LayerStream
 from codequant_converter.pipeline import convert, plan_conversion
+from codequant_converter.quantize.experts import FittedExperts
+from codequant_converter.quantize.fitting import FittedWeight
+from codequant_converter.quantize.layer_clustering import Seen
 from codequant_converter.quantize.layers import LayerQuantizer
 from codequant_converter.quantize.paper import centroid_tuning
 from codequant_converter.quantize.paper.centroid_tuning import CentroidTuner, Codebooks
 from codequant_converter.quantize.paper.layer_pair import FFN, ROUTER, LayerPair
+from codequant_converter.quantize.paper.tuner import PaperTuner
 from codequant_converter.transform.rotation import random_rotation
 from codequant_converter.transform.transformed_model import TransformedModel
 
@@ -35,15 +39,16 @@ class Layer:
         checkpoint, plan = plan_conversion(chosen)
         model = TransformedModel(checkpoint, random_rotation(checkpoint.config.hidden_size, 1))
         stream = LayerStream(checkpoint)
-        quantizer = LayerQuantizer(chosen, plan, model, stream, folder)
-        self.quantized = next(iter(quantizer.layers(None)))
+        tuner = PaperTuner(model, stream, 1, CentroidTuner(torch.zeros(0), 1.0, seed=4))
+        quantizer = LayerQuantizer(chosen, plan, model, stream, folder, tuner=tuner)
+        tensors = quantizer.clustering.cluster(0, model.layer(0), Seen())
         tokens = torch.randint(0, 3, (12, 48), generator=torch.Generator().manual_seed(2))
         self.hidden = model.embedding()[tokens]
         noise = torch.randn(self.hidden.shape, generator=torch.Generator().manual_seed(3))
         self.quantized_hidden = self.hidden + 0.05 * self.hidden.std() * noise
-        tensors = self.quantized.tensors
-        clustered = [linear for linear in checkpoint.arch.linears if tensors[linear.name].fits]
-        self.books = [Codebooks(linear, tensors[linear.name], quantizer.basis(linear)) for linear in clustered]
+        fitted = (FittedWeight, FittedExperts)
+        clustered = [linear for linear in checkpoint.arch.linears if isinstance(tensors[linear.name], fitted)]
+        self.books = [Codebooks(linear, tensors[linear.name], quantizer.layout(linear)) for linear in clustered]
         self.pair = LayerPair(stream, checkpoint.arch, stream.module(0, model.whole_layer(0)), {})
         self.effective = quantizer.effective(checkpoint.arch, tensors)
 
@@ -52,7 +57,7 @@ class Layer:
         return tuner.tune(self.pair, self.books, self.quantized_hidden)
 
     def state(self) -> list[np.ndarray]:
-        return [array.copy() for book in self.books for fit in book.quantized.fits for array in arrays(fit)]
+        return [array.copy() for book in self.books for fit in book.fitted.fits for array in arrays(fit)]
 
 
 def arrays(fit) -> tuple[np.ndarray, ...]:
@@ -97,7 +102,7 @@ def test_every_weight_takes_the_centroid_of_least_psi(folder):
 
 def test_products_of_equal_runs_are_equal_and_count_every_token(folder):
     layer = Layer(folder)
-    weights = {book.linear.name: book.original.reshape(book.quantized.planned.shape) for book in layer.books}
+    weights = {book.linear.name: book.original.reshape(book.fitted.planned.shape) for book in layer.books}
     own = {book.linear.name: book.layout.from_file(weights[book.linear.name]) for book in layer.books}
     for input_name, (d1, d2) in layer.pair.input_products(layer.hidden, layer.hidden, own).items():
         torch.testing.assert_close(d1, d2)
@@ -114,8 +119,8 @@ def test_tuning_lowers_the_loss_of_the_layer(folder):
         runs.append(layer.state())
         assert not all(np.array_equal(a, b) for a, b in zip(before, runs[-1], strict=True))
         for book in layer.books:  # what the fits hold is what was measured
-            fits = torch.stack([torch.from_numpy(fit.clustered().dequantize()) for fit in book.quantized.fits])
-            stored = book.layout.from_file(fits.reshape(book.quantized.planned.shape))
+            fits = torch.stack([torch.from_numpy(fit.clustered().dequantize()) for fit in book.fitted.fits])
+            stored = book.layout.from_file(fits.reshape(book.fitted.planned.shape))
             torch.testing.assert_close(stored, book.weight().detach())
     assert all(np.array_equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -149,9 +154,9 @@ def test_paper_files_run_and_repeat(folder):
     text.write_text(TEXT)
     chosen = settings(folder, "--calibration", str(text), "--activation-bits", "4", "--group-size", "64")
     report = convert(chosen)
-    assert report.tuned and all(layer.loss_end <= layer.loss_start for layer in report.tuned)
+    assert report.findings.tuned and all(layer.loss_end <= layer.loss_start for layer in report.findings.tuned)
     kinds = {t.type_name for layer in report.plan.layers for t in layer if len(t.shape) > 1}
-    assert kinds <= {"cq4", "f32", "q8_0"} and report.check["finite"]
+    assert kinds <= {"cq4", "f32", "q8_0"} and report.check.finite
     load_model(str(chosen.out), n_ctx=64, n_threads=1)
     first = chosen.out.read_bytes()
     convert(chosen)
@@ -162,7 +167,7 @@ def test_a_model_without_clustered_linears_has_nothing_to_tune(tmp_path):
     WIDE["llama"].save(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
     report = convert(settings(tmp_path, "--calibration", str(tmp_path / "text.txt"), "--tensor-type", ".=q8_0"))
-    assert all(layer.steps == 0 for layer in report.tuned) and report.check["finite"]
+    assert all(layer.steps == 0 for layer in report.findings.tuned) and report.check.finite
 
 
 @pytest.mark.parametrize("options", [("--target-bpw", "4"), ("--scale-group", "64"), ("--codebook-rows", "8")])

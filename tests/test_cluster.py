@@ -199,7 +199,7 @@ def test_error_feedback_lowers_the_output_error(cq):
     x = rng.standard_normal((2000, 128)) @ mix
     hessian = x.T @ x / len(x)
     hessian += 0.01 * np.diag(hessian).mean() * np.eye(128)
-    factor = np.ascontiguousarray(np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1], np.float32)
+    cholesky = np.ascontiguousarray(np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1], np.float32)
     w = rng.standard_normal((32, 128)).astype(np.float32)
     fit = fitted(w, np.diag(hessian).astype(np.float32), cq, Grouping(), 2)
 
@@ -207,7 +207,7 @@ def test_error_feedback_lowers_the_output_error(cq):
         return float(((x @ (w - fit.clustered().dequantize()).T) ** 2).sum())
 
     nearest = output_error()
-    error_feedback(fit, factor, 2)
+    error_feedback(fit, cholesky, 2)
     assert output_error() < 0.7 * nearest
 
 
@@ -223,7 +223,7 @@ def test_error_feedback_without_correlation_is_the_nearest_centroid():
 
 
 def correlated(cols: int, seed: int) -> np.ndarray:
-    """Damped second moments of strongly correlated inputs, float32 [cols, cols]."""
+    """Damped Hessian of strongly correlated inputs, float32 [cols, cols]."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((2000, cols)) @ (rng.standard_normal((cols, cols)) * np.geomspace(1, 0.02, cols)[:, None])
     hessian = x.T @ x / len(x)
@@ -262,20 +262,20 @@ def test_descent_does_not_depend_on_threads_and_keeps_zero_rows():
 
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("grouping", [Grouping(-1, 64, 8), Grouping(128, 64)])
-def test_moments_in_squares_are_those_with_zeros_between_them(width, grouping):
-    """Feedback and descent of 320 columns, the last square being a short one."""
-    square, whole = np.zeros((320, width), np.float32), np.zeros((320, 320), np.float32)
+def test_hessians_in_diagonal_blocks_are_those_with_zeros_between_them(width, grouping):
+    """Feedback and descent of 320 columns, the last block being a short one."""
+    blocks, whole = np.zeros((320, width), np.float32), np.zeros((320, 320), np.float32)
     for begin in range(0, 320, width):
         end = min(begin + width, 320)
-        square[begin:end, : end - begin] = whole[begin:end, begin:end] = correlated(end - begin, seed=begin)
+        blocks[begin:end, : end - begin] = whole[begin:end, begin:end] = correlated(end - begin, seed=begin)
     w = np.random.default_rng(15).standard_normal((21, 320)).astype(np.float32)
-    in_squares, as_whole = (fitted(w, np.diag(whole).copy(), CQType.CQ4T, grouping, 2) for _ in range(2))
+    in_blocks, as_whole = (fitted(w, np.diag(whole).copy(), CQType.CQ4T, grouping, 2) for _ in range(2))
     for step in (error_feedback, descend):
-        for fit, hessian in ((in_squares, square), (as_whole, whole)):
+        for fit, hessian in ((in_blocks, blocks), (as_whole, whole)):
             step(fit, hessian, 2)
-        np.testing.assert_array_equal(in_squares.indices, as_whole.indices)
-        np.testing.assert_array_equal(in_squares.centroids, as_whole.centroids)
-        np.testing.assert_array_equal(in_squares.scales, as_whole.scales)
+        np.testing.assert_array_equal(in_blocks.indices, as_whole.indices)
+        np.testing.assert_array_equal(in_blocks.centroids, as_whole.centroids)
+        np.testing.assert_array_equal(in_blocks.scales, as_whole.scales)
 
 
 def test_what_the_file_holds_stands_for_the_same_weights():
@@ -288,7 +288,7 @@ def test_what_the_file_holds_stands_for_the_same_weights():
 
 
 @pytest.mark.parametrize("width", [64, 192])
-def test_what_descent_notes_is_the_error_times_the_moments(width):
+def test_what_descent_notes_is_the_error_times_the_hessian(width):
     """Of 21 rows: a whole batch and a short set; those of a set that did not improve stay as they were."""
     hessian = np.zeros((192, width), np.float32)
     whole = np.zeros((192, 192), np.float32)

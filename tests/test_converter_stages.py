@@ -1,4 +1,4 @@
-"""The stages of the converter one by one: rotation, permutation, second moments, tokenizer metadata."""
+"""The stages of the converter one by one: rotation, permutation, Hessians, tokenizer metadata."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ def test_rope_order_is_llama_cpps():
     assert torch.equal(split_rope(interleave_rope(rows, 2), 2), rows)
 
 
-def test_moments_are_those_of_every_linears_input(mixtral):
+def test_hessians_are_those_of_every_linears_input(mixtral):
     """Against inputs recomputed from the layer's definition, expert by expert."""
     stream, model = LayerStream(mixtral), TransformedModel(mixtral)
     module, layer = stream.load(model, 0), model.whole_layer(0)
     hidden = torch.randn(3, 20, 96, generator=torch.Generator().manual_seed(1))
     seen = {}
     module.post_attention_layernorm.register_forward_hook(lambda m, i, out: seen.update(x=out.flatten(0, 1)))
-    with capture(mixtral.arch, module) as statistics:
+    with capture(mixtral.arch, module) as hessians:
         routed = stream.without_experts(module, hidden)
     x = seen["x"]
     chosen = (x @ layer["ffn_gate_inp"].T).topk(2, dim=-1).indices
@@ -117,7 +117,7 @@ def test_moments_are_those_of_every_linears_input(mixtral):
         inner = torch.nn.functional.silu(rows @ layer["ffn_gate_exps"][expert].T) * (
             rows @ layer["ffn_up_exps"][expert].T
         )
-        found = routed.hessian(expert, Expert.of(mixtral.arch, model.expert(0, expert), stream.activation(0)), None)
+        found = routed.hessians(expert, Expert.of(mixtral.arch, model.expert(0, expert), stream.activation(0)), None)
         for entry, inputs in zip(found, (rows, inner), strict=True):
             assert entry.tokens == len(rows)
             expected = inputs.T @ inputs / len(rows)
@@ -127,10 +127,10 @@ def test_moments_are_those_of_every_linears_input(mixtral):
                 entry.damped, expected + damping * torch.eye(len(expected)), rtol=1e-3, atol=1e-5
             )
     assert sum(len(routed.rows(expert)[0]) for expert in range(4)) == 2 * 60
-    assert statistics["self_attn.q_proj"].tokens == 60
-    factor = statistics["self_attn.o_proj"].cholesky
-    assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor @ factor.T, statistics["self_attn.o_proj"].damped, rtol=1e-4, atol=1e-4)
+    assert hessians["self_attn.q_proj"].tokens == 60
+    cholesky = hessians["self_attn.o_proj"].cholesky
+    assert torch.equal(cholesky, cholesky.triu())
+    torch.testing.assert_close(cholesky @ cholesky.T, hessians["self_attn.o_proj"].damped, rtol=1e-4, atol=1e-4)
 
 
 def test_calibration_tokens_are_the_texts(mixtral, tmp_path):
@@ -157,7 +157,7 @@ def test_runner_tokenizes_like_transformers_by_either_description(mixtral):
     assert len(keys["tokenizer.ggml.tokens"]) == mixtral.config.vocab_size
 
 
-def test_file_basis_goes_there_and_back_and_keeps_outputs():
+def test_weight_layout_goes_there_and_back_and_keeps_outputs():
     rng = np.random.default_rng(15)
     weight = torch.from_numpy(rng.standard_normal((48, 128)).astype(np.float32))
     x = torch.from_numpy(rng.standard_normal((200, 128)).astype(np.float32))

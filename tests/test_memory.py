@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from codequant_converter import cli, pipeline
-from codequant_converter.calibrate import hessian as hessian
+from codequant_converter.calibrate import hessian
 from codequant_converter.calibrate.hessian import Hessian
 from codequant_converter.estimate import memory
 from codequant_converter.quantize.clustering import Fit
+from codequant_converter.quantize.paper.tuner import tuning_bytes_per_weight
 from codequant_converter.source.open_checkpoint import open_checkpoint
 from codequant_converter.transform.transformed_model import TransformedModel
 from codequant_converter.transform.weight_layout import WeightLayout
@@ -117,8 +118,9 @@ def test_fine_tuning_all_experts_together_is_counted(model):
     checkpoint = open_checkpoint(str(model))
     paper = settings(model, "--calibration", str(model / "text.txt"), "--method", "paper")
     untuned = settings(model, "--calibration", str(model / "text.txt"), "--method", "paper", "--no-finetune")
+    needed = [memory.peak_bytes(checkpoint, s, 512, tuning_bytes_per_weight(s)) for s in (paper, untuned)]
     n_weights = 3 * N_EXPERTS * 64 * 96
-    assert memory.peak_bytes(checkpoint, paper, 512) > memory.peak_bytes(checkpoint, untuned, 512) + 30 * n_weights
+    assert needed[0] > needed[1] + 30 * n_weights
 
 
 def test_experts_that_one_tensor_holds_are_read_one_by_one(model, tmp_path):
@@ -151,28 +153,28 @@ def test_less_memory_means_fewer_tasks_side_by_side(model):
     assert memory.workers(settings(model, "--threads", "8", "--max-memory", "64"), GB, 3) == 3
 
 
-def test_factors_of_wide_matrices_are_close_to_those_of_double_precision(monkeypatch):
+def test_cholesky_factors_of_wide_matrices_are_close_to_those_of_double_precision(monkeypatch):
     x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
     x[:, :5] *= 30  # directions that dominate, as activations have them
     exact = Hessian.of_rows(x).cholesky
-    monkeypatch.setattr(hessian, "WIDE", 100)
+    monkeypatch.setattr(hessian, "FLOAT32_WIDTH", 100)
     torch.testing.assert_close(Hessian.of_rows(x).cholesky, exact, rtol=1e-3, atol=1e-4 * float(exact.max()))
 
 
-def test_moments_of_wide_inputs_are_squares_of_the_whole(monkeypatch):
-    """Factors, damping and the file's layout too; a block of the transform lies in one square."""
+def test_hessians_of_wide_inputs_are_diagonal_blocks_of_the_whole(monkeypatch):
+    """Cholesky factors, damping and the file's layout too; a block of the transform lies in one diagonal block."""
     x = torch.randn(300, 320, generator=torch.Generator().manual_seed(1)) @ torch.randn(320, 320)
     whole = Hessian.of_rows(x)
-    monkeypatch.setattr(hessian, "WIDEST", 130)
-    assert hessian.square_width(320) == 128
-    squares, layout = Hessian.of_rows(x), WeightLayout(hadamard=64)
-    for own, other in ((squares, whole), (squares.in_layout(layout), whole.in_layout(layout))):
+    monkeypatch.setattr(hessian, "MAX_WIDTH", 130)
+    assert hessian.block_width(320) == 128
+    blocks, layout = Hessian.of_rows(x), WeightLayout(hadamard=64)
+    for own, other in ((blocks, whole), (blocks.in_layout(layout), whole.in_layout(layout))):
         for begin in range(0, 320, 128):
             end = min(begin + 128, 320)
             found = own.matrix[begin:end, : end - begin]
             torch.testing.assert_close(found, other.matrix[begin:end, begin:end], rtol=1e-4, atol=1e-3)
-            factor, damped = (m[begin:end, : end - begin] for m in (own.cholesky, own.damped))
-            torch.testing.assert_close(factor @ factor.T, damped, rtol=1e-4, atol=1e-2)
+            cholesky, damped = (m[begin:end, : end - begin] for m in (own.cholesky, own.damped))
+            torch.testing.assert_close(cholesky @ cholesky.T, damped, rtol=1e-4, atol=1e-2)
         assert own.damped.shape == (320, 128) and not own.damped[256:, 64:].any()
     mean = whole.matrix.diagonal().mean()
-    torch.testing.assert_close(squares.diagonal, whole.matrix.diagonal() + (0.1 + 0.4 * (128 / 300 - 0.25)) * mean)
+    torch.testing.assert_close(blocks.diagonal, whole.matrix.diagonal() + (0.1 + 0.4 * (128 / 300 - 0.25)) * mean)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from codequant_converter.calibrate import fisher as sensitivity
+from codequant_converter.calibrate import fisher
 from codequant_converter.calibrate.hessian import Hessian
 from codequant_converter.calibrate.layer_stream import LayerStream
 from codequant_converter.quantize.clustering import (
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_whole_model(tmp_path, tiny, router_weight):
     tokens = torch.randint(0, 250, (3, 40), generator=torch.Generator().manual_seed(5))
     (tmp_path / "s").mkdir()
     transformed, work = TransformedModel(checkpoint), WorkFolder(tmp_path / "s")
-    found = sensitivity.measure(transformed, LayerStream(checkpoint), tokens, work, 3, router_weight)
+    found = fisher.measure(transformed, LayerStream(checkpoint), tokens, work, 3, router_weight)
     assert not list((tmp_path / "s").glob("hidden*"))
 
     gradients: dict[str, torch.Tensor] = {}
@@ -113,7 +113,7 @@ def test_gradients_are_those_of_the_whole_model(tmp_path, tiny, router_weight):
     assert layer1.outputs["ffn_down_exps"][0].tokens == 2 * tokens.numel()
 
 
-def test_damage_is_that_of_random_errors(tmp_path, monkeypatch):
+def test_predicted_kl_is_that_of_random_errors(tmp_path, monkeypatch):
     """Half the mean square of g^T E x over errors E of the weights; without feedback, so that nothing is gained."""
     monkeypatch.setattr(Hessian, "feedback_gain", 1.0)
     model = MODELS[0].save(tmp_path / "m")
@@ -121,7 +121,7 @@ def test_damage_is_that_of_random_errors(tmp_path, monkeypatch):
     (tmp_path / "s").mkdir()
     checkpoint = open_checkpoint(str(tmp_path / "m"))
     transformed = TransformedModel(checkpoint)
-    found = sensitivity.measure(transformed, LayerStream(checkpoint), tokens, WorkFolder(tmp_path / "s"), 3, 0.0)
+    found = fisher.measure(transformed, LayerStream(checkpoint), tokens, WorkFolder(tmp_path / "s"), 3, 0.0)
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -148,7 +148,7 @@ def test_drawn_tokens_follow_the_models_distribution():
         def final_norm(self, x: torch.Tensor) -> torch.Tensor:
             return x
 
-    gradient = sensitivity._head_gradient(Norm(), hidden, head, torch.Generator().manual_seed(0))[0]
+    gradient = fisher._head_gradient(Norm(), hidden, head, torch.Generator().manual_seed(0))[0]
     assert float(gradient.mean(dim=0).norm()) < 0.03 * float(gradient.norm(dim=-1).mean())
 
 
@@ -233,8 +233,8 @@ def test_weights_of_tokens_count_like_repetitions():
     torch.testing.assert_close(weighted.matrix, repeated.matrix)
 
 
-def test_moments_of_outputs_follow_the_rows_of_the_file():
-    """In file order, the hessian are those of the reordered gradients."""
+def test_output_hessians_follow_the_rows_of_the_file():
+    """In file order, the output Hessian is that of the reordered gradients."""
     g = torch.randn(50, 24, generator=torch.Generator().manual_seed(0))
     plain, stored = Hessian(24), Hessian(24)
     plain.add(g)

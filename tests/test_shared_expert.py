@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from codequant_converter.calibrate import fisher as sensitivity
+from codequant_converter.calibrate import fisher
 from codequant_converter.calibrate.capture import capture
 from codequant_converter.calibrate.layer_stream import LayerStream
 from codequant_converter.quantize.paper.layer_pair import FFN, ROUTER, LayerPair
@@ -42,7 +42,7 @@ def test_gradients_pass_through_the_gate(tmp_path):
     tokens = torch.randint(0, 250, (3, 40), generator=torch.Generator().manual_seed(5))
     (tmp_path / "s").mkdir()
     work = WorkFolder(tmp_path / "s")
-    found = sensitivity.measure(TransformedModel(checkpoint), LayerStream(checkpoint), tokens, work, 3, 0.0).layer(2)
+    found = fisher.measure(TransformedModel(checkpoint), LayerStream(checkpoint), tokens, work, 3, 0.0).layer(2)
 
     gradients: dict[str, torch.Tensor] = {}
     expert = model.get_decoder().layers[2].mlp.shared_expert

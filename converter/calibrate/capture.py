@@ -1,4 +1,4 @@
-"""What hooks on a layer gather while it runs: second moments of its linears' inputs, rows of its norms' outputs."""
+"""What hooks on a layer gather while it runs: Hessians of its linears' inputs, rows of its norms' outputs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .hessian import Hessian
 def capture(
     arch: Architecture, module: nn.Module, token_weights: dict[str, Tensor] | None = None
 ) -> Iterator[dict[str, Hessian]]:
-    """While active, running the decoder layer module fills the Hessian of every linear input but the experts'.
+    """While active, running the decoder layer module fills the Hessians: one per linear input, without the experts'.
 
-    token_weights: input -> [tokens], how much each token of the run counts; all the same without.
+    token_weights: linear input -> [tokens], how much each token of the run counts; all the same without.
     """
     found: dict[str, Hessian] = {}
     handles = []

@@ -1,12 +1,13 @@
 """Stage 2: what an error in a linear's output does to the model's next-token distribution.
 
-For a small error e of one output, the mean KL divergence of the distributions is e^T F e / 2, where F is the second
-moment of g, the gradient of -log p(y) by that output, y drawn from the model's own distribution (Fisher information).
-With many outputs and tokens F is taken as a product (K-FAC, arXiv 1503.05671; for quantization YAQA,
-arXiv 2505.22988): tokens count with |g| where the inputs' second moments are summed, and g g^T / |g|, summed over
-tokens, is the second moment of the outputs. Half the gradient's square on either side: it has heavy tails.
+For a small error e of a linear's output, the mean KL divergence of the distributions is e^T F e / 2, where F is the
+Fisher information: the second moments of g, the gradient of -log p(y) by that output, y drawn from the model's own
+distribution. Over all outputs and tokens of a linear, F is taken as a Kronecker product of two matrices (K-FAC,
+arXiv 1503.05671; for quantization YAQA, arXiv 2505.22988): the Hessian of the inputs, in which a token counts |g|, and
+the output Hessian, the sum of g g^T / |g| over tokens. Each side takes one of the two powers of |g|, as the gradients
+have heavy tails.
 
-One forward pass keeps every layer's input on disk; then layers go backwards, one in memory at a time.
+One forward pass keeps every layer's input on disk; then the layers go backwards, one in memory at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..console import progress
+from ..console import Advance, progress
 from ..resume.work_folder import WorkFolder
 from ..source.architecture import Architecture
 from ..source.checkpoint import Checkpoint
@@ -27,7 +28,6 @@ from ..transform.transformed_model import TransformedModel
 from .gradients import (
     GradientCapture,
     LayerSensitivity,
-    PackedHessian,
     capture_gradients,
     experts_backward,
     output_hessian_bytes,
@@ -37,35 +37,58 @@ from .streamed_experts import streamed_experts
 
 HEAD_ROWS = 512  # tokens whose logits are in memory at a time
 FLOAT_BYTES = 4
-BACKWARD = "backward"  # the state between two layers of the backward pass
-STATES = 4  # hidden states between two layers: two, each beside the one that it replaces
+BACKWARD = "backward"  # name of the backward pass's state in the work folder
+STATES = 4  # hidden states in the folder between two layers: two, each beside the one that it replaces
+
+PredictedKL = list[dict[str, list[float]]]  # per layer, linear -> one value, or one per expert
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Every layer's, in a work folder.
+    """Every layer's sensitivity, in a work folder.
 
-    predicted_kl: per layer, linear -> divergence in nats per token if its weights are quantized with a squared error of
-    1 relative to their row's energy and error feedback does what it can: one value, or one per expert.
+    predicted_kl: divergence in nats per token if a linear's weights are quantized with a squared error of 1 relative to
+    their row's energy and error feedback does what it can.
     """
 
     work: WorkFolder
-    predicted_kl: list[dict[str, list[float]]]
+    predicted_kl: PredictedKL
 
     def layer(self, index: int) -> LayerSensitivity:
         """Read one layer's."""
-        saved = self.work.load(f"sensitivity-{index}")
-        outputs = {name: [PackedHessian(*entry) for entry in entries] for name, entries in saved["outputs"].items()}
-        return LayerSensitivity(saved["token_weights"], outputs)
+        return LayerSensitivity.from_plain(self.work.load(f"sensitivity-{index}"))
 
     def save(self, index: int, layer: LayerSensitivity) -> None:
         """Write one layer's."""
-        outputs = {name: [(x.matrix, x.tokens) for x in entries] for name, entries in layer.outputs.items()}
-        self.work.save(f"sensitivity-{index}", {"token_weights": layer.token_weights, "outputs": outputs})
+        self.work.save(f"sensitivity-{index}", layer.to_plain())
+
+
+@dataclass
+class _BackwardState:
+    """How far the backward pass has come, as the work folder keeps it.
+
+    n_left: layers that it has not reached; gradient [sequences, n, hidden]: by the output of the last of these;
+    generator: state of the draws.
+    """
+
+    n_left: int
+    gradient: Tensor
+    predicted_kl: PredictedKL
+    generator: Tensor
+
+    @classmethod
+    def load(cls, work: WorkFolder) -> _BackwardState | None:
+        """What the folder holds; None before the first layer."""
+        saved = work.load(BACKWARD)
+        return None if saved is None else cls(**saved)
+
+    def save(self, work: WorkFolder) -> None:
+        """Replace what the folder holds."""
+        work.save(BACKWARD, dict(vars(self)))  # not asdict, which would copy the gradient
 
 
 def folder_bytes(checkpoint: Checkpoint, n_tokens: int, measured: bool) -> int:
-    """What lies in the work folder at most beside the output: hidden states, and what measure leaves."""
+    """Bytes in the work folder at most beside the output: hidden states, and what `measure` leaves if measured."""
     config = checkpoint.config
     hidden_bytes = FLOAT_BYTES * n_tokens * config.hidden_size
     if not measured:
@@ -83,52 +106,76 @@ def measure(
 ) -> Sensitivity:
     """Run tokens [sequences, n] forwards and backwards through the float model, on from where the folder's files end.
 
-    Besides the next token, each router's choice counts router_weight times: its Fisher information is added.
+    Besides the next token's Fisher information, router_weight times that of each router's choice is added.
     """
     n_layers = model.checkpoint.config.num_hidden_layers
     generator = torch.Generator().manual_seed(seed)
+    backward = _BackwardPass(model, stream, router_weight, generator)
     with progress("sensitivity", 2 * n_layers) as advance:
-        state = work.load(BACKWARD)
+        state = _BackwardState.load(work)
         if state is None:
             hidden = _forward(model, stream, tokens, work, advance)
             gradient = _head_gradient(stream, hidden, model.head(), generator, model.head_bias())
-            state = {"layers": n_layers, "gradient": gradient, "predicted_kl": [{}] * n_layers}
+            state = _BackwardState(n_layers, gradient, [{}] * n_layers, generator.get_state())
         else:
-            generator.set_state(state["generator"])
-            advance(step=2 * n_layers - state["layers"])
-        found = Sensitivity(work, state["predicted_kl"])
-        for i in reversed(range(state["layers"])):
-            capture = _backward(model, stream, i, work.load(f"hidden-{i}"), state["gradient"], router_weight, generator)
+            generator.set_state(state.generator)
+            advance(step=2 * n_layers - state.n_left)
+        found = Sensitivity(work, state.predicted_kl)
+        for i in reversed(range(state.n_left)):
+            capture = backward.layer(i, work.load(f"hidden-{i}"), state.gradient)
             found.save(i, capture.result())
             found.predicted_kl[i] = capture.predicted_kl(tokens.numel())
-            work.save(BACKWARD, state | {"layers": i, "generator": generator.get_state()})
+            state.n_left, state.generator = i, generator.get_state()
+            state.save(work)
             work.remove(f"hidden-{i}")
             advance("backward")
     return found
 
 
-def _backward(
-    model: TransformedModel,
-    stream: LayerStream,
-    index: int,
-    hidden: Tensor,
-    gradient: Tensor,
-    router_weight: float,
-    generator: torch.Generator,
-) -> GradientCapture:
-    """One layer, from the gradient by its output to that by its input hidden [sequences, n, hidden], in place."""
-    module, arch = stream.load(model, index), model.checkpoint.arch_of(index)
-    capture, by_routed = GradientCapture(arch, module, model.n_experts(index)), None
-    experts = streamed_experts(module)
-    routed = stream.without_experts(module, hidden.clone()) if experts else None
-    if experts and routed:
-        by_routed = experts_backward(capture, experts, routed, gradient.flatten(0, 1))
-    with capture_gradients(capture, module), _router_losses(arch, module, router_weight, generator):
-        stream.backward(module, hidden, gradient, by_routed)
-    return capture
+@dataclass(frozen=True)
+class _BackwardPass:
+    """What the backward pass through every layer needs. generator: draws the routers' choices."""
+
+    model: TransformedModel
+    stream: LayerStream
+    router_weight: float
+    generator: torch.Generator
+
+    def layer(self, index: int, hidden: Tensor, gradient: Tensor) -> GradientCapture:
+        """Turn the gradient by one layer's output into that by its input hidden [sequences, n, hidden], in place."""
+        stream, arch = self.stream, self.model.checkpoint.arch_of(index)
+        module = stream.load(self.model, index)
+        capture, by_routed = GradientCapture(arch, module, self.model.n_experts(index)), None
+        experts = streamed_experts(module)
+        routed = stream.without_experts(module, hidden.clone()) if experts else None
+        if experts and routed:
+            by_routed = experts_backward(capture, experts, routed, gradient.flatten(0, 1))
+        with capture_gradients(capture, module), self._router_losses(arch, module):
+            stream.backward(module, hidden, gradient, by_routed)
+        return capture
+
+    @contextmanager
+    def _router_losses(self, arch: Architecture, module: nn.Module) -> Iterator[None]:
+        """While active, the gradients of router_weight times each router's -log p(expert) are added."""
+
+        def hook(_: nn.Module, arguments: Any, output: tuple[Tensor, ...]) -> None:
+            logits = output[0]  # transformers' routers give their logits first
+            # The Fisher information goes with the gradient's square, so here the square root of the weight.
+            own = _gradient_of_draw(logits.detach(), self.generator) * self.router_weight**0.5
+            logits.register_hook(lambda gradient: gradient + own)
+
+        routers = [linear.parameter.removesuffix(".weight") for linear in arch.linears if linear.router]
+        handles = [module.get_submodule(name).register_forward_hook(hook) for name in routers if self.router_weight]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
-def _forward(model: TransformedModel, stream: LayerStream, tokens: Tensor, work: WorkFolder, advance: Any) -> Tensor:
+def _forward(
+    model: TransformedModel, stream: LayerStream, tokens: Tensor, work: WorkFolder, advance: Advance
+) -> Tensor:
     """The last layer's output; every layer's input goes into the folder."""
     n_layers = model.checkpoint.config.num_hidden_layers
     saved = [i for i in range(n_layers) if work.has(f"hidden-{i}")]
@@ -163,22 +210,3 @@ def _gradient_of_draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     drawn = torch.rand(len(p), 1, generator=generator) * cumulative[:, -1:]
     y = torch.searchsorted(cumulative, drawn).clamp_max(p.shape[-1] - 1)
     return p.scatter_add_(1, y, torch.full(y.shape, -1.0))
-
-
-@contextmanager
-def _router_losses(arch: Architecture, module: nn.Module, weight: float, generator: torch.Generator) -> Iterator[None]:
-    """While active, a backward pass through the layer also descends from weight times its router's -log p(expert)."""
-
-    def hook(_: nn.Module, arguments: Any, output: tuple[Tensor, ...]) -> None:
-        logits = output[0]  # transformers' routers give their logits first
-        # Squared gradients add up, so the square root of the weight.
-        own = _gradient_of_draw(logits.detach(), generator) * weight**0.5
-        logits.register_hook(lambda gradient: gradient + own)
-
-    routers = [linear.parameter.removesuffix(".weight") for linear in arch.linears if linear.router]
-    handles = [module.get_submodule(name).register_forward_hook(hook) for name in routers if weight]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -15,42 +15,56 @@ from .hessian import INPUT_DAMPING, OUTPUT_DAMPING, Hessian
 from .streamed_experts import ROWS, Expert, Gradients, Routed, StreamedExperts
 
 INPUT_STRIDE = 4  # every fourth token's inputs are enough to predict what feedback gains
-HALF_BYTES = 2
-MAX_OUTPUTS = 8192  # of a linear whose outputs' Hessian is kept; the rows of wider ones are taken as independent
+FLOAT16_BYTES = 2
+MAX_OUTPUTS = 8192  # of a linear whose output Hessian is kept; the rows of wider ones are taken as independent
 EXPERTS_IN_COMMON = 0.1  # share of an expert's predicted_kl that is the mean of all: another text chooses others
 
 
 @dataclass(frozen=True)
 class PackedHessian:
-    """Hessian of a linear's output gradients: float16 [out, out], relative to the diagonal's mean."""
+    """A linear's output Hessian as it is kept on disk: float16 [out, out], relative to the diagonal's mean."""
 
     matrix: Tensor
     tokens: int
 
     @classmethod
     def of(cls, hessian: Hessian) -> PackedHessian:
-        """Rounded."""
+        """Rounded to float16."""
         mean = hessian.matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
         return cls((hessian.matrix / mean).half(), hessian.tokens)
 
     def hessian(self) -> Hessian:
-        """Damped by all of the columns per row."""
+        """In float32 again, to be damped by all of the columns per row."""
         return Hessian.of(self.matrix.float(), self.tokens, OUTPUT_DAMPING)
 
 
 def output_hessian_bytes(linear: Linear, shape: tuple[int, ...]) -> int:
-    """Of the packed Hessian of a linear [..., out, in], of all experts."""
+    """Bytes of the packed output Hessians of a linear [..., out, in]: those of all experts where each has its own."""
     *n_experts, out, _ = shape
     own = n_experts[0] if n_experts and not linear.writes_residual else 1
-    return HALF_BYTES * out * out * own if out <= MAX_OUTPUTS else 0
+    return FLOAT16_BYTES * out * out * own if out <= MAX_OUTPUTS else 0
 
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """token_weights: input -> [tokens], mean 1; outputs: linear -> its Hessian, one or one per expert."""
+    """What gradients say of a layer.
+
+    token_weights: linear input -> [tokens], mean 1; outputs: linear -> its output Hessian, one or one per expert.
+    """
 
     token_weights: dict[str, Tensor]
     outputs: dict[str, list[PackedHessian]]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Dicts, lists and tensors, as a work folder can keep them."""
+        outputs = {name: [(x.matrix, x.tokens) for x in entries] for name, entries in self.outputs.items()}
+        return {"token_weights": self.token_weights, "outputs": outputs}
+
+    @classmethod
+    def from_plain(cls, saved: dict[str, Any]) -> LayerSensitivity:
+        """Inverse of to_plain."""
+        outputs = {name: [PackedHessian(*entry) for entry in entries] for name, entries in saved["outputs"].items()}
+        return cls(saved["token_weights"], outputs)
 
 
 class GradientCapture:
@@ -58,20 +72,25 @@ class GradientCapture:
 
     def __init__(self, arch: Architecture, module: nn.Module, n_experts: int) -> None:
         """Nothing seen yet."""
-        self.norms: dict[tuple[str, str], list[Tensor]] = {}  # input and linear -> gradient norms of each batch
-        self.inputs: dict[str, Hessian] = {}  # linear -> of some of its inputs, weighted by |g|^2, of all experts alike
-        self.outputs: dict[str, Hessian] = {}  # linear -> of all its gradients; experts' own are packed at once
-        self.packed: dict[str, list[PackedHessian]] = {}
-        self.gains: dict[str, list[float]] = {}
-        self.energy: dict[str, Tensor] = {}  # linear -> [1] or [n_experts]
+        self.norms: dict[tuple[str, str], list[Tensor]] = {}  # linear input, linear -> gradient norms of each batch
+        self.inputs: dict[str, Hessian] = {}  # linear -> of some of its inputs, weighted by |g|^2, all experts together
+        self.outputs: dict[str, Hessian] = {}  # linear -> output Hessian; experts' own are packed one by one
+        self.packed: dict[str, list[PackedHessian]] = {}  # linear -> finished output Hessians
+        self.gains: dict[
+            str, list[float]
+        ] = {}  # linear -> what feedback from row to row leaves, of each output Hessian
+        self.energy: dict[str, Tensor] = {}  # linear -> sum of (g e)^2 over tokens, [1] or [n_experts]
         self.linears = [linear for linear in arch.linears if linear.measured]
         for linear in self.linears:
             self.energy[linear.name] = torch.zeros(n_experts if linear.experts else 1, dtype=torch.float64)
 
     def add(self, linear: Linear, gradient: Tensor, x: Tensor, weight: Tensor, expert: int = 0) -> Tensor:
-        """Gradients [tokens, out] of the outputs of weight [out, in] for inputs x; returns the gradients' norms."""
+        """Add gradients [tokens, out] by the outputs of weight [out, in] for inputs x [tokens, in].
+
+        Returns the gradients' norms [tokens].
+        """
         norms = gradient.norm(dim=-1)
-        row_energy = weight.square().mean(dim=1)  # errors of the weights relative to their row, independent
+        row_energy = weight.square().mean(dim=1)  # of independent errors of the weights, relative to their row
         self.energy[linear.name][expert] += float((gradient.square() @ row_energy) @ x.square().sum(dim=-1))
         inputs = self.inputs.setdefault(linear.name, Hessian(x.shape[1], damping=INPUT_DAMPING.of_every(INPUT_STRIDE)))
         inputs.add(x[::INPUT_STRIDE], norms[::INPUT_STRIDE].square())
@@ -82,7 +101,7 @@ class GradientCapture:
         return norms
 
     def pack(self, linear: Linear) -> None:
-        """No more gradients come to what add has gathered of this linear's outputs: the next are another expert's."""
+        """Finish the output Hessian that `add` has gathered for a linear: the next gradients are another expert's."""
         outputs = self.outputs.pop(linear.name, None)
         if outputs is None:  # an expert that no token chose, or too many outputs
             self.packed.setdefault(linear.name, []).append(PackedHessian(torch.zeros(0, 0).half(), 0))
@@ -91,7 +110,7 @@ class GradientCapture:
         self.packed.setdefault(linear.name, []).append(PackedHessian.of(outputs))
 
     def result(self) -> LayerSensitivity:
-        """Token weights of an input: the gradients' norms, mean 1, averaged over the linears that read it."""
+        """A linear input's token weights: gradient norms with mean 1, averaged over the linears that read the input."""
         weights: dict[str, list[Tensor]] = {}
         for (input_name, _), batches in self.norms.items():
             norms = torch.cat(batches)
@@ -107,7 +126,7 @@ class GradientCapture:
     def predicted_kl(self, n_tokens: int) -> dict[str, list[float]]:
         """Per linear half the mean square of g e for independent errors of the weights, less what feedback gains.
 
-        Once there is a result.
+        To be called after `result`, once; nats per token.
         """
         return {linear.name: (self._predicted_kl(linear) / n_tokens).tolist() for linear in self.linears}
 
@@ -123,7 +142,7 @@ class GradientCapture:
 
 @contextmanager
 def capture_gradients(capture: GradientCapture, module: nn.Module) -> Iterator[None]:
-    """While active, running the layer backwards fills the capture, but for the experts."""
+    """While active, running the layer backwards fills the capture with all linears but the experts'."""
     handles = []
     for linear in capture.linears:
         if not linear.experts:
@@ -154,9 +173,10 @@ def _linear_hook(capture: GradientCapture, linear: Linear) -> Any:
 def experts_backward(
     capture: GradientCapture, experts: StreamedExperts, routed: Routed, gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """From the gradient of the experts' weighted sum [tokens, hidden] to those of what they get, states and weights.
+    """From the gradient by the experts' weighted sum [tokens, hidden] to those by what they get, states and weights.
 
-    Fills the capture on the way. What writes the residual stream is shared by all experts, so its outputs' Hessian is.
+    Fills the capture on the way. All experts' down projections write the same residual stream: they share one output
+    Hessian.
     """
     linears = [linear for linear in capture.linears if linear.experts]
     capture.norms[linears[0].input, linears[0].name] = [gradient.norm(dim=-1)]
@@ -180,7 +200,7 @@ def experts_backward(
 def _expert_backward(
     capture: GradientCapture, linears: list[Linear], number: int, expert: Expert, x: Tensor, by_down: Tensor
 ) -> Gradients:
-    """Some tokens x [tokens, hidden] of one expert, from the gradient by its output; fills the capture."""
+    """Of some tokens x [tokens, hidden] of one expert, from the gradient by its output; fills the capture."""
     found = expert.gradients(x, by_down)
     sides = ((found.by_gate, x, expert.gate), (found.by_up, x, expert.up), (by_down, found.hidden, expert.down))
     for linear in linears:

@@ -71,10 +71,10 @@ class Routed:
         return token, slot
 
     def hessians(self, number: int, expert: Expert, token_weights: Tensor | None) -> tuple[Hessian, Hessian]:
-        """Of one expert's inputs, and of what its down projection reads.
+        """Hessians of one expert's inputs, and of what its down projection reads.
 
         token_weights [tokens]: how much each token counts. An expert's error reaches the output times its routing
-        weight, so that counts too.
+        weight: with token_weights that counts too.
         """
         token, slot = self.rows(number)
         x = self.states[token]
@@ -90,7 +90,7 @@ class Routed:
 class StreamedExperts(nn.Module):
     """In the place of transformers' experts: keeps what they would get, adds nothing.
 
-    expert: gives one expert's weights; may be replaced.
+    expert: gives one expert's weights; the attribute may be replaced.
     """
 
     def __init__(self, n_experts: int, expert: Callable[[int], Expert]) -> None:

@@ -15,12 +15,12 @@ from ..source.checkpoint import Checkpoint
 # types with a trellis, feedback from row to row, descent where tokens suffice.
 NEAREST, FEEDBACK, SENSITIVE = 0.12e-6, 0.22e-6, 0.8e-6
 FLOPS = 60e9  # of one thread, per second
-PASSES = 2  # over the calibration tokens: for the inputs' hessian, and behind the quantized layer
+PASSES = 2  # over the calibration tokens: for the inputs' Hessians, and through the quantized layer
 SENSITIVITY_PASSES = 4  # forwards once, backwards the time of three
 
 
 def estimated_seconds(checkpoint: Checkpoint, settings: Settings, n_tokens: int) -> float:
-    """Of the whole conversion; within a half on that machine."""
+    """Of the whole conversion; on that machine the estimate is within a factor of 1.5."""
     config = checkpoint.config
     weights = config.vocab_size * config.hidden_size
     per_token = 0.0  # multiply-adds

@@ -12,11 +12,13 @@ from torch import Tensor
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.models import load_model
 
+from ..results import CheckResult
+
 SAMPLE_TOKENS = 16
 PROMPT_TOKENS = 32
 
 
-def check_file(path: Path, tokens: Tensor, logits: Tensor, tokenizer: Any, n_threads: int) -> dict[str, Any]:
+def check_file(path: Path, tokens: Tensor, logits: Tensor, tokenizer: Any, n_threads: int) -> CheckResult:
     """Compare with the original's logits [n, vocab] on tokens [n]; CQError if the file does not load or is not finite.
 
     kld: mean divergence of the second half of the positions; sample: greedy continuation of the first tokens.
@@ -29,7 +31,7 @@ def check_file(path: Path, tokens: Tensor, logits: Tensor, tokenizer: Any, n_thr
         raise CQError(f"{path}: the converted model computes values that are not finite")
     log_p, log_q = (x.double().log_softmax(dim=-1) for x in (logits[-scored:], ours))
     kld = float((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean())
-    return {"finite": True, "kld": kld, "sample": tokenizer.decode(_greedy(model, ids[:PROMPT_TOKENS]))}
+    return CheckResult(True, kld, tokenizer.decode(_greedy(model, ids[:PROMPT_TOKENS])))
 
 
 def _greedy(model: Any, prompt: np.ndarray) -> list[int]:

@@ -21,8 +21,9 @@ ITERATIONS_BEFORE_FEEDBACK = 6  # which chooses the indices anew
 class Fit:
     """Codebooks in the making; arrays as in format.Clustered, indices unpacked uint8 [rows, cols].
 
-    loss float64 [rows]: sum over columns of weight * (w - effective weight)^2. row_weight float32 [rows]: what the
-    losses count beside each other, where rows are fitted together.
+    w float32 [rows, cols]: what is fitted. weight float32 [cols] >= 0: importance of each column. loss float64 [rows]:
+    sum over columns of weight * (w - effective weight)^2. row_weight float32 [rows]: what the losses count beside each
+    other, where rows are fitted together.
     """
 
     cq: CQType
@@ -96,7 +97,7 @@ class Fit:
 def new_fit(
     w: NDArray[np.float32], weight: NDArray[np.float32], cq: CQType, grouping: Grouping, copy: bool = True
 ) -> Fit:
-    """Room for the codebooks of w [rows, cols], of which it takes a copy where rows become targets of their own.
+    """Room for the codebooks of w [rows, cols]; copy: of w, where its rows will become targets of their own.
 
     weight float32 [cols] >= 0: importance of each column (mean square of its input).
     """
@@ -127,28 +128,28 @@ def fit_codebooks(fit: Fit, n_threads: int, iterations: int = ITERATIONS) -> Non
     _check(lib.cq_cluster_rows(job, n_threads, pointer(scratch, "uint8_t *")))
 
 
-def error_feedback(fit: Fit, factor: NDArray[np.float32], n_threads: int) -> None:
+def error_feedback(fit: Fit, cholesky: NDArray[np.float32], n_threads: int) -> None:
     """Choose the indices anew, each column's rounding error moved to the columns after it (GPTQ).
 
-    factor float32 [cols, width], hessian.py: of the inputs' second moments.
+    cholesky float32 [cols, width]: Cholesky factor of the inputs' Hessian, as in hessian.py.
     """
-    job, v = _job(fit, 0, factor.shape[1]), pointer(factor, "const float *")
+    job, v = _job(fit, 0, cholesky.shape[1]), pointer(cholesky, "const float *")
     scratch = aligned_empty(n_threads * lib.cq_descent_scratch_bytes(job))
     _check(lib.cq_feedback_rows(job, v, n_threads, pointer(scratch, "uint8_t *")))
 
 
 @dataclass(frozen=True)
 class OutputErrors:
-    """(effective weights - w) times the hessian [rows, cols], before and after a descent."""
+    """(effective weights - w) H, float32 [rows, cols], before and after a descent under the Hessian H."""
 
     before: NDArray[np.float32]
     after: NDArray[np.float32]
 
 
 def descend(fit: Fit, hessian: NDArray[np.float32], n_threads: int, rounds: int = DESCENT_ROUNDS) -> None:
-    """Refit codebooks and indices in turn under the inputs' second moments float32 [cols, width], hessian.py (LNQ).
+    """Refit codebooks and indices in turn under the inputs' Hessian, float32 [cols, width] as in hessian.py (LNQ).
 
-    fit.loss becomes each row's r^T hessian r, r = effective weights - w; it never increases.
+    fit.loss becomes each row's r H r^T with r = effective weights - w; it never increases.
     """
     _descend(_job(fit, rounds, hessian.shape[1]), hessian, n_threads)
 
@@ -156,7 +157,7 @@ def descend(fit: Fit, hessian: NDArray[np.float32], n_threads: int, rounds: int 
 def descend_noting(
     fit: Fit, hessian: NDArray[np.float32], n_threads: int, rounds: int = DESCENT_ROUNDS
 ) -> OutputErrors:
-    """The same; what it has computed on the way."""
+    """As descend; returns what it has computed on the way."""
     errors = OutputErrors(np.empty_like(fit.w), np.empty_like(fit.w))
     job = _job(fit, rounds, hessian.shape[1])
     job.gradient_before = pointer(errors.before, "float *")

@@ -1,9 +1,9 @@
-"""Feedback from row to row: what some rows do wrong, others make up for in what follows the linear.
+"""Feedback from row to row: the errors of some rows are made up for by others, in what follows the linear.
 
-The loss is sum_ij O_ij e_i H e_j^T over the errors e of the rows (O: second moments of the gradients by the outputs,
-H: of the inputs). With some rows fixed, the best for the others are targets that do not depend on H; whatever quantizes
-a row then goes on under H alone. So the first pass is GPTQ's with rows in place of columns (YAQA, arXiv 2505.22988),
-and further sweeps are coordinate descent over blocks of rows.
+The loss is sum_ij O_ij e_i H e_j^T over the errors e of the rows; O is the output Hessian, H the Hessian of the inputs.
+With some rows fixed, the best values of the others are targets that do not depend on H; whatever quantizes a row then
+goes on under H alone. So the first pass is GPTQ's with rows in place of columns (YAQA, arXiv 2505.22988), and further
+sweeps are coordinate descent over blocks of rows.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from .task_pool import stop_point
 ROWS = 16  # quantized side by side, without feedback among them: the native batch (docs/decisions/clustering.md)
 
 
-def cluster_in_turn(fit: Fit, factor: Tensor, cluster_rows: Callable[[Fit], None], n_threads: int) -> None:
-    """Apply cluster_rows to a few rows of the fit after another; fit.w becomes each row's target.
+def cluster_in_turn(fit: Fit, cholesky: Tensor, cluster_rows: Callable[[Fit], None], n_threads: int) -> None:
+    """Apply cluster_rows to blocks of rows of the fit, one after another; fit.w becomes each row's target.
 
-    factor float32 [rows, rows]: upper triangular V, V V^T the second moments of the outputs. The loss is that of
-    V^T e, whose entries depend on the rows before. The diagonal says what a row's error costs after all others have
-    made up for it.
+    cholesky float32 [rows, rows]: upper triangular V, with V V^T the output Hessian. The loss is that of the rows of
+    V^T e, each of which depends on the errors of the rows up to it. V's diagonal says what a row's error costs after
+    all later rows have made up for it.
     """
-    fit.row_weight[:] = relative(factor.diagonal().square())
+    fit.row_weight[:] = relative(cholesky.diagonal().square())
     targets = torch.from_numpy(fit.w)
     error = torch.zeros_like(targets)
     for begin in range(0, len(targets), ROWS):
         stop_point()
         end = min(begin + ROWS, len(targets))
         weight = targets[begin:end].clone()
-        left = factor[:begin, begin:end].T @ error[:begin]
-        own = factor[begin:end, begin:end].T
+        left = cholesky[:begin, begin:end].T @ error[:begin]
+        own = cholesky[begin:end, begin:end].T
         targets[begin:end] -= torch.linalg.solve_triangular(own, left, upper=False)
         block = fit.rows(begin, end)
         cluster_rows(block)
@@ -51,9 +51,9 @@ def relative(weights: Tensor) -> NDArray[np.float32]:
 def sweep(
     fit: Fit, weight: Tensor, outputs: Tensor, descend_rows: Callable[[Fit], OutputErrors], n_threads: int
 ) -> None:
-    """Apply descend_rows to a few rows of the fit after another, at the best targets for the errors of all others.
+    """Apply descend_rows to blocks of rows of the fit, one after another, at the best targets for the others' errors.
 
-    weight [rows, cols]: what the fit stands for at best; outputs [rows, rows]: second moments, positive definite. The
+    weight [rows, cols]: what the fit approximates; outputs [rows, rows]: the output Hessian, positive definite. The
     loss never increases: a block of rows that would raise it stays as it was.
     """
     fit.row_weight[:] = relative(outputs.diagonal())
@@ -79,5 +79,5 @@ def sweep(
 
 
 def _loss(outputs: Tensor, delta: Tensor, times_inputs: NDArray[np.float32]) -> float:
-    """Of deltas [rows, cols] from the targets; times_inputs: they times the inputs' second moments."""
+    """Of deltas [rows, cols] from the targets; times_inputs: the deltas times the Hessian of the inputs."""
     return float(((outputs @ delta) * torch.from_numpy(times_inputs)).sum(dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""What is done and waits for the rest of its layer lies on disk: a layer's experts are most of what it would hold."""
+"""A list on disk, for finished experts that wait for the rest of their layer: they are most of what a layer holds."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ Item = TypeVar("Item")
 class SpillFile(Generic[Item]):
     """A list of n items that are in memory only while they are used: each access reads a copy.
 
-    They lie in a file without a name, which goes with the spill file. Any thread may put and take.
+    They lie in a file without a name, which is gone when the object is. Any thread may write and read items.
     """
 
     def __init__(self, folder: Path, n: int) -> None:
-        """Nothing on it yet; OSError where no file can be made in the folder, or later written."""
-        self._file = TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the spill file is there)
+        """No items yet; OSError where no file can be made in the folder, or later written."""
+        self._file = TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as this object lives)
         self._lock = Lock()
         self._places: list[int | None] = [None] * n
 
     def __len__(self) -> int:
-        """Items that there will be."""
+        """How many items there will be."""
         return len(self._places)
 
     def __setitem__(self, number: int, item: Item) -> None:
-        """Put it there; a later item does not take the room of an earlier one."""
+        """Write an item; a second one of the same number does not reuse the room of the first."""
         with self._lock:
             place = self._file.seek(0, 2)
             pickle.dump(item, self._file, pickle.HIGHEST_PROTOCOL)
             self._places[number] = place
 
     def __getitem__(self, number: int) -> Item:
-        """The item as it was put there; IndexError before that."""
+        """A copy of the item; IndexError before it is written."""
         with self._lock:
             place = self._places[number]
             if place is None:
@@ -46,5 +46,5 @@ class SpillFile(Generic[Item]):
             return item
 
     def __iter__(self) -> Iterator[Item]:
-        """One after the other."""
+        """Copies of all items, in order."""
         return (self[number] for number in range(len(self)))

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Task:
-    """run(n_threads) does it; cost: how long it takes, in any unit."""
+    """A piece of work: run(n_threads) does it; cost: how long that takes, in any unit."""
 
     cost: float
     run: Callable[[int], None]
@@ -22,16 +22,16 @@ _cancelled = Event()
 
 
 def stop_point() -> None:
-    """Called by long tasks now and then: ends them where another task failed or the user interrupted."""
+    """For long tasks to call now and then: CancelledError if another task has failed or the user interrupted."""
     if _cancelled.is_set():
         raise CancelledError
 
 
 def run_tasks(tasks: list[Task], n_threads: int, at_once: int | None = None) -> None:
-    """Run all of them, at most at_once side by side; the first exception of any is raised.
+    """Run all tasks, at most at_once side by side; the first exception of any is raised.
 
     One matrix at a time on all threads would wait at a barrier after every few rows. What a task computes must not
-    depend on its number of threads; torch's own is 1 inside.
+    depend on its number of threads; torch has one thread inside a task.
     """
     workers = min(n_threads, len(tasks), at_once or n_threads)
     if not workers:

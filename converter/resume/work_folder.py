@@ -1,4 +1,4 @@
-"""What a conversion has done so far, in a folder: one that was killed at any moment goes on from there.
+"""What a conversion has done so far, in a folder: if it is killed, at any moment, the next one goes on from there.
 
 A value is written under another name and then renamed, so it is there as a whole or not at all.
 """
@@ -27,12 +27,13 @@ from ..settings import Settings
 from ..source.checkpoint import Checkpoint
 
 IDENTITY, IDENTITY_PART, LOCK = "settings.json", "settings.part", "lock"
-# Settings that do not change the bytes of the output, and paths, whose contents count instead.
+Identity = dict[str, str]  # what the bytes of the output follow from, by name
+# Settings that do not change these bytes, and paths, whose contents count instead.
 NOT_IDENTITY = ("out", "overwrite", "max_memory", "work_dir", "resume", "model", "calibration")
 
 
 class WorkFolder:
-    """Named values in files: anything that torch saves."""
+    """Named values in files: tensors, numbers, strings, and lists and dicts of these; nothing that runs code."""
 
     def __init__(self, path: Path) -> None:
         """A folder that exists."""
@@ -73,10 +74,10 @@ class WorkFolder:
 
 @contextmanager
 def work_folder(settings: Settings, checkpoint: Checkpoint) -> Iterator[WorkFolder]:
-    """The folder of one conversion, which goes when the work is done.
+    """The folder of one conversion, which is removed when the work is done.
 
-    With --work-dir or --resume it stays if the work is not done, else it never outlives the conversion. CQError if it
-    is in use, holds something else, or was made with other settings or of other files.
+    With --work-dir or --resume an unfinished conversion leaves it, else it never outlives the conversion. CQError if
+    the folder is in use, holds something else, or was made with other settings or of other files.
     """
     out = settings.out
     if settings.work_dir is None and not settings.resume:
@@ -107,8 +108,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _prepare(path: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Leave in the folder what can be gone on with: nothing, or what has this identity."""
+def _prepare(path: Path, identity: Identity, resume: bool) -> None:
+    """Empty the folder, but to resume: then keep all of it, or raise CQError if its identity is another."""
     file = path / IDENTITY
     others = [entry for entry in path.iterdir() if entry.name not in (LOCK, IDENTITY_PART)]
     if others and not file.is_file():
@@ -123,15 +124,14 @@ def _prepare(path: Path, identity: dict[str, Any], resume: bool) -> None:
     part.replace(file)
 
 
-def _require_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _require_same(path: Path, before: Identity, now: Identity) -> None:
     for name, value in now.items():
         if before.get(name) != value:
             raise CQError(f"--resume: {path} was made with another {name}: {before.get(name)} there, {value} now")
 
 
-def _identity(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the bytes of the output follow from, as JSON holds it."""
-    chosen: dict[str, Any] = {"converter": package_version()}
+def _identity(settings: Settings, checkpoint: Checkpoint) -> Identity:
+    chosen = {"converter": package_version()}
     chosen |= {f.name: repr(getattr(settings, f.name)) for f in fields(settings) if f.name not in NOT_IDENTITY}
     for file in checkpoint.files:
         stat = file.stat()

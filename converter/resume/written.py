@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..results import Tuned
+from ..results import Findings
 from .work_folder import WorkFolder
 
 NAME = "written"
@@ -15,18 +14,14 @@ NAME = "written"
 
 @dataclass
 class Written:
-    """Layers that the file holds, and what the next one follows from.
+    """Layers that the file holds, the next one's input, and what the report will say of those that are done.
 
-    hidden [sequences, n, hidden]: the next layer's input behind the quantized ones, None without calibration;
-    original_hidden: behind the original ones, where the published method needs it. The rest is the report's.
+    hidden [sequences, n, hidden]: the hidden states behind the quantized layers, None without calibration.
     """
 
     n_layers: int = 0
     hidden: Tensor | None = None
-    original_hidden: Tensor | None = None
-    rel_errors: dict[str, float] = field(default_factory=dict)
-    experts: list[dict[str, Any]] = field(default_factory=list)
-    tuned: list[Tuned] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
 
     @classmethod
     def load(cls, work: WorkFolder) -> Written | None:
@@ -34,10 +29,9 @@ class Written:
         saved = work.load(NAME)
         if saved is None:
             return None
-        return cls(**saved | {"tuned": [Tuned(**layer) for layer in saved["tuned"]]})
+        return cls(saved["n_layers"], saved["hidden"], Findings.from_plain(saved["findings"]))
 
     def save(self, work: WorkFolder) -> None:
         """Replace what the folder holds."""
-        tensors = {"hidden": self.hidden, "original_hidden": self.original_hidden}
-        rest = {"n_layers": self.n_layers, "rel_errors": self.rel_errors, "experts": self.experts}
-        work.save(NAME, tensors | rest | {"tuned": [asdict(layer) for layer in self.tuned]})
+        findings = self.findings.to_plain()
+        work.save(NAME, {"n_layers": self.n_layers, "hidden": self.hidden, "findings": findings})

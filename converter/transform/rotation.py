@@ -1,4 +1,4 @@
-"""Stage 1, activation outlier smoothing: one orthogonal basis of the residual stream that quantizes well.
+"""Stage 1, activation outlier smoothing: an orthogonal basis in which the residual stream quantizes well.
 
 Every norm's output is x R instead of x. An RMS norm without a scale commutes with R, so folding R into what reads the
 residual stream (W R) and R^T into what writes it (R^T W) changes no logit.
@@ -56,7 +56,7 @@ def quantization_loss(y: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LearnedRotation:
-    """rotation [hidden, hidden]; losses, summed over the norms, on rows that were not learned from."""
+    """A rotation [hidden, hidden], and the losses before and after on held-out rows, summed over the norms."""
 
     rotation: Tensor
     loss_start: float

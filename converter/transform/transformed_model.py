@@ -28,7 +28,7 @@ class TransformedModel:
     permute_block: int = 0
 
     def rotated(self, rotation: Tensor, head_rotation: Tensor) -> TransformedModel:
-        """The same in other bases."""
+        """The same model with its residual stream and its value heads in other bases."""
         return replace(self, rotation=rotation, head_rotation=head_rotation)
 
     def _rotate(self, matrix: Tensor) -> Tensor:

@@ -1,17 +1,18 @@
-"""How the file lays out a linear: llama.cpp's row order for rope, Hadamard blocks of input columns."""
+"""How the file lays out a linear: llama.cpp's row order for rope, Hadamard transforms of blocks of input columns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyggml_bridge.format import hadamard
 
-from ..source.architecture import interleave_rope, split_rope
+from ..source.architecture import Linear, interleave_rope, split_rope
 
-PIECE = 1 << 20  # elements that are transformed at a time: it takes several copies of them
+PIECE = 1 << 20  # elements that are transformed at a time: the transform takes several copies of them
 
 
 def hadamard_blocks(x: Tensor, block: int) -> Tensor:
@@ -27,9 +28,9 @@ def hadamard_blocks(x: Tensor, block: int) -> Tensor:
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """rope_heads: heads whose rows go from halves to pairs, 0 for none; hadamard: columns per block, 0 for none.
+    """Changes of a weight's rows and columns between transformers' layer and the file; both are orthogonal.
 
-    Both maps are orthogonal, so a gradient goes over like the weight itself.
+    rope_heads: heads whose rows go from rope's halves to pairs, 0 for none; hadamard: columns per block, 0 for none.
     """
 
     rope_heads: int = 0
@@ -50,7 +51,7 @@ class WeightLayout:
         return hadamard_blocks(x, self.hadamard)
 
     def output_hessian(self, matrix: Tensor) -> Tensor:
-        """Hessian [out, out] of the outputs, in the order of the file's rows."""
+        """Output Hessian [out, out] in the order of the file's rows."""
         if not self.rope_heads:
             return matrix
         return interleave_rope(interleave_rope(matrix, self.rope_heads).T, self.rope_heads).T.contiguous()
@@ -58,3 +59,9 @@ class WeightLayout:
     def input_hessian(self, matrix: Tensor) -> Tensor:
         """Hessian [in, in] of the inputs that the file's weight multiplies."""
         return hadamard_blocks(hadamard_blocks(matrix, self.hadamard).T, self.hadamard).T.contiguous()
+
+
+def layout_of(linear: Linear, config: Any, hadamard: int) -> WeightLayout:
+    """A linear's. hadamard: columns per block of the transform, for the linears that can have one."""
+    heads = getattr(config, linear.rope_heads) if linear.rope_heads else 0
+    return WeightLayout(heads, hadamard if linear.hadamard else 0)

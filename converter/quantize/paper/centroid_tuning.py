@@ -1,11 +1,11 @@
 """Stage 3 as published, adaptive clustering with centroid fine-tuning (ACCF), one decoder layer at a time.
 
-From the k-means, rounds of two steps. Gradient steps on the centroids, assignments fixed (a centroid's gradient is the
-sum over its members), lower the layer's loss: the relative squared errors of what attention and FFN (or the experts'
-weighted sum) write, plus lambda times the divergence of the router's choice from the original's. Then each weight takes
-the centroid c with the least (D1_jj c - D2_jj w_ij)^2, where D1 = diag(X~^T X~), D2 = diag(X~^T X), X being the inputs
-in the original and X~ those in the quantized model. The paper also clusters the router; ours stays as it is, so lambda
-acts on what the router reads.
+It starts from the k-means' codebooks and repeats two steps. First, gradient steps on the centroids, with fixed
+assignments (a centroid's gradient is the sum over its members), lower the layer's loss: the relative squared errors of
+what attention and FFN (or the experts' weighted sum) write, plus lambda times the divergence of the router's choice
+from the original's. Second, each weight takes the centroid c with the least (D1_jj c - D2_jj w_ij)^2, where
+D1 = diag(X~^T X~) and D2 = diag(X~^T X), X being the inputs in the original model and X~ those in the quantized one.
+The paper also clusters the router; here the router stays as it is, so lambda acts on what the router reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ...results import Tuned
 from ...source.architecture import Linear
 from ...transform.weight_layout import WeightLayout
-from ..matrix import Quantized, QuantizedExperts
+from ..experts import FittedExperts
+from ..fitting import FittedWeight
 from .layer_pair import ATTENTION, FFN, ROUTER, LayerPair
 
 ROUNDS = 2
@@ -29,16 +30,16 @@ STEP = 0.3  # Adam's, in steps of int8
 
 
 class Codebooks:
-    """Real-valued codebooks and assignments of one linear, of all its experts.
+    """Real-valued codebooks and assignments of one linear, with those of all its experts.
 
     original float32 [experts, rows, cols] in the file's layout; centroids [experts, rows, n_codebooks * K] in steps of
     int8; scale [experts, rows, 1]; indices int64 [experts, rows, cols] into centroids.
     """
 
-    def __init__(self, linear: Linear, quantized: Quantized | QuantizedExperts, layout: WeightLayout) -> None:
-        """From what the k-means found. Only for rows with codebooks of their own, no group scales and no transform."""
-        self.linear, self.quantized, self.layout = linear, quantized, layout
-        fits = quantized.fits
+    def __init__(self, linear: Linear, fitted: FittedWeight | FittedExperts, layout: WeightLayout) -> None:
+        """From what the k-means found. Rows must have own codebooks and no group scales, inputs no transform."""
+        self.linear, self.fitted, self.layout = linear, fitted, layout
+        fits = fitted.fits
         assert not layout.hadamard and all(fit.codebook_rows == 1 and fit.group_scales is None for fit in fits)
         self.n_centroids, self.codebook_cols = fits[0].cq.n_centroids, fits[0].codebook_cols
         self.original = torch.stack([torch.from_numpy(fit.w) for fit in fits])
@@ -53,7 +54,7 @@ class Codebooks:
     def weight(self) -> Tensor:
         """The float weight of transformers' layer, differentiable by the centroids."""
         stored = self.scale * self.centroids.gather(-1, self.indices)
-        return self.layout.from_file(stored.reshape(self.quantized.planned.shape))
+        return self.layout.from_file(stored.reshape(self.fitted.planned.shape))
 
     def assign(self, ratio: Tensor) -> None:
         """Every weight w_ij takes the centroid nearest to ratio_j w_ij; ratio [experts, cols] = D2 / D1."""
@@ -75,9 +76,9 @@ class Codebooks:
             self.centroids.copy_((self.centroids * (127 / top.clamp_min(torch.finfo(torch.float32).tiny))).round())
 
     def store(self) -> None:
-        """Hand rounded centroids and the assignments over to the fits."""
+        """Hand the rounded centroids and the assignments over to the fits."""
         indices = (self.indices - self._first_of_codebook()).to(torch.uint8).numpy()
-        for i, fit in enumerate(self.quantized.fits):
+        for i, fit in enumerate(self.fitted.fits):
             fit.centroids[:] = self.centroids[i].detach().numpy()
             fit.scales[:] = self.scale[i, :, 0].numpy()
             fit.indices[:] = indices[i]
@@ -85,7 +86,10 @@ class Codebooks:
 
 @dataclass
 class CentroidTuner:
-    """Fine-tunes layer after layer; hidden [sequences, n, hidden]: the original's, advanced with every layer."""
+    """Fine-tunes layer after layer.
+
+    hidden [sequences, n, hidden]: the hidden states of the original model, advanced with every layer.
+    """
 
     hidden: Tensor
     router_weight: float
@@ -127,8 +131,8 @@ class CentroidTuner:
             wanted = pair.outputs(hidden)
         found = pair.outputs(quantized_hidden, _weights(books))
         loss = torch.zeros(())
-        for part in (ATTENTION, FFN):
-            loss = loss + (found[part] - wanted[part]).square().sum() / wanted[part].square().sum()
+        for name in (ATTENTION, FFN):
+            loss = loss + (found[name] - wanted[name]).square().sum() / wanted[name].square().sum()
         if ROUTER in wanted and self.router_weight:
             p, q = (logits[ROUTER].log_softmax(dim=-1) for logits in (wanted, found))
             loss = loss + self.router_weight * nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
@@ -143,7 +147,7 @@ class CentroidTuner:
     def _assign(self, pair: LayerPair, books: list[Codebooks], quantized_hidden: Tensor) -> None:
         hidden = self.hidden[: len(quantized_hidden)]
         batches = zip(*(x.split(SEQUENCES_PER_STEP) for x in (hidden, quantized_hidden)), strict=True)
-        sums: dict[str, Tensor] = {}  # input_name -> D1 and D2 [2, experts, cols]
+        sums: dict[str, Tensor] = {}  # linear input -> D1 and D2 [2, experts, cols]
         with torch.no_grad():
             for x, quantized in batches:
                 for input_name, products in pair.input_products(x, quantized, _weights(books)).items():

@@ -1,4 +1,4 @@
-"""One decoder layer with its original and with other weights, on the original's and on other hidden states."""
+"""One decoder layer run twice: with its original weights and with others, each on hidden states of its own."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ ATTENTION, FFN, ROUTER = "attention", "ffn", "router"
 
 
 class LayerPair:
-    """transformers' layer `module` holds the original weights; others are put in their place for one run at a time.
+    """transformers' layer `module` holds the original weights; others take their place for one run at a time.
 
-    arch: of this layer; fixed: GGUF stem -> weight that takes the original's place in every such run.
+    arch: of this layer; fixed: GGUF stem -> weight that takes the original's place in every run with other weights.
     """
 
     def __init__(self, stream: LayerStream, arch: Architecture, module: nn.Module, fixed: Layer) -> None:
-        """Gradients go to the weights that are put in, not to the module's own."""
+        """Gradients go to the other weights, not to the module's own."""
         self.stream, self.arch, self.module, self.fixed = stream, arch, module.requires_grad_(False), fixed
 
     def outputs(self, hidden: Tensor, weights: Layer | None = None) -> dict[str, Tensor]:
-        """What attention and FFN write, and the router's logits, for hidden [sequences, n, hidden]."""
+        """What attention and FFN write, and the router's logits, for hidden [sequences, n, hidden].
+
+        weights: GGUF stem -> those that take the original's place; None for the original layer.
+        """
         found: dict[str, Tensor] = {}
         with _hooks(_output_hooks(self.arch, self.module, found)):
             self._run(hidden, weights)
         return found
 
     def input_products(self, hidden: Tensor, other_hidden: Tensor, weights: Layer) -> dict[str, Tensor]:
-        """Per input_name the diagonals of X~^T X~ and of X~^T X, [2, experts or 1, cols].
+        """Per linear input the diagonals of X~^T X~ and of X~^T X, [2, experts or 1, cols].
 
-        X~: the inputs in the layer with other weights and hidden states; X: those of the original one, for the same
-        tokens and, where there are experts, for the experts that the other one chose.
+        X~: the inputs in the layer with other weights and hidden states; X: those in the original layer, for the same
+        tokens and, where there are experts, for the experts that the other layer chose.
         """
         other: dict[str, list[Tensor]] = {}
         own: dict[str, list[Tensor]] = {}
@@ -76,9 +79,9 @@ def _hooks(hooks: list[Hook]) -> Iterator[None]:
 
 
 def _output_hooks(arch: Architecture, module: nn.Module, found: dict[str, Tensor]) -> list[Hook]:
-    def keep(part: str) -> Callable[..., None]:
+    def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: Any, output: Any) -> None:
-            found[part] = output[0] if isinstance(output, tuple) else output  # a router gives its logits first
+            found[name] = output[0] if isinstance(output, tuple) else output  # a router gives its logits first
 
         return hook
 
@@ -90,7 +93,7 @@ def _output_hooks(arch: Architecture, module: nn.Module, found: dict[str, Tensor
     for linear in arch.linears:
         if linear.router:
             modules[ROUTER] = _module_of(linear.parameter)
-    return [(module.get_submodule(name), False, keep(part)) for part, name in modules.items()]
+    return [(module.get_submodule(path), False, keep(name)) for name, path in modules.items()]
 
 
 def _module_of(parameter: str) -> str:
@@ -100,7 +103,10 @@ def _module_of(parameter: str) -> str:
 def _input_hooks(
     arch: Architecture, module: nn.Module, found: dict[str, list[Tensor]], routing: list[Tensor]
 ) -> list[Hook]:
-    """Rows per input, and per expert by the routing [tokens, top_k] in the list, which the first run puts there."""
+    """Put the rows of every linear input into found: of the experts' inputs, one entry per expert.
+
+    routing: the chosen experts [tokens, top_k], which the first run puts into the list and later runs follow.
+    """
 
     def dense(input_name: str) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -113,9 +119,9 @@ def _input_hooks(
         if not routing:
             routing.append(arguments[1])
         rows = [states[(routing[0] == e).any(dim=-1)] for e in range(len(layer.gate_up_proj))]
-        halves = [(x @ w.T).chunk(2, dim=-1) for x, w in zip(rows, layer.gate_up_proj, strict=True)]
+        gate_and_up = [(x @ w.T).chunk(2, dim=-1) for x, w in zip(rows, layer.gate_up_proj, strict=True)]
         found[arch.experts_module or ""] = rows
-        found[f"{arch.experts_module}.hidden"] = [layer.act_fn(gate) * up for gate, up in halves]
+        found[f"{arch.experts_module}.hidden"] = [layer.act_fn(gate) * up for gate, up in gate_and_up]
 
     inputs = {linear.input for linear in arch.linears if linear.measured and not linear.experts}
     hooks: list[Hook] = [(module.get_submodule(input_name), True, dense(input_name)) for input_name in sorted(inputs)]
