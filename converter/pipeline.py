@@ -113,15 +113,15 @@ class _Smoothing:
     learned: LearnedRotation | None
     logits: Tensor | None
 
-    def to_plain(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """As the work folder keeps it."""
         found = self.learned
         learned = [found.loss_start, found.loss_end, found.steps] if found else None
         return {"rotation": self.rotation, "learned": learned, "logits": self.logits}
 
     @classmethod
-    def from_plain(cls, saved: dict[str, Any]) -> _Smoothing:
-        """Inverse of to_plain."""
+    def from_state_dict(cls, saved: dict[str, Any]) -> _Smoothing:
+        """Inverse of state_dict."""
         learned = LearnedRotation(saved["rotation"], *saved["learned"]) if saved["learned"] else None
         return cls(saved["rotation"], learned, saved["logits"])
 
@@ -143,13 +143,13 @@ class _Stages:
         """Choose the rotation; learns: from what tokens [sequences, n] show of the original, unless settings differ."""
         saved = self.work.load("rotation")
         if saved is not None:
-            return _Smoothing.from_plain(saved)
+            return _Smoothing.from_state_dict(saved)
         learns = learns and self.settings.rotation == "learned"
         observed = observe(self._model(), self.stream, tokens) if learns or self.settings.check else None
         learned = self._learn(observed) if observed and learns else None
         rotation = learned.rotation if learned else self._random_rotation()
         found = _Smoothing(rotation, learned, observed.logits if observed and self.settings.check else None)
-        self.work.save("rotation", found.to_plain())
+        self.work.save("rotation", found.state_dict())
         return found
 
     def smoothed_model(self, smoothing: _Smoothing) -> TransformedModel:

@@ -1,4 +1,4 @@
-"""What the stages return for the report: plain data, which a resumed conversion reads back."""
+"""What the stages return for the report: data that a resumed conversion reads back."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Findings:
     experts: list[ExpertTokens] = field(default_factory=list)
     tuned: list[Tuned] = field(default_factory=list)
 
-    def to_plain(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Dicts, lists and numbers, as a work folder can keep them."""
         return asdict(self)
 
     @classmethod
-    def from_plain(cls, saved: dict[str, Any]) -> Findings:
-        """Inverse of to_plain."""
+    def from_state_dict(cls, saved: dict[str, Any]) -> Findings:
+        """Inverse of state_dict."""
         experts = [ExpertTokens(**layer) for layer in saved["experts"]]
         return cls(saved["rel_errors"], experts, [Tuned(**layer) for layer in saved["tuned"]])
 

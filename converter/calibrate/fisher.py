@@ -56,11 +56,11 @@ class Sensitivity:
 
     def layer(self, index: int) -> LayerSensitivity:
         """Read one layer's."""
-        return LayerSensitivity.from_plain(self.work.load(f"sensitivity-{index}"))
+        return LayerSensitivity.from_state_dict(self.work.load(f"sensitivity-{index}"))
 
     def save(self, index: int, layer: LayerSensitivity) -> None:
         """Write one layer's."""
-        self.work.save(f"sensitivity-{index}", layer.to_plain())
+        self.work.save(f"sensitivity-{index}", layer.state_dict())
 
 
 @dataclass

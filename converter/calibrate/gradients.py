@@ -55,14 +55,14 @@ class LayerSensitivity:
     token_weights: dict[str, Tensor]
     outputs: dict[str, list[PackedHessian]]
 
-    def to_plain(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Dicts, lists and tensors, as a work folder can keep them."""
         outputs = {name: [(x.matrix, x.tokens) for x in entries] for name, entries in self.outputs.items()}
         return {"token_weights": self.token_weights, "outputs": outputs}
 
     @classmethod
-    def from_plain(cls, saved: dict[str, Any]) -> LayerSensitivity:
-        """Inverse of to_plain."""
+    def from_state_dict(cls, saved: dict[str, Any]) -> LayerSensitivity:
+        """Inverse of state_dict."""
         outputs = {name: [PackedHessian(*entry) for entry in entries] for name, entries in saved["outputs"].items()}
         return cls(saved["token_weights"], outputs)
 

@@ -29,9 +29,9 @@ class Written:
         saved = work.load(NAME)
         if saved is None:
             return None
-        return cls(saved["n_layers"], saved["hidden"], Findings.from_plain(saved["findings"]))
+        return cls(saved["n_layers"], saved["hidden"], Findings.from_state_dict(saved["findings"]))
 
     def save(self, work: WorkFolder) -> None:
         """Replace what the folder holds."""
-        findings = self.findings.to_plain()
+        findings = self.findings.state_dict()
         work.save(NAME, {"n_layers": self.n_layers, "hidden": self.hidden, "findings": findings})
