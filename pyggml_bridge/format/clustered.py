@@ -49,11 +49,11 @@ def unpack(packed: NDArray[np.uint8], cq: CQType, codebook_rows: int = 1) -> NDA
 
 
 def _rows_above(values: NDArray[np.uint8], codebook_rows: int, up: int) -> NDArray[np.uint8]:
-    """Of values [..., rows, cols]: each row's `up` rows above, around the ring of rows that share their codebooks."""
+    """Of values [..., rows, cols]: each row's `up` rows above, around those that share its codebooks (the trellis bites its tail)."""
     out = np.empty_like(values)
     for first in range(0, values.shape[-2], codebook_rows):
-        ring = values[..., first : first + codebook_rows, :]
-        out[..., first : first + codebook_rows, :] = np.roll(ring, up, axis=-2)
+        rows = values[..., first : first + codebook_rows, :]
+        out[..., first : first + codebook_rows, :] = np.roll(rows, up, axis=-2)
     return out
 
 
@@ -83,7 +83,7 @@ class Clustered:
     packed uint8 [..., rows, cols / 64 * block_bytes]; centroids int8 [..., rows / codebook_rows, n_codebooks *
     n_centroids]; scales float32 [..., rows]; group_scales int8 [..., rows, n_groups] or None. codebook_cols,
     scale_cols: columns that share a codebook or a group scale, multiples of 64; codebook_rows: rows that share
-    codebooks, a power of two, and with a trellis its ring. The last of each may be shorter.
+    codebooks, a power of two, down which a trellis runs. The last of each may be shorter.
     """
 
     cq: CQType
