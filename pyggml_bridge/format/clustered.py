@@ -49,7 +49,7 @@ def unpack(packed: NDArray[np.uint8], cq: CQType, codebook_rows: int = 1) -> NDA
 
 
 def _rows_above(values: NDArray[np.uint8], codebook_rows: int, up: int) -> NDArray[np.uint8]:
-    """Of values [..., rows, cols]: each row's `up` rows above, the last ones being above the first: a tail-biting trellis."""
+    """Of values [..., rows, cols]: each row's `up` rows above; the last rows are above the first (tail-biting)."""
     out = np.empty_like(values)
     for first in range(0, values.shape[-2], codebook_rows):
         rows = values[..., first : first + codebook_rows, :]
