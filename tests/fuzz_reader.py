@@ -30,7 +30,7 @@ def header_bytes(path: Path) -> int:
 
 
 def mutate(data: bytes, n_header: int, rng: np.random.Generator) -> bytes:
-    """One random predicted_kl, mostly to the header."""
+    """One random mutation, mostly of the header."""
     kind = rng.integers(6)
     if kind == 0:  # truncate anywhere
         return data[: rng.integers(len(data))]
