@@ -33,7 +33,7 @@ def pristine(tmp_path_factory):
 
 @pytest.fixture
 def model(pristine, tmp_path):
-    """A copy to predicted_kl."""
+    """A copy to damage."""
     return Path(shutil.copytree(pristine, tmp_path / "model"))
 
 
@@ -81,9 +81,9 @@ def integers(tensors):
     tensors[WEIGHT] = tensors[WEIGHT].to(torch.int8)
 
 
-@pytest.mark.parametrize("predicted_kl", [nan, missing, wrong_shape, integers])
-def test_damaged_tensors_are_named(model, tmp_path, monkeypatch, capsys, predicted_kl):
-    edit_tensors(model, predicted_kl)
+@pytest.mark.parametrize("damage", [nan, missing, wrong_shape, integers])
+def test_damaged_tensors_are_named(model, tmp_path, monkeypatch, capsys, damage):
+    edit_tensors(model, damage)
     assert WEIGHT in fails(monkeypatch, capsys, tmp_path / "out.gguf", model)
 
 
