@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -126,3 +129,11 @@ def test_hadamard_is_the_matrix_of_the_format_and_its_own_inverse(block):
     want = (x.reshape(5, -1, block) @ matrix).reshape(x.shape)
     np.testing.assert_allclose(hadamard(x, block), want, atol=1e-6)
     np.testing.assert_allclose(hadamard(hadamard(x, block), block), x, atol=1e-6)
+
+
+def test_types_are_those_of_the_kernels():
+    source = (Path(__file__).parent.parent / "native" / "cuda" / "types.cuh").read_text()
+    rows = re.findall(r"TYPE\(CQ_(\w+), +(\d+), (\d), ([01])\)", source)
+    assert {(name, int(id), int(bits), bool(int(trellis))) for name, id, bits, trellis in rows} == {
+        (cq.name, int(cq), cq.bits, cq.trellis) for cq in CQType
+    }
