@@ -46,7 +46,7 @@ class Override:
 @dataclass(frozen=True)
 class Refinement:
     """What follows the k-means where the inputs' second moments are known. Descent needs feedback before it, and tokens
-    enough for each column (quantize.DESCENT_ROWS).
+    enough for each column (quantize/fitting.py).
 
     sensitivity: Hessians weighted by gradients, and feedback from row to row (calibrate/fisher.py).
     """

@@ -81,6 +81,7 @@ class GradientCapture:
         ] = {}  # linear -> what feedback from row to row leaves, of each output Hessian
         self.energy: dict[str, Tensor] = {}  # linear -> sum of (g e)^2 over tokens, [1] or [n_experts]
         self.linears = [linear for linear in arch.linears if linear.measured]
+        self.expert_linears = [linear for linear in self.linears if linear.experts]
         for linear in self.linears:
             self.energy[linear.name] = torch.zeros(n_experts if linear.experts else 1, dtype=torch.float64)
 
@@ -178,7 +179,7 @@ def experts_backward(
     Fills the capture on the way. All experts' down projections write the same residual stream: they share one output
     Hessian.
     """
-    linears = [linear for linear in capture.linears if linear.experts]
+    linears = capture.expert_linears
     capture.norms[linears[0].input, linears[0].name] = [gradient.norm(dim=-1)]
     by_states, by_weights = torch.zeros_like(routed.states), torch.zeros_like(routed.weights)
     for number in range(experts.n_experts):
@@ -187,7 +188,7 @@ def experts_backward(
             expert = experts.expert(number)
             for token, slot in zip(tokens.split(ROWS), slots.split(ROWS), strict=True):
                 by_down = gradient[token] * routed.weights[token, slot, None]
-                found = _expert_backward(capture, linears, number, expert, routed.states[token], by_down)
+                found = _expert_backward(capture, number, expert, routed.states[token], by_down)
                 by_states.index_add_(0, token, found.by_x)
                 by_weights[token, slot] = ((found.hidden @ expert.down.T) * gradient[token]).sum(dim=-1)
             del expert, found  # before the next one is read
@@ -197,12 +198,10 @@ def experts_backward(
     return by_states, by_weights
 
 
-def _expert_backward(
-    capture: GradientCapture, linears: list[Linear], number: int, expert: Expert, x: Tensor, by_down: Tensor
-) -> Gradients:
+def _expert_backward(capture: GradientCapture, number: int, expert: Expert, x: Tensor, by_down: Tensor) -> Gradients:
     """Of some tokens x [tokens, hidden] of one expert, from the gradient by its output; fills the capture."""
     found = expert.gradients(x, by_down)
     sides = ((found.by_gate, x, expert.gate), (found.by_up, x, expert.up), (by_down, found.hidden, expert.down))
-    for linear in linears:
+    for linear in capture.expert_linears:
         capture.add(linear, *sides[2 if linear.writes_residual else linear.row_block[0]], number)
     return found

@@ -29,6 +29,7 @@ from ..source.checkpoint import Checkpoint
 IDENTITY, IDENTITY_PART, LOCK = "settings.json", "settings.part", "lock"
 Identity = dict[str, str]  # what the bytes of the output follow from, by name
 # Settings that do not change these bytes, and paths, whose contents count instead.
+FORM = "2"  # counted up when what the folder holds changes
 NOT_IDENTITY = ("out", "overwrite", "max_memory", "work_dir", "resume", "model", "calibration")
 
 
@@ -131,7 +132,7 @@ def _require_same(path: Path, before: Identity, now: Identity) -> None:
 
 
 def _identity(settings: Settings, checkpoint: Checkpoint) -> Identity:
-    chosen = {"converter": package_version()}
+    chosen = {"converter": package_version(), "form of the work folder": FORM}
     chosen |= {f.name: repr(getattr(settings, f.name)) for f in fields(settings) if f.name not in NOT_IDENTITY}
     for file in checkpoint.files:
         stat = file.stat()
