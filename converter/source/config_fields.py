@@ -95,6 +95,8 @@ def check_fields(fields: Mapping[str, Any], arch: Architecture, where: str) -> N
     counts = COUNTS | LATENT_COUNTS if arch.model_type == "deepseek_v2" else COUNTS
     for name, most in (counts | EXPERT_COUNTS if _has_experts(arch) else counts).items():
         _check_count(fields.get(name), name, most, where)
+    if (fields.get("head_dim") or 0) % 2:
+        raise CQError(f"{where}: head_dim is {fields['head_dim']}, expected an even number")
     _check_numbers(fields, where)
     for name in SWITCHES:
         if not isinstance(fields.get(name), bool | None):
@@ -105,6 +107,8 @@ def check_fields(fields: Mapping[str, Any], arch: Architecture, where: str) -> N
             continue
         if not isinstance(rope, Mapping):
             raise CQError(f"{where}: {name} is {_shown(rope)}, expected an object")
+        if any(isinstance(value, Mapping) for value in rope.values()):
+            raise CQError(f"{where}: {name} is {_shown(rope)}: parameters by kind of layer are not supported")
         _check_numbers(rope, f"{where}: {name}")
         _check_count(
             rope.get("original_max_position_embeddings"), "original_max_position_embeddings", MAX_CONTEXT, where
