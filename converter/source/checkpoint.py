@@ -275,6 +275,14 @@ class Checkpoint:
             raise CQError(f"{self.path}: only fast tokenizers (tokenizer.json) are supported")
         return tokenizer
 
+    def token_texts(self, ids: list[int]) -> list[str] | None:
+        """The vocabulary's texts of token ids, None where there is no tokenizer or an id has no text."""
+        try:
+            texts = self.tokenizer.convert_ids_to_tokens(ids)
+        except CQError:
+            return None
+        return None if None in texts else [str(text) for text in texts]
+
     @cached_property
     def generation_config(self) -> Any:
         """transformers' generation configuration; derived from the model's where there is no file."""

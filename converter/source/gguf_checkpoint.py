@@ -75,6 +75,11 @@ class GgufCheckpoint(Checkpoint):
             return split_rope(tensor, getattr(self.config, spec.rope_heads))
         return tensor
 
+    def token_texts(self, ids: list[int]) -> list[str] | None:
+        """Texts of token ids in the file's own list, None where it has none or a shorter one."""
+        tokens = self.source.value("tokenizer.ggml.tokens")
+        return [tokens[i] for i in ids] if tokens and max(ids) < len(tokens) else None
+
     def stored_tokenizer_keys(self) -> Keys:
         """The file's own tokenizer.ggml keys, which its author's tokenizer determined; a warning for unknown ones."""
         found = {name: field for name, field in self.source.reader.fields.items() if name.startswith("tokenizer.ggml.")}
