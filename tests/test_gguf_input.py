@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from codequant_converter import cli
+from codequant_converter.reference import load
 from codequant_converter.source.open_checkpoint import open_checkpoint
 from codequant_converter.source.weight_files import GgufSource
 from gguf import GGUFEndian, GGUFWriter
@@ -88,15 +89,18 @@ def with_keys(source: Path, out: Path, changes: dict[str, object]) -> Path:
         {"llama.expert_count": 0, "llama.expert_used_count": 0},
         {"llama.rope.scaling.type": "none"},
         {"llama.rope.scaling.factor": 1.0},
+        {"general.name": "Mistral 7B v0.3"},  # by this name transformers takes it for a model with a sliding window
     ],
 )
 def test_gguf_keys_that_say_there_is_none_of_it(converted, tmp_path, keys):
     same = open_checkpoint(str(with_keys(converted, tmp_path / "same.gguf", keys)))
     plain = open_checkpoint(str(converted))
-    assert (same.arch, same.tied) == (plain.arch, plain.tied)
+    assert (same.arch.gguf_name, same.tied) == (plain.arch.gguf_name, plain.tied)
     assert torch.equal(same.head(), plain.head())
     assert all(torch.equal(same.layer(1)[name], tensor) for name, tensor in plain.layer(1).items())
     convert(tmp_path / "same.gguf", tmp_path / "again.gguf")
+    tokens = np.arange(16, dtype=np.int32)
+    assert np.array_equal(load(str(tmp_path / "same.gguf")).logits(tokens), load(str(converted)).logits(tokens))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +109,7 @@ def test_gguf_keys_that_say_there_is_none_of_it(converted, tmp_path, keys):
         ("llama.attention.head_count", 0),
         ("llama.block_count", 2**31),
         ("llama.expert_count", 8),
+        ("llama.attention.sliding_window", 4096),
         ("llama.rope.scaling.type", "yarn"),
         ("llama.rope.scaling.factor", 2.0),
         ("llama.rope.scale_linear", 4.0),

@@ -219,6 +219,23 @@ def test_two_spellings_of_a_tensor_are_an_error_that_names_both(model):
         Checkpoint(model)
 
 
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_tensors_that_the_configuration_leaves_out_are_named(saved, model, capsys, prefix):
+    found = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors_of(model).items()}
+    found |= {f"{prefix}layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    write(model / "model.safetensors", found)
+    Checkpoint(model)
+    Checkpoint(saved("mixtral"))
+    Checkpoint(saved("llama-tied"))
+    assert capsys.readouterr().err == ""
+    set_fields(model, num_hidden_layers=2, layer_types=None)
+    write(model / "model.safetensors", found | {f"{prefix}layers.0.o_proj.bias": torch.ones(96)})
+    Checkpoint(model)
+    warning = capsys.readouterr().err
+    assert "13 tensors are not in a model of this configuration" in warning
+    assert warning.count("warning") == 1 and "o_proj.bias" in warning
+
+
 def test_types_may_be_mixed(model):
     types = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     found = tensors_of(model)

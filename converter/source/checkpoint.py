@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ GGUF_NAMES = {
     "lm_head.weight": "output.weight",
 }
 EMBEDDING, FINAL_NORM, HEAD = GGUF_NAMES
+BUFFERS = ("rotary_emb.inv_freq",)  # stored by old versions of transformers, computed from the configuration
 FINAL_NORM_BIAS, HEAD_BIAS = "model.norm.bias", "lm_head.bias"
 GGUF_BIASES = {FINAL_NORM_BIAS: "output_norm.bias", HEAD_BIAS: "output.bias"}
 
@@ -161,40 +163,40 @@ class Checkpoint:
         warn(f"{self.path}: {head} is not the embedding, though tie_word_embeddings is true: it is kept as it is")
         return False
 
-    def _require_all(self) -> None:
-        """Every layer has its tensors; without the skeleton, whose layers are as many as the configuration claims."""
+    def _layer_tensors(self) -> Iterator[tuple[Norm | Vector | Linear, int, str]]:
+        """Every layer's tensors: description, layer, name on disk (experts one by one); CQError at a missing one.
+
+        Not from the skeleton, whose layers and experts are as many as the configuration claims.
+        """
         n_experts = self.arch.n_experts(self.config)
         for layer in range(self.config.num_hidden_layers):
             for spec in self.arch_of(layer).specs:
                 name = self._disk_name(spec, layer)
                 for each in (name.format(i) for i in range(n_experts if "{}" in name else 1)):
-                    if self.source.shape(each) is None and not self._is_absent(spec):
+                    if self._is_absent(spec):
+                        continue
+                    if self.source.shape(each) is None:
                         raise CQError(f"{self.path}: tensor {each} is missing")
+                    yield spec, layer, each
 
     def _validate(self) -> None:
-        """Every tensor is present with the configuration's shape."""
-        self._require_all()
-        for layer in range(self.config.num_hidden_layers):
-            for spec in self.arch_of(layer).specs:
-                self._check_shape(spec, layer)
+        """Every tensor is present with the configuration's shape; a warning if there are others."""
+        names = {self._model_name(name) for name in (EMBEDDING, FINAL_NORM, HEAD)}
+        for spec, layer, name in list(self._layer_tensors()):
+            is_expert = "{}" in self._disk_name(spec, layer)
+            self._require(name, self.expected_shape(spec, layer)[1:] if is_expert else self._disk_shape(spec, layer))
+            names.add(name)
         expected = {HEAD: not self.tied, FINAL_NORM_BIAS: self.arch.has_layer_norms, HEAD_BIAS: self.has_head_bias}
         for name in (EMBEDDING, FINAL_NORM, *(name for name, there in expected.items() if there)):
             self._require(self._on_disk(name), tuple(self.skeleton.get_parameter(name).shape))
+            names.add(self._on_disk(name))
+        if others := [name for name in self.source.others(names) if not name.endswith(BUFFERS)]:
+            shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+            warn(f"{self.path}: {len(others)} tensors are not in a model of this configuration, so left out: {shown}")
 
     def _is_absent(self, spec: Norm | Vector | Linear) -> bool:
         """Whether the configuration leaves this vector out."""
         return isinstance(spec, Vector) and spec.switch is not None and not getattr(self.config, spec.switch)
-
-    def _check_shape(self, spec: Norm | Vector | Linear, layer: int) -> None:
-        if self._is_absent(spec):
-            return
-        name = self._disk_name(spec, layer)
-        if "{}" not in name:
-            self._require(name, self._disk_shape(spec, layer))
-            return
-        n_experts, *shape = self.expected_shape(spec, layer)
-        for expert in range(n_experts):
-            self._require(name.format(expert), tuple(shape))
 
     def _require(self, name: str, shape: tuple[int, ...]) -> None:
         found = self.source.shape(name)

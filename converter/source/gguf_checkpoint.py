@@ -36,6 +36,7 @@ class GgufCheckpoint(Checkpoint):
         off = (None, 0, 1, "none")  # values that mean the same as no such key
         for key, what, harmless in (
             (f"{name}.expert_count", "experts", off[:2]),
+            (f"{name}.attention.sliding_window", "a sliding window", off[:2]),
             (f"{name}.rope.scaling.type", "rope scaling", off),
             (f"{name}.rope.scaling.factor", "rope scaling", off),
             (f"{name}.rope.scale_linear", "rope scaling", off),
@@ -47,7 +48,9 @@ class GgufCheckpoint(Checkpoint):
         if self.source.shape("rope_freqs.weight"):
             raise CQError(f"{self.path}: a GGUF file with rope scaling (rope_freqs.weight) is not supported as input")
         check_gguf_keys(self.source.value, name, str(self.path))
-        return self._transformers_config(self.path.parent, gguf_file=self.path.name)
+        config = self._transformers_config(self.path.parent, gguf_file=self.path.name)
+        config.sliding_window = None  # transformers gives one to whatever has "mistral" in its name
+        return config
 
     def _open_source(self) -> Source:
         return self.source

@@ -51,6 +51,9 @@ class Source(Protocol):
     def are_equal(self, first: str, second: str) -> bool:
         """Whether two tensors have the same shape and values."""
 
+    def others(self, names: set[str]) -> list[str]:
+        """The tensors that have none of these names, sorted."""
+
 
 class SafetensorsSource:
     """The safetensors files of a directory, those that transformers reads.
@@ -104,6 +107,11 @@ class SafetensorsSource:
             return False
         blocks = (slice(start, start + ROWS_AT_ONCE) for start in range(0, shape[0], ROWS_AT_ONCE))
         return all(torch.equal(self._part(first, rows).float(), self._part(second, rows).float()) for rows in blocks)
+
+    def others(self, names: set[str]) -> list[str]:
+        """The tensors that have none of these names, however spelled, sorted."""
+        named = {self._stored_name(name) for name in names}
+        return sorted(name for name in self._file_of if name not in named)
 
     def _part(self, name: str, index: slice | int) -> Tensor:
         stored = self._stored_name(name)
@@ -248,3 +256,7 @@ class GgufSource:
     def are_equal(self, first: str, second: str) -> bool:
         """Whether two tensors have the same shape and values."""
         return self.shape(first) == self.shape(second) and torch.equal(self.read(first), self.read(second))
+
+    def others(self, names: set[str]) -> list[str]:
+        """The tensors that have none of these names, sorted."""
+        return sorted(name for name in self._tensors if name not in names)
