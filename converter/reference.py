@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,33 @@ class Reference:
     """Logits, and for MoE the selected experts, of an unquantized checkpoint."""
 
     def __init__(self, path: str) -> None:
-        """Load the whole model; CQError if it is not a checkpoint that cq-convert accepts."""
-        checkpoint = open_checkpoint(path)
-        self._model = checkpoint.model()
+        """Open the checkpoint; CQError if cq-convert does not accept it. The weights are loaded by the first logits."""
+        self._checkpoint = open_checkpoint(path)
         self._chosen: list[NDArray[np.int64]] = []
-        for i in range(checkpoint.config.num_hidden_layers):
-            layer = self._model.get_decoder().layers[i]
-            for linear in checkpoint.arch_of(i).linears:
+        self._routed: NDArray[np.int64] | None = None
+
+    @cached_property
+    def _model(self) -> torch.nn.Module:
+        """The whole model, with hooks that keep what its routers choose."""
+        model = self._checkpoint.model()
+        for i in range(self._checkpoint.config.num_hidden_layers):
+            layer = model.get_decoder().layers[i]
+            for linear in self._checkpoint.arch_of(i).linears:
                 if linear.router:
                     layer.get_submodule(linear.parameter.removesuffix(".weight")).register_forward_hook(
                         self._keep_choice
                     )
-        self._routed: NDArray[np.int64] | None = None
+        return model
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        size: int = self._checkpoint.config.vocab_size
+        return size
+
+    def token_texts(self, ids: list[int]) -> list[str] | None:
+        """The vocabulary's texts of these ids, None where the checkpoint has no tokenizer or lacks one of them."""
+        return self._checkpoint.token_texts(ids)
 
     def logits(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """float32 [n, vocab] of one sequence of tokens int32 [n]."""

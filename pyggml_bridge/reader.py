@@ -26,6 +26,7 @@ cq_format.register()
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_DIMS = 4
 MAX_NAME = 64 * 1024
 MIN_KV_BYTES = 8 + 1 + 4 + 1  # the smallest entry: a key of one byte and a value of one byte
@@ -106,6 +107,29 @@ class StringArray(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
 
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file that begins with these bytes is what Git LFS leaves in place of one that was not fetched."""
+    return head.startswith(LFS_POINTER)
+
+
+def foreign(head: bytes) -> str | None:
+    """What a file that begins with these bytes (48 suffice) is instead of a little-endian GGUF file, or None."""
+    if is_lfs_pointer(head):
+        return "a Git LFS pointer, not the file itself ('git lfs pull' fetches it)"
+    if head[:4] != MAGIC:
+        return "not a GGUF file"
+    if len(head) >= 8 and int.from_bytes(head[4:8], "big") in VERSIONS:
+        return "a big-endian GGUF file, only little-endian ones are read (gguf-py's gguf-convert-endian converts it)"
+    return None
+
+
+def split_message(count: object) -> str | None:
+    """What is wrong with a file whose key split.count has this value (None: no such key), None if nothing."""
+    if count is None or (isinstance(count, int) and 0 <= count <= 1):
+        return None
+    return f"one of {count} parts of a split GGUF file: join them (llama-gguf-split --merge FIRST_PART OUT)"
+
+
 class GGUFFile:
     """An open GGUF file. metadata: key -> int, float, bool, str, list of these or StringArray. tensors: name -> Tensor.
 
@@ -166,8 +190,8 @@ class GGUFFile:
     # ---- header ----
 
     def _parse(self) -> None:
-        if self._map[:4] != MAGIC:
-            raise CQError(f"{self.path}: not a GGUF file")
+        if message := foreign(self._map[:48]):
+            raise CQError(f"{self.path}: {message}")
         self._take(4)
         version = self._scalar(_U32)
         if version not in VERSIONS:
@@ -185,6 +209,8 @@ class GGUFFile:
             item = GGUFValueType(self._scalar(_U32)) if kind is GGUFValueType.ARRAY else None
             self.types[key] = kind, item
             self.metadata[key] = self._value(kind) if item is None else self._array(item)
+        if message := split_message(self.metadata.get("split.count")):
+            raise CQError(f"{self.path}: {message}")
         infos = [self._tensor_info() for _ in range(n_tensors)]
         self._map_tensors(infos)
 

@@ -20,6 +20,7 @@ from pyggml_bridge.measure.synthetic import SHAPES, synthetic_bytes, write_synth
 from pyggml_bridge.models import load_model
 from pyggml_bridge.version import package_version
 from tests.byte_tokenizer import byte_keys
+from tests.models import TinyModel
 from tests.processes import interruptible
 from tests.tiny_gguf import Tiny, write_tiny
 
@@ -147,6 +148,22 @@ def test_bench_measures_both_tests_and_the_kernels(files):
     assert {"gemv", "gemm512"} == {result["kernel"] for result in kernels}
     for result in kernels:
         assert min(result["gbps"], result["frac_bandwidth"], result["frac_peak"]) > 0 and result["frac_peak"] < 1.5
+
+
+@pytest.mark.parametrize("base", ["wider", "renamed", "directory"])
+def test_a_base_of_another_vocabulary_is_refused_before_the_run(files, tmp_path, base):
+    folder, _ = files
+    if base == "directory":  # as many tokens, each byte with another id
+        TinyModel("llama", {"vocab_size": MOE.vocab}).save(tmp_path / "base")
+    renamed = KEYS | {"tokenizer.ggml.tokens": KEYS["tokenizer.ggml.tokens"][::-1]}
+    other = {"wider": (replace(MOE, vocab=MOE.vocab + 32), KEYS), "renamed": (MOE, renamed)}
+    if base in other:
+        write_tiny(tmp_path / "base", *other[base])
+        (tmp_path / "base").rename(tmp_path / "base.gguf")
+    path = next(tmp_path.glob("base*"))
+    done = run("perplexity", folder / "moe.gguf", "-f", folder / "text.txt", "-c", N_CTX, "--base", path)
+    assert_refused(done, "--base has a", "vocabulary")
+    assert "[1]" not in done.stderr
 
 
 def test_bad_usage_and_bad_input(files, tmp_path):

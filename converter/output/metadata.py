@@ -23,7 +23,7 @@ SAMPLING = {  # by transformers' names
 def metadata(checkpoint: Checkpoint, settings: Settings, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
     """All keys but general.architecture; values are int, float, bool, str or a list of one of them."""
     arch = checkpoint.arch
-    keys: dict[str, Any] = {Key.GENERAL_TYPE: "model", Key.GENERAL_NAME: checkpoint.path.stem}
+    keys: dict[str, Any] = {Key.GENERAL_TYPE: "model", Key.GENERAL_NAME: checkpoint.name}
     if settings.float_type:
         keys[Key.GENERAL_FILE_TYPE] = int(FILE_TYPES[TENSOR_TYPES[settings.float_type]])
     keys |= {f"{arch.gguf_name}.{key}": value for key, value in arch.hparams(checkpoint.config).items()}

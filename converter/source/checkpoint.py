@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from pyggml_bridge.errors import CQError
 
+from ..console import warn
 from . import arch
 from .architecture import Architecture, Keys, Layer, Linear, Norm, Vector
-from .weight_files import SafetensorsSource, Source
+from .config_fields import check_fields, check_generation, check_relations
+from .weight_files import SafetensorsSource, Source, read_json, refuse_pointers
 
 transformers_logging.set_verbosity_error()  # what matters to the user is said by this package, in one line
 transformers_logging.disable_progress_bar()
@@ -28,6 +30,7 @@ GGUF_NAMES = {
     "lm_head.weight": "output.weight",
 }
 EMBEDDING, FINAL_NORM, HEAD = GGUF_NAMES
+BUFFERS = ("rotary_emb.inv_freq",)  # stored by old versions of transformers, computed from the configuration
 FINAL_NORM_BIAS, HEAD_BIAS = "model.norm.bias", "lm_head.bias"
 GGUF_BIASES = {FINAL_NORM_BIAS: "output_norm.bias", HEAD_BIAS: "output.bias"}
 
@@ -44,8 +47,11 @@ class Checkpoint:
         self.path = path
         self.config = self._read_config()
         self.arch = self._find_architecture()
+        check_fields(self.config.to_dict(), self.arch, str(self.path))
+        check_relations(self.config, self.arch, str(self.path))
         self.arch.check(self.config)
         self.source = self._open_source()
+        self.config.tie_word_embeddings = self.tied = self._is_tied()
         self._validate()
 
     @property
@@ -59,18 +65,25 @@ class Checkpoint:
         file = self.path / "config.json"
         if not file.is_file():
             raise CQError(f"{self.path}: not a model directory (no config.json)")
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-            model_type = raw.get("model_type")
-        except (ValueError, AttributeError) as error:
-            raise CQError(f"{file}: not a configuration ({error})") from error
-        arch.find(str(model_type))
+        refuse_pointers(self.path)
+        raw = read_json(file)
+        check_fields(raw, arch.find(str(raw.get("model_type"))), str(file))
         if raw.get("quantization_config"):
             raise CQError(f"{file}: quantization_config is set: only float checkpoints can be converted")
         return self._transformers_config(self.path)
 
     def _open_source(self) -> Source:
-        return SafetensorsSource(self.path)
+        return SafetensorsSource(self.path, getattr(self.config, "transformers_weights", None))
+
+    @property
+    def name(self) -> str:
+        """What the model is called: the directory's name, or the repository's of a snapshot in the hub's cache."""
+        # Not resolved where that is not needed: a link's own name is the user's choice.
+        path = self.path.resolve() if ".." in self.path.parts else self.path.absolute()
+        repository = path.parent.parent.name
+        if path.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.rpartition("--")[2]
+        return path.name or "model"
 
     def _load_arguments(self) -> tuple[str, dict[str, str]]:
         """Arguments of transformers' from_pretrained."""
@@ -116,8 +129,11 @@ class Checkpoint:
         for vector in self.arch.vectors:
             if vector.switch:
                 setattr(config, vector.switch, True)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except Exception as error:  # transformers raises many exception types here
+            raise CQError(f"{self.path}: transformers builds no model of this configuration: {error}") from error
 
     def arch_of(self, layer: int) -> Architecture:
         """The description of one layer."""
@@ -132,34 +148,61 @@ class Checkpoint:
         parameter: Tensor = self.skeleton.get_decoder().layers[layer].get_parameter(spec.parameter)
         return parameter
 
-    def _validate(self) -> None:
-        """Every tensor is present with the configuration's shape."""
+    def _is_tied(self) -> bool:
+        """Whether the head is the embedding.
+
+        A head of its own in the checkpoint counts, whatever the configuration says, as with transformers 5 (version 4
+        replaces it by the embedding). Without one and without tie_word_embeddings transformers draws a random head;
+        here the head is missing then.
+        """
+        embedding, head = self._model_name(EMBEDDING), self._model_name(HEAD)
+        if not self.config.tie_word_embeddings or None in (self.source.shape(head), self.source.shape(embedding)):
+            return bool(self.config.tie_word_embeddings)
+        if self.source.are_equal(embedding, head):
+            return True
+        warn(f"{self.path}: {head} is not the embedding, though tie_word_embeddings is true: it is kept as it is")
+        return False
+
+    def _layer_tensors(self) -> Iterator[tuple[Norm | Vector | Linear, int, str]]:
+        """Every layer's tensors: description, layer, name on disk (experts one by one); CQError at a missing one.
+
+        Not from the skeleton, whose layers and experts are as many as the configuration claims.
+        """
+        n_experts = self.arch.n_experts(self.config)
         for layer in range(self.config.num_hidden_layers):
             for spec in self.arch_of(layer).specs:
-                self._check_shape(spec, layer)
+                name = self._disk_name(spec, layer)
+                for each in (name.format(i) for i in range(n_experts if "{}" in name else 1)):
+                    if self._is_absent(spec):
+                        continue
+                    if self.source.shape(each) is None:
+                        raise CQError(f"{self.path}: tensor {each} is missing")
+                    yield spec, layer, each
+
+    def _validate(self) -> None:
+        """Every tensor is present with the configuration's shape; a warning if there are others."""
+        names = {self._model_name(name) for name in (EMBEDDING, FINAL_NORM, HEAD)}
+        for spec, layer, name in list(self._layer_tensors()):
+            is_expert = "{}" in self._disk_name(spec, layer)
+            self._require(name, self.expected_shape(spec, layer)[1:] if is_expert else self._disk_shape(spec, layer))
+            names.add(name)
         expected = {HEAD: not self.tied, FINAL_NORM_BIAS: self.arch.has_layer_norms, HEAD_BIAS: self.has_head_bias}
         for name in (EMBEDDING, FINAL_NORM, *(name for name, there in expected.items() if there)):
-            self._require(self._model_name(name), tuple(self.skeleton.get_parameter(name).shape))
+            self._require(self._on_disk(name), tuple(self.skeleton.get_parameter(name).shape))
+            names.add(self._on_disk(name))
+        if others := [name for name in self.source.others(names) if not name.endswith(BUFFERS)]:
+            shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+            warn(f"{self.path}: {len(others)} tensors are not in a model of this configuration, so left out: {shown}")
 
     def _is_absent(self, spec: Norm | Vector | Linear) -> bool:
         """Whether the configuration leaves this vector out."""
         return isinstance(spec, Vector) and spec.switch is not None and not getattr(self.config, spec.switch)
 
-    def _check_shape(self, spec: Norm | Vector | Linear, layer: int) -> None:
-        if self._is_absent(spec):
-            return
-        name = self._disk_name(spec, layer)
-        if "{}" not in name:
-            self._require(name, self._disk_shape(spec, layer))
-            return
-        n_experts, *shape = self.expected_shape(spec, layer)
-        for expert in range(n_experts):
-            self._require(name.format(expert), tuple(shape))
-
     def _require(self, name: str, shape: tuple[int, ...]) -> None:
         found = self.source.shape(name)
         if found is None:
-            raise CQError(f"{self.path}: tensor {name} is missing")
+            why = ", and tie_word_embeddings is false" if name == self._model_name(HEAD) else ""
+            raise CQError(f"{self.path}: tensor {name} is missing{why}")
         if found != shape:
             raise CQError(f"{self.path}: tensor {name} has shape {list(found)}, the configuration says {list(shape)}")
 
@@ -169,14 +212,14 @@ class Checkpoint:
             raise CQError(f"{self.path}: tensor {name} holds NaN or infinite values")
         return tensor
 
-    @property
-    def tied(self) -> bool:
-        """Whether the head is the embedding."""
-        return bool(self.config.tie_word_embeddings) or self.source.shape(self._model_name(HEAD)) is None
+    def _on_disk(self, name: str) -> str:
+        """Name on disk of a tensor that belongs to no layer; a tied embedding may be there as the head only."""
+        stored = self._model_name(name)
+        return self._model_name(HEAD) if name == EMBEDDING and self.tied and not self.source.shape(stored) else stored
 
     def embedding(self) -> Tensor:
         """[vocab, hidden]."""
-        return self._read(self._model_name(EMBEDDING))
+        return self._read(self._on_disk(EMBEDDING))
 
     def final_norm(self) -> Tensor:
         """[hidden]."""
@@ -234,20 +277,31 @@ class Checkpoint:
             raise CQError(f"{self.path}: only fast tokenizers (tokenizer.json) are supported")
         return tokenizer
 
+    def token_texts(self, ids: list[int]) -> list[str] | None:
+        """The vocabulary's texts of token ids, None where there is no tokenizer or an id has no text."""
+        try:
+            texts = self.tokenizer.convert_ids_to_tokens(ids)
+        except CQError:
+            return None
+        return None if None in texts else [str(text) for text in texts]
+
     @cached_property
     def generation_config(self) -> Any:
         """transformers' generation configuration; derived from the model's where there is no file."""
-        if (self.path / "generation_config.json").is_file():
+        file = self.path / "generation_config.json"
+        if file.is_file():
+            check_generation(read_json(file), str(file))
             try:
                 return GenerationConfig.from_pretrained(self.path)
-            except (ValueError, OSError) as error:
-                raise CQError(f"{self.path / 'generation_config.json'}: invalid: {error}") from error
+            except Exception as error:  # transformers validates with many exception types
+                raise CQError(f"{file}: invalid: {error}") from error
         return GenerationConfig.from_model_config(self.config)
 
     def model(self) -> torch.nn.Module:
         """The original in float32 through transformers, whole in memory."""
         path, options = self._load_arguments()
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+        load = AutoModelForCausalLM.from_pretrained
+        model = load(path, config=self.config, dtype=torch.float32, **options).eval()
         self.arch.correct_rope(model.get_decoder().rotary_emb)
         return model
 

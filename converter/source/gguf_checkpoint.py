@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..console import warn
 from . import arch
 from .architecture import Keys, Linear, Norm, Vector, split_rope
 from .checkpoint import GGUF_NAMES, Checkpoint
+from .config_fields import check_gguf_keys
 from .weight_files import GgufSource, Source
 
 
@@ -28,22 +30,36 @@ class GgufCheckpoint(Checkpoint):
         super().__init__(path)
 
     def _read_config(self) -> Any:
-        field = self.source.reader.get_field("general.architecture")
-        name = str(field.contents()) if field else "none"
+        name = str(self.source.value("general.architecture") or "none")
         if name not in {arch.find(each).gguf_name for each in arch.supported() if arch.find(each).gguf_input}:
             raise CQError(f"{self.path}: architecture '{name}' is not supported as GGUF input")
-        for key, what in ((f"{name}.expert_count", "experts"), (f"{name}.rope.scaling.type", "rope scaling")):
-            if self.source.reader.get_field(key):
+        off = (None, 0, 1, "none")  # values that mean the same as no such key
+        for key, what, harmless in (
+            (f"{name}.expert_count", "experts", off[:2]),
+            (f"{name}.attention.sliding_window", "a sliding window", off[:2]),
+            (f"{name}.rope.scaling.type", "rope scaling", off),
+            (f"{name}.rope.scaling.factor", "rope scaling", off),
+            (f"{name}.rope.scale_linear", "rope scaling", off),
+        ):
+            if self.source.value(key) not in harmless:
                 raise CQError(f"{self.path}: a GGUF file with {what} ({key}) is not supported as input")
-        hadamard = self.source.reader.get_field(Key.CQ_HADAMARD_FFN_DOWN)
-        if hadamard and hadamard.contents():
+        if self.source.value(Key.CQ_HADAMARD_FFN_DOWN):
             raise CQError(f"{self.path}: was written by cq-convert for a transform at run time: use its original")
         if self.source.shape("rope_freqs.weight"):
             raise CQError(f"{self.path}: a GGUF file with rope scaling (rope_freqs.weight) is not supported as input")
-        return self._transformers_config(self.path.parent, gguf_file=self.path.name)
+        check_gguf_keys(self.source.value, name, str(self.path))
+        config = self._transformers_config(self.path.parent, gguf_file=self.path.name)
+        config.sliding_window = None  # transformers gives one to whatever has "mistral" in its name
+        return config
 
     def _open_source(self) -> Source:
         return self.source
+
+    @property
+    def name(self) -> str:
+        """The file's own general.name, or its file name."""
+        stored = self.source.value("general.name")
+        return stored if isinstance(stored, str) and stored.strip() else re.sub(r"(?i)\.gguf$", "", self.path.name)
 
     def _load_arguments(self) -> tuple[str, dict[str, str]]:
         return str(self.path.parent), {"gguf_file": self.path.name}
@@ -61,6 +77,11 @@ class GgufCheckpoint(Checkpoint):
         if isinstance(spec, Linear) and spec.rope_heads:
             return split_rope(tensor, getattr(self.config, spec.rope_heads))
         return tensor
+
+    def token_texts(self, ids: list[int]) -> list[str] | None:
+        """Texts of token ids in the file's own list, None where it has none or a shorter one."""
+        tokens = self.source.value("tokenizer.ggml.tokens")
+        return [tokens[i] for i in ids] if tokens and max(ids) < len(tokens) else None
 
     def stored_tokenizer_keys(self) -> Keys:
         """The file's own tokenizer.ggml keys, which its author's tokenizer determined; a warning for unknown ones."""

@@ -16,6 +16,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     """Open a directory, a GGUF file or a hub id; CQError if it is none of them or not supported."""
     path = Path(model)
     if path.is_file():
+        if path.name.lower().endswith((".safetensors", ".json", ".bin")):
+            raise CQError(f"{model}: one file of a model: give the directory that holds config.json and the weights")
         return GgufCheckpoint(path)
     if path.is_dir():
         return Checkpoint(path)

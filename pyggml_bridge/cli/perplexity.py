@@ -14,7 +14,15 @@ import numpy as np
 from pyggml_bridge.cli.common import ArgumentParser, add_cuda_arguments, check_cuda, print_json, run_main
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
-from pyggml_bridge.measure.perplexity import Reference, RunnerReference, Statistics, chunks_of, mean_and_error, measure
+from pyggml_bridge.measure.perplexity import (
+    Base,
+    RunnerReference,
+    Statistics,
+    chunks_of,
+    mean_and_error,
+    measure,
+    require_same_vocabulary,
+)
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import architectures, load_model
 from pyggml_bridge.native import choose_isa, isa_help
@@ -57,6 +65,8 @@ def _command() -> None:
     chunks = chunks_of(tokens, args.ctx, args.chunks, tokenizer.bos_id if tokenizer.add_bos else None)
     first = next(chunks)  # a text that is too short fails before the base model is loaded
     base = _load_base(args.base, args) if args.base else None
+    if base is not None:
+        require_same_vocabulary(model, base, tokens)
     count = min(args.chunks or len(tokens), len(tokens) // args.ctx)
     print(f"perplexity: calculating perplexity over {count} chunks, n_ctx={args.ctx}, {model.backend}", file=sys.stderr)
     statistics = Statistics()
@@ -83,9 +93,9 @@ def _read_text(path: Path) -> str:
     return text.removesuffix("\n")
 
 
-def _load_base(base: str, args: argparse.Namespace) -> Reference:
+def _load_base(base: str, args: argparse.Namespace) -> Base:
     """A GGUF in types the runner multiplies goes through the runner, everything else through transformers."""
-    if base.endswith(".gguf") and Path(base).is_file():
+    if base.lower().endswith(".gguf") and Path(base).is_file():
         file = GGUFFile(base)
         runnable = {int(kind) for kind in STOCK_TYPES} | set(CQType)
         weights = [tensor for name, tensor in file.tensors.items() if name.endswith(".weight")]

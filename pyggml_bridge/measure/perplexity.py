@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from pyggml_bridge.model import Model
 
 
 class Reference(Protocol):
-    """The model that --base compares with."""
+    """What the model's logits are compared with."""
 
     def logits(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """Logits [n, vocab] of a fresh sequence int32 [n]."""
@@ -25,6 +25,19 @@ class Reference(Protocol):
         ...
 
 
+class Base(Reference, Protocol):
+    """The model that --base names."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        ...
+
+    def token_texts(self, ids: list[int]) -> list[str] | None:
+        """The vocabulary's texts of these ids (below vocab_size), None where the model has no vocabulary."""
+        ...
+
+
 class RunnerReference:
     """A GGUF base model computed by this runner."""
 
@@ -32,19 +45,50 @@ class RunnerReference:
         """Wrap a model loaded with n_batch >= the chunk length."""
         self._model, self._n = model, 0
 
+    @property
+    def vocab_size(self) -> int:
+        """See Base."""
+        return self._model.vocab_size
+
+    def token_texts(self, ids: list[int]) -> list[str] | None:
+        """See Base."""
+        return token_texts(self._model, ids)
+
     def logits(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-        """See Reference."""
+        """See Base."""
         self._n = len(tokens)
         return self._model.forward(tokens, 0, self._n)
 
     def router_top_k(self) -> NDArray[np.int64] | None:
-        """See Reference."""
+        """See Base."""
         return routing_of(self._model, self._n)
 
 
 def routing_of(model: Model, n: int) -> NDArray[np.int64] | None:
     """Expert ids [n_layers, n, top_k] of the model's last batch, None for a dense model."""
     return np.stack([ids[:n] for ids in model.routing_ids]).astype(np.int64) if model.routing_ids else None
+
+
+def token_texts(model: Model, ids: list[int]) -> list[str] | None:
+    """Texts of token ids in the file's tokenizer.ggml.tokens, None where it has no such list or a shorter one."""
+    tokens = model.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, Sequence) or isinstance(tokens, str) or max(ids) >= len(tokens):
+        return None
+    return [str(tokens[i]) for i in ids]
+
+
+def require_same_vocabulary(model: Model, base: Base, tokens: NDArray[np.int32]) -> None:
+    """CQError if the base has other logits than the model, or another text for one of these tokens int32 [n].
+
+    A divergence between distributions over different vocabularies would be a number without a meaning.
+    """
+    if base.vocab_size != model.vocab_size:
+        raise CQError(f"--base has a vocabulary of {base.vocab_size} tokens, {model.file.path} of {model.vocab_size}")
+    ids = np.unique(tokens).tolist()
+    ours, theirs = token_texts(model, ids), base.token_texts(ids)
+    for i, our, their in zip(ids, ours or [], theirs or [], strict=False):
+        if our.replace("▁", " ") != their.replace("▁", " "):  # llama.cpp's converter writes spaces in added tokens
+            raise CQError(f"--base has another vocabulary: token {i} is {their!r} there, {our!r} in {model.file.path}")
 
 
 def chunks_of(tokens: NDArray[np.int32], n_ctx: int, limit: int | None, bos: int | None) -> Iterator[NDArray[np.int32]]:
