@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, NoReturn, TypedDict
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import Key
 from pyggml_bridge.reader import Metadata
 from pyggml_bridge.tokenizer import Tokenizer
 
@@ -44,8 +45,10 @@ class ChatTemplate:
 
     @classmethod
     def from_metadata(cls, metadata: Metadata, tokenizer: Tokenizer) -> ChatTemplate | None:
-        """The file's template, None if it has none (a base model)."""
-        source = metadata.get("tokenizer.chat_template")
+        """The file's template, the first of those with names if none is the default; None for a base model."""
+        names = (f"{Key.CHAT_TEMPLATE}.{name}" for name in metadata.get(Key.CHAT_TEMPLATES, ()))
+        sources = (metadata.get(name) for name in (Key.CHAT_TEMPLATE, *names))
+        source = next((source for source in sources if isinstance(source, str)), None)
         return None if source is None else cls(source, tokenizer)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import tokenizers
@@ -27,19 +27,18 @@ class Tokenizer:
         self._backend = backend
         self._added = backend.get_added_tokens_decoder()
         self._byte_level = backend.decoder is not None and b"ByteLevel" in backend.decoder.__getstate__()
-        self.vocab_size = backend.get_vocab_size()
         self.bos_id = self._token_id(metadata, "tokenizer.ggml.bos_token_id")
         self.eos_id = self._token_id(metadata, "tokenizer.ggml.eos_token_id")
         ends = {self._token_id(metadata, f"tokenizer.ggml.{key}") for key in _END_KEYS}
-        ends.update(metadata.get(Key.CQ_EOS_TOKEN_IDS, ()))
-        self.eos_ids = frozenset(int(end) for end in ends if end is not None)
+        ends.update(end for end in metadata.get(Key.CQ_EOS_TOKEN_IDS, ()) if self._is_token(end))
+        self.eos_ids = frozenset(int(end) for end in ends if end is not None and not is_ordinary_text(backend, end))
         self.add_bos = tokenizer_ggml.adds_bos(metadata)
         self._strips_space = not self._byte_level and tokenizer_ggml.adds_space_prefix(metadata)
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> Tokenizer:
         """From tokenizer.huggingface.json if the file holds it, else from tokenizer.ggml.*; CQError if that fails."""
-        stored = metadata.get("tokenizer.huggingface.json")
+        stored = metadata.get(Key.TOKENIZER_JSON)
         if stored is None:
             return cls(tokenizer_ggml.build(metadata), metadata)
         try:
@@ -49,6 +48,11 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         return cls(backend, metadata)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The highest id and one; there may be fewer tokens."""
+        return max(self._backend.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str, add_special: bool, parse_special: bool = True) -> NDArray[np.int32]:
         """Token ids int32 [n]. add_special: BOS first, if the model wants one; parse_special: special tokens written in
@@ -92,9 +96,23 @@ class Tokenizer:
 
     def _token_id(self, metadata: Metadata, key: str) -> int | None:
         token_id = metadata.get(key)
-        if token_id is not None and not 0 <= token_id < self.vocab_size:
-            raise CQError(f"{key}: {token_id} is outside the vocabulary of {self.vocab_size}")
+        if token_id is not None and not self._is_token(token_id):
+            raise CQError(f"{key}: {token_id} is outside the vocabulary")
         return token_id
+
+    def _is_token(self, token_id: object) -> bool:
+        """Ids may have gaps."""
+        return isinstance(token_id, int) and 0 <= token_id < 1 << 31 and self._backend.id_to_token(token_id) is not None
+
+
+def is_ordinary_text(backend: tokenizers.Tokenizer, token_id: int) -> bool:
+    """Whether a token is a piece of text like "the": neither an added one nor written as a mark, like </s> or [EOS].
+
+    Some files say of their marks that they are ordinary; a text that ended at an ordinary token would end anywhere.
+    """
+    token = backend.id_to_token(token_id)
+    is_mark = token is None or token_id in backend.get_added_tokens_decoder() or re.fullmatch(r"<.+>|\[.+\]", token)
+    return not is_mark
 
 
 class TextStream:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from pyggml_bridge.errors import CQError
 
 from . import arch
 from .architecture import Architecture, Keys, Layer, Linear, Norm, Vector
+from .source_tokenizer import SourceTokenizer, read_tokenizer
 from .weight_files import SafetensorsSource, Source
 
 transformers_logging.set_verbosity_error()  # what matters to the user is said by this package, in one line
@@ -51,7 +52,8 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """Everything that is read of it."""
-        return [*self.source.files, *sorted(self.path.glob("*.json"))]
+        names = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "tokenizer.model")
+        return [*self.source.files, *(file for name in names for file in sorted(self.path.glob(name)))]
 
     # ---- what a GGUF file does differently (gguf_checkpoint.py) ----
 
@@ -223,25 +225,25 @@ class Checkpoint:
         return self._from_disk(spec, self._read(self._disk_name(spec, layer)))
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """transformers' fast tokenizer; CQError if the checkpoint has none."""
-        path, options = self._load_arguments()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        except Exception as error:  # transformers raises many exception types here
-            raise CQError(f"{self.path}: no usable tokenizer: {error}") from error
-        if not hasattr(tokenizer, "backend_tokenizer"):
-            raise CQError(f"{self.path}: only fast tokenizers (tokenizer.json) are supported")
-        return tokenizer
+    def tokenizer(self) -> SourceTokenizer:
+        """As the files describe it; CQError if the checkpoint has none."""
+        return read_tokenizer(self.path, self.config.vocab_size)
+
+    @property
+    def has_generation_config(self) -> bool:
+        """Whether there is a file of it."""
+        return (self.path / "generation_config.json").is_file()
 
     @cached_property
     def generation_config(self) -> Any:
         """transformers' generation configuration; derived from the model's where there is no file."""
-        if (self.path / "generation_config.json").is_file():
+        if self.has_generation_config:
             try:
                 return GenerationConfig.from_pretrained(self.path)
-            except (ValueError, OSError) as error:
-                raise CQError(f"{self.path / 'generation_config.json'}: invalid: {error}") from error
+            except Exception as error:  # transformers validates with many exception types
+                raise CQError(
+                    f"{self.path / 'generation_config.json'}: invalid: {' '.join(str(error).split())}"
+                ) from error
         return GenerationConfig.from_model_config(self.config)
 
     def model(self) -> torch.nn.Module:
