@@ -42,8 +42,11 @@ class SourceTokenizer:
 
     @cached_property
     def backend(self) -> Tokenizer:
-        """What text describes."""
-        return Tokenizer.from_str(self.text)
+        """What text describes, without truncation and padding, which a GGUF file's may have."""
+        backend = Tokenizer.from_str(self.text)
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     @property
     def bos(self) -> list[int]:
