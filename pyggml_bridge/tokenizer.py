@@ -150,13 +150,14 @@ def _check_utf8(text: str) -> None:
 
 
 def is_ordinary_text(backend: tokenizers.Tokenizer, token_id: int) -> bool:
-    """Whether a token is a piece of text like "the": neither an added one nor written as a mark, like </s> or [EOS].
+    """Whether a token is a piece of text like "the" or <0x20>: neither an added one nor written like </s> or [EOS].
 
     Some files say of their marks that they are ordinary; a text that ended at an ordinary token would end anywhere.
     """
     token = backend.id_to_token(token_id)
-    is_mark = token is None or token_id in backend.get_added_tokens_decoder() or re.fullmatch(r"<.+>|\[.+\]", token)
-    return not is_mark
+    if token is None or token_id in backend.get_added_tokens_decoder():
+        return False
+    return not re.fullmatch(r"<(?!0x..>).+>|\[.+\]", token)
 
 
 class TextStream:

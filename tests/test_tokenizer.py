@@ -149,6 +149,7 @@ def test_bos_and_every_end_token():
     keys["tokenizer.ggml.token_type"][7] = CONTROL
     tokenizer = Tokenizer.from_metadata(keys)
     assert tokenizer.eos_ids == {0, 2, 7}  # 8 is the text of a byte
+    assert Tokenizer.from_metadata(spm_keys() | {"cq.eos_token_ids": [3 + 0x20]}).eos_ids == {2}
     assert not tokenizer.add_bos
     with_bos = Tokenizer.from_metadata(keys | {"tokenizer.ggml.add_bos_token": True})
     assert with_bos.encode("", add_special=True).tolist() == [1]

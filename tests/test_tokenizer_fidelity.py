@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from codequant_converter.calibrate.tokens import read_tokens
+from codequant_converter.source import source_tokenizer
 from codequant_converter.source.open_checkpoint import open_checkpoint
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import ByteLevel, TemplateProcessing
@@ -290,9 +291,31 @@ def test_special_tokens_are_those_that_the_files_name(tmp_path, capsys):
 def test_a_sentencepiece_model_alone_names_what_reads_it(tmp_path, monkeypatch):
     save(tmp_path, vocab_size=ROWS)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e")
-    monkeypatch.setattr("codequant_converter.source.source_tokenizer.find_spec", lambda name: None)
+    monkeypatch.setattr(source_tokenizer, "find_spec", lambda name: None)
     with pytest.raises(CQError, match="sentencepiece"):
         converted(tmp_path)
+
+
+def test_a_sentencepiece_model_alone(tmp_path):
+    """transformers converts it; if that is not the same tokenizer, this is an error."""
+    library = pytest.importorskip("sentencepiece")
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    folder = save(tmp_path / "m", vocab_size=ROWS)
+    library.SentencePieceTrainer.train(
+        **{"input": str(tmp_path / "text.txt"), "model_prefix": str(folder / "tokenizer"), "vocab_size": 560},
+        **{"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"},
+        **{"remove_extra_whitespaces": False, "character_coverage": 0.99, "minloglevel": 2},
+    )
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **tokens})
+    with pytest.raises(CQError, match=r"other ids than SentencePiece"):
+        source_tokenizer._check_against_sentencepiece(folder / "tokenizer.model", byte_level())
+    runner = Runner.from_metadata(converted(folder).metadata)
+    processor = library.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert runner.eos_ids == {2} and runner.bos_id == 1
+    for text in texts(1000):
+        if text.strip() and not text[0].isspace() and not any(mark in text for mark in ("<s>", "</s>", "\x00", "▁")):
+            assert runner.encode(text, add_special=False).tolist() == processor.encode(text)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"added_tokens": [{}]}', '{"model": {"type": "BPE"}}'])

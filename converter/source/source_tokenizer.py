@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import Key
 
 from ..console import warn
+from .pre_tokenizer import SITUATIONS
 
 Json = dict[str, Any]  # a document, here tokenizer.json or tokenizer_config.json
 
@@ -113,9 +115,25 @@ def _converted(folder: Path, config: Json, vocab_size: int) -> SourceTokenizer:
         raise CQError(f"{folder}: no usable tokenizer: transformers makes no tokenizer.json of it")
     text = _without_far_tokens(folder, tokenizer.backend_tokenizer.to_str(), vocab_size)
     backend = _parse(folder, text)
+    if (folder / MODEL_FILE).is_file():
+        _check_against_sentencepiece(folder / MODEL_FILE, backend)
     texts = {name: getattr(tokenizer, f"{name}_token", None) for name in SPECIAL}
     ids = {name: backend.token_to_id(str(token)) for name, token in texts.items() if token is not None}
     return _assemble(folder, config, text, backend, {name: i for name, i in ids.items() if i is not None})
+
+
+def _check_against_sentencepiece(file: Path, backend: Tokenizer) -> None:
+    """CQError if transformers, which goes by the name of a class, made something else of the file.
+
+    At the start of a text it may take a space less than SentencePiece, so the texts start with none.
+    """
+    try:
+        processor = import_module("sentencepiece").SentencePieceProcessor(model_file=str(file))
+    except Exception:  # some files of this name are tiktoken's, which transformers reads as well
+        return
+    for text in (text for text in SITUATIONS if not text[0].isspace()):
+        if backend.encode(text, add_special_tokens=False).ids != processor.encode(text):
+            raise CQError(f"{file}: transformers' tokenizer gives other ids than SentencePiece: save a tokenizer.json")
 
 
 def _assemble(folder: Path, config: Json, text: str, backend: Tokenizer, special: dict[str, int]) -> SourceTokenizer:
