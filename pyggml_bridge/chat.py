@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import Key
-from pyggml_bridge.reader import Metadata
+from pyggml_bridge.reader import Metadata, StringArray
 from pyggml_bridge.tokenizer import Tokenizer
 
 
@@ -51,7 +51,8 @@ class ChatTemplate:
     @classmethod
     def from_metadata(cls, metadata: Metadata, tokenizer: Tokenizer) -> ChatTemplate | None:
         """The file's template, the first of those with names if none is the default; None for a base model."""
-        names = (f"{Key.CHAT_TEMPLATE}.{name}" for name in metadata.get(Key.CHAT_TEMPLATES, ()))
+        stored = metadata.get(Key.CHAT_TEMPLATES)
+        names = (f"{Key.CHAT_TEMPLATE}.{name}" for name in (stored if isinstance(stored, list | StringArray) else ()))
         sources = (metadata.get(name) for name in (Key.CHAT_TEMPLATE, *names))
         source = next((source for source in sources if isinstance(source, str)), None)
         return None if source is None else cls(source, tokenizer)

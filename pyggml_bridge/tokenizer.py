@@ -31,7 +31,8 @@ class Tokenizer:
         self.bos_id = self._token_id(metadata, "tokenizer.ggml.bos_token_id")
         self.eos_id = self._token_id(metadata, "tokenizer.ggml.eos_token_id")
         ends = {self._token_id(metadata, f"tokenizer.ggml.{key}") for key in _END_KEYS}
-        ends.update(end for end in metadata.get(Key.CQ_EOS_TOKEN_IDS, ()) if self._is_token(end))
+        stored = metadata.get(Key.CQ_EOS_TOKEN_IDS)
+        ends.update(end for end in (stored if isinstance(stored, list) else ()) if self._is_token(end))
         self.eos_ids = frozenset(int(end) for end in ends if end is not None and not is_ordinary_text(backend, end))
         self.add_bos = tokenizer_ggml.adds_bos(metadata)
         self._strips_space = not self._byte_level and tokenizer_ggml.adds_space_prefix(metadata)

@@ -150,14 +150,23 @@ def _assemble(folder: Path, config: Json, text: str, backend: Tokenizer, special
             f"{'adds' if adds_bos else 'does not add'} the token: the latter decides, as in transformers"
         )
     adds_eos = adds_eos and special.get("eos") == whole[-1]
+    described = [*(whole[:1] if adds_bos else []), *bare, *(whole[-1:] if adds_eos else [])]
+    if described != whole:
+        around = ", ".join(repr(backend.id_to_token(i)) for i in whole if i not in bare)
+        warn(
+            f"{folder}: tokenizer.json puts {around} around a text; the output can only say BOS before and EOS after it"
+        )
     return SourceTokenizer(text, special, _templates(folder, config), adds_bos, adds_eos)
 
 
 def _decode(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8")
+        text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise CQError(f"{file}: not UTF-8 text (byte {error.start})") from error
+    if text.startswith("version https://git-lfs.github.com/"):
+        raise CQError(f"{file}: a Git LFS pointer, not the file itself (git lfs pull)")
+    return text
 
 
 def _read_json(file: Path) -> Json:

@@ -73,8 +73,9 @@ def _ends(checkpoint: Checkpoint, ids: list[int]) -> list[int]:
 def _describe(document: Json, checkpoint: Checkpoint) -> Keys:
     """llama.cpp's keys for a byte-level ("gpt2") or byte-fallback ("llama") BPE; CQError for other tokenizers."""
     model, tokenizer = document["model"], checkpoint.tokenizer
-    if model["type"] != "BPE":
-        raise CQError(f"{checkpoint.path}: tokenizer model {model['type']} is not supported (only BPE)")
+    kind = type(tokenizer.backend.model).__name__  # some documents do not name it
+    if kind != "BPE":
+        raise CQError(f"{checkpoint.path}: tokenizer model {kind} is not supported (only BPE)")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     tokens, types = _vocabulary(document, checkpoint)
     keys: Keys = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
