@@ -93,15 +93,14 @@ class LLM:
     ) -> str:
         """The assistant's answer to messages of {"role": ..., "content": ...}, by the file's chat template.
 
-        Other arguments are those of generate().
+        Special tokens that a message spells out are ordinary text. Other arguments are those of generate().
         """
         if not all(isinstance(m, dict) and {str} == {type(m.get("role")), type(m.get("content"))} for m in messages):
             raise CQError('messages: expected dictionaries {"role": text, "content": text}')
         template = ChatTemplate.from_metadata(self._model.metadata, self._tokenizer)
         if template is None:
             raise CQError(f"{self._path}: no chat template in the file")
-        prompt = self._tokenizer.encode(template.render(messages), add_special=False).tolist()
-        return "".join(self._pieces(prompt, True, max_tokens, stop, sampling))
+        return "".join(self._pieces(template.encode(messages).tolist(), True, max_tokens, stop, sampling))
 
     def logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Natural log-probabilities float32 [n, vocab] of the token that follows each of the n token ids."""

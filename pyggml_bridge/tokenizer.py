@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import tokenizers
@@ -16,6 +16,7 @@ from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import Key
 from pyggml_bridge.reader import Metadata
 
+_NEVER_MERGED = "\ue000"  # a private character, so that a tokenizer has no token that joins it with text
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -27,19 +28,19 @@ class Tokenizer:
         self._backend = backend
         self._added = backend.get_added_tokens_decoder()
         self._byte_level = backend.decoder is not None and b"ByteLevel" in backend.decoder.__getstate__()
-        self.vocab_size = backend.get_vocab_size()
         self.bos_id = self._token_id(metadata, "tokenizer.ggml.bos_token_id")
         self.eos_id = self._token_id(metadata, "tokenizer.ggml.eos_token_id")
         ends = {self._token_id(metadata, f"tokenizer.ggml.{key}") for key in _END_KEYS}
-        ends.update(metadata.get(Key.CQ_EOS_TOKEN_IDS, ()))
-        self.eos_ids = frozenset(int(end) for end in ends if end is not None)
+        stored = metadata.get(Key.CQ_EOS_TOKEN_IDS)
+        ends.update(end for end in (stored if isinstance(stored, list) else ()) if self._is_token(end))
+        self.eos_ids = frozenset(int(end) for end in ends if end is not None and not is_ordinary_text(backend, end))
         self.add_bos = tokenizer_ggml.adds_bos(metadata)
         self._strips_space = not self._byte_level and tokenizer_ggml.adds_space_prefix(metadata)
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> Tokenizer:
         """From tokenizer.huggingface.json if the file holds it, else from tokenizer.ggml.*; CQError if that fails."""
-        stored = metadata.get("tokenizer.huggingface.json")
+        stored = metadata.get(Key.TOKENIZER_JSON)
         if stored is None:
             return cls(tokenizer_ggml.build(metadata), metadata)
         try:
@@ -50,17 +51,58 @@ class Tokenizer:
         backend.no_padding()
         return cls(backend, metadata)
 
+    @cached_property
+    def vocab_size(self) -> int:
+        """The highest id and one; there may be fewer tokens."""
+        return max(self._backend.get_vocab().values(), default=-1) + 1
+
     def encode(self, text: str, add_special: bool, parse_special: bool = True) -> NDArray[np.int32]:
         """Token ids int32 [n]. add_special: BOS first, if the model wants one; parse_special: special tokens written in
         the text become those tokens, else they are ordinary text. CQError if the text holds lone surrogates."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise CQError("text: not valid UTF-8") from error
+        bos = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
+        return np.array(bos + self._ids(text, parse_special), np.int32)
+
+    def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> NDArray[np.int32]:
+        """Token ids int32 [n] of a text in parts, BOS not added. Each part comes with whether added tokens, special or
+        not, that are written in it become those tokens. Nothing is merged across the parts' borders."""
+        ids: list[int] = []
+        for text, parse in parts:
+            ids += self._continued(text, parse) if parse else self._as_text(text)
+        return np.array(ids, np.int32)
+
+    def added_tokens_in(self, text: str) -> dict[str, bool]:
+        """What is written in the text and would become an added token; whether the token is special."""
+        _check_utf8(text)
+        self._backend.encode_special_tokens = False
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        found = [(text[start:end].strip(), i) for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)]
+        return {literal: self._added[i].special for literal, i in found if literal and i in self._added}
+
+    def _ids(self, text: str, parse_special: bool) -> list[int]:
+        _check_utf8(text)
         self._backend.encode_special_tokens = not parse_special
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else []
-        bos = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
-        return np.array(bos + ids, np.int32)
+        return ids
+
+    def _continued(self, text: str, parse_special: bool) -> list[int]:
+        """Ids of a text that stands after another, so without the space that some tokenizers put before a text."""
+        if self._adds_prefix:
+            before = self._ids(_NEVER_MERGED, False)
+            both = self._ids(_NEVER_MERGED + text, parse_special)
+            if both[: len(before)] == before:
+                return both[len(before) :]
+        return self._ids(text, parse_special)
+
+    def _as_text(self, text: str) -> list[int]:
+        """Ids without any added token, which are always recognised where they are not special."""
+        ids = self._continued(text, False)
+        if len(text) > 1 and not self._added.keys().isdisjoint(ids):
+            return [i for char in text for i in self._continued(char, False)]
+        return ids
+
+    @cached_property
+    def _adds_prefix(self) -> bool:
+        return self.token_text(next(iter(self._ids("a", False)), None)).startswith(("▁", "Ġ"))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a whole sequence, special tokens left out, bytes that are not UTF-8 as U+FFFD."""
@@ -92,9 +134,31 @@ class Tokenizer:
 
     def _token_id(self, metadata: Metadata, key: str) -> int | None:
         token_id = metadata.get(key)
-        if token_id is not None and not 0 <= token_id < self.vocab_size:
-            raise CQError(f"{key}: {token_id} is outside the vocabulary of {self.vocab_size}")
+        if token_id is not None and not self._is_token(token_id):
+            raise CQError(f"{key}: {token_id} is outside the vocabulary")
         return token_id
+
+    def _is_token(self, token_id: object) -> bool:
+        """Ids may have gaps."""
+        return isinstance(token_id, int) and 0 <= token_id < 1 << 31 and self._backend.id_to_token(token_id) is not None
+
+
+def _check_utf8(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CQError("text: not valid UTF-8") from error
+
+
+def is_ordinary_text(backend: tokenizers.Tokenizer, token_id: int) -> bool:
+    """Whether a token is a piece of text like "the" or <0x20>: neither an added one nor written like </s> or [EOS].
+
+    Some files say of their marks that they are ordinary; a text that ended at an ordinary token would end anywhere.
+    """
+    token = backend.id_to_token(token_id)
+    if token is None or token_id in backend.get_added_tokens_decoder():
+        return False
+    return not re.fullmatch(r"<(?!0x..>).+>|\[.+\]", token)
 
 
 class TextStream:

@@ -127,7 +127,10 @@ def _sentencepiece_bpe(metadata: Metadata, tokens: list[str]) -> Tokenizer:
     unknown = int(metadata.get("tokenizer.ggml.unknown_token_id", 0))
     if not 0 <= unknown < len(tokens):
         raise CQError(f"tokenizer.ggml.unknown_token_id: {unknown} is outside the vocabulary")
-    merges = _merges_by_score(ids, scores)
+    types = metadata.get("tokenizer.ggml.token_type")
+    kinds = types if isinstance(types, list) else []
+    control = {token for token, kind in zip(tokens, kinds, strict=False) if kind in (UNKNOWN, CONTROL)}
+    merges = _merges_by_score({token: i for token, i in ids.items() if token not in control}, scores)  # none makes one
     tokenizer = Tokenizer(_bpe(ids, merges, byte_fallback=True, fuse_unk=True, unk_token=tokens[unknown]))
     # The prefix goes before each stretch of text between special tokens, as SentencePiece sees them one by one.
     prefix = [normalizers.Prepend("▁")] if adds_space_prefix(metadata) else []

@@ -39,6 +39,12 @@ def test_templates_render_as_in_transformers(name):
         assert template.render(messages, add_generation_prompt=add) == expected
 
 
+def test_keys_of_another_type_hold_no_template_and_no_end():
+    keys = byte_keys() | {"tokenizer.chat_template": 7, "tokenizer.chat_templates": 8, "cq.eos_token_ids": 9}
+    tokenizer = Tokenizer.from_metadata(keys)
+    assert ChatTemplate.from_metadata(keys, tokenizer) is None and tokenizer.eos_ids == {2}
+
+
 def test_template_errors_are_one_line_errors():
     tokenizer = Tokenizer.from_metadata(byte_keys())
     with pytest.raises(CQError, match=r"tokenizer\.chat_template"):

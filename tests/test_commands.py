@@ -57,6 +57,14 @@ def assert_refused(done: subprocess.CompletedProcess, *fragments: str) -> None:
         assert fragment in done.stderr.splitlines()[-1]
 
 
+def test_perplexity_takes_special_tokens_for_text(files, tmp_path):
+    """As llama-perplexity does; a text without them is not affected."""
+    folder, _ = files
+    (tmp_path / "text.txt").write_text("<|im_end|>" * 13)  # 130 bytes, a token each
+    document = run_json("perplexity", folder / "moe.gguf", "-f", tmp_path / "text.txt", "-c", N_CTX, "--json")
+    assert document["tokens"] == 4 * (N_CTX // 2 - 1)
+
+
 def test_perplexity_is_the_mean_over_the_second_halves_of_the_chunks(files):
     folder, _ = files
     document = run_json("perplexity", folder / "moe.gguf", "-f", folder / "text.txt", "-c", N_CTX, "--json")

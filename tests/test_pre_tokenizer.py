@@ -109,9 +109,7 @@ def test_unknown_pre_tokenizer_converts_with_a_warning(tmp_path, capsys):
 def test_tokens_beyond_the_embedding_are_refused(tmp_path):
     MODELS["llama-tied"].save(tmp_path)
     document = json.loads((tmp_path / "tokenizer.json").read_text())
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    document["added_tokens"].append({"id": VOCAB, "content": "<far>", **flags})
-    document["model"]["vocab"] |= {f"x{i}": i for i in range(len(document["model"]["vocab"]), VOCAB)}
+    document["model"]["vocab"] |= {f"x{i}": i for i in range(len(document["model"]["vocab"]), VOCAB + 1)}
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(CQError, match=f"token {VOCAB}"):
         convert(tmp_path, tmp_path / "m.gguf", "--no-check")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import time
 from typing import Any
@@ -144,9 +145,11 @@ def _whole_word_keys(words: list[str], pre: str) -> dict[str, Any]:
 
 def test_bos_and_every_end_token():
     keys = byte_keys()
-    keys |= {"tokenizer.ggml.eot_token_id": 0, "cq.eos_token_ids": [2, 7]}
+    keys |= {"tokenizer.ggml.eot_token_id": 0, "cq.eos_token_ids": [2, 7, 8, -1, 1 << 20]}
+    keys["tokenizer.ggml.token_type"][7] = CONTROL
     tokenizer = Tokenizer.from_metadata(keys)
-    assert tokenizer.eos_ids == {0, 2, 7}
+    assert tokenizer.eos_ids == {0, 2, 7}  # 8 is the text of a byte
+    assert Tokenizer.from_metadata(spm_keys() | {"cq.eos_token_ids": [3 + 0x20]}).eos_ids == {2}
     assert not tokenizer.add_bos
     with_bos = Tokenizer.from_metadata(keys | {"tokenizer.ggml.add_bos_token": True})
     assert with_bos.encode("", add_special=True).tolist() == [1]
@@ -250,6 +253,30 @@ def test_sentencepiece_spaces_and_bos():
 def test_damaged_keys_are_named(change, named):
     with pytest.raises(CQError, match=named):
         Tokenizer.from_metadata(byte_keys() | change)
+
+
+def test_ids_may_have_gaps():
+    """Ids are counted, not entries of the vocabulary."""
+    document = json.loads(train(GPT2).to_str())
+    document["model"]["vocab"]["</s>"] = 1000
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    document["added_tokens"].append({"id": 1000, "content": "</s>", "special": True, **flags})
+    keys = {"tokenizer.huggingface.json": json.dumps(document), "tokenizer.ggml.eos_token_id": 1000}
+    tokenizer = Tokenizer.from_metadata(keys)
+    assert tokenizer.vocab_size == 1001 and tokenizer.eos_ids == {1000}
+    assert tokenizer.encode("</s>", add_special=False).tolist() == [1000]
+    with pytest.raises(CQError, match="eos_token_id: 999 is outside"):
+        Tokenizer.from_metadata(keys | {"tokenizer.ggml.eos_token_id": 999})
+
+
+def test_truncation_and_padding_of_a_stored_tokenizer_are_off():
+    backend = train(GPT2)
+    keys = {"tokenizer.huggingface.json": backend.to_str()}
+    expected = Tokenizer.from_metadata(keys).encode(TEXT, add_special=False).tolist()
+    backend.enable_truncation(8)
+    backend.enable_padding(length=4096)
+    cut = Tokenizer.from_metadata({"tokenizer.huggingface.json": backend.to_str()})
+    assert len(expected) > 8 and cut.encode(TEXT, add_special=False).tolist() == expected
 
 
 def test_lone_surrogates_are_refused():

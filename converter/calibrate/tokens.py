@@ -25,17 +25,14 @@ def read_tokens(checkpoint: Checkpoint, file: Path, n_tokens: int) -> Tensor:
         raise CQError(f"{file}: {len(ids)} tokens are too few to calibrate on (at least 64)")
     length = min(SEQUENCE, len(ids))
     tokens = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
-    if (
-        checkpoint.tokenizer.bos_token_id is not None
-        and tokenize(checkpoint, "a", True)[0] != tokenize(checkpoint, "a")[0]
-    ):
-        tokens[:, 0] = checkpoint.tokenizer.bos_token_id
+    if checkpoint.tokenizer.bos:
+        tokens[:, 0] = checkpoint.tokenizer.bos[0]
     return tokens
 
 
 def tokenize(checkpoint: Checkpoint, text: str, special: bool = False) -> list[int]:
-    """Token ids of a text; CQError for an id outside the model's vocabulary."""
-    ids: list[int] = checkpoint.tokenizer.backend_tokenizer.encode(text, add_special_tokens=special).ids
+    """Token ids of a text, with special after BOS if the model wants it; CQError for an id that the model has not."""
+    ids = [*(checkpoint.tokenizer.bos if special else []), *checkpoint.tokenizer.encode(text)]
     if ids and max(ids) >= checkpoint.config.vocab_size:
         raise CQError(
             f"{checkpoint.path}: the tokenizer gives id {max(ids)}, the model has {checkpoint.config.vocab_size}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from pyggml_bridge.errors import CQError
@@ -19,6 +19,7 @@ from ..console import warn
 from . import arch
 from .architecture import Architecture, Keys, Layer, Linear, Norm, Vector
 from .config_fields import check_fields, check_generation, check_relations
+from .source_tokenizer import SourceTokenizer, read_tokenizer
 from .weight_files import SafetensorsSource, Source, read_json, refuse_pointers
 
 transformers_logging.set_verbosity_error()  # what matters to the user is said by this package, in one line
@@ -57,7 +58,8 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """Everything that is read of it."""
-        return [*self.source.files, *sorted(self.path.glob("*.json"))]
+        names = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "tokenizer.model")
+        return [*self.source.files, *(file for name in names for file in sorted(self.path.glob(name)))]
 
     # ---- what a GGUF file does differently (gguf_checkpoint.py) ----
 
@@ -266,21 +268,19 @@ class Checkpoint:
         return self._from_disk(spec, self._read(self._disk_name(spec, layer)))
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """transformers' fast tokenizer; CQError if the checkpoint has none."""
-        path, options = self._load_arguments()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        except Exception as error:  # transformers raises many exception types here
-            raise CQError(f"{self.path}: no usable tokenizer: {error}") from error
-        if not hasattr(tokenizer, "backend_tokenizer"):
-            raise CQError(f"{self.path}: only fast tokenizers (tokenizer.json) are supported")
-        return tokenizer
+    def tokenizer(self) -> SourceTokenizer:
+        """As the files describe it; CQError if the checkpoint has none."""
+        return read_tokenizer(self.path, self.config.vocab_size)
+
+    @property
+    def has_generation_config(self) -> bool:
+        """Whether there is a file of it."""
+        return (self.path / "generation_config.json").is_file()
 
     def token_texts(self, ids: list[int]) -> list[str] | None:
         """The vocabulary's texts of token ids, None where there is no tokenizer or an id has no text."""
         try:
-            texts = self.tokenizer.convert_ids_to_tokens(ids)
+            texts = [self.tokenizer.backend.id_to_token(token) for token in ids]
         except CQError:
             return None
         return None if None in texts else [str(text) for text in texts]
@@ -289,12 +289,12 @@ class Checkpoint:
     def generation_config(self) -> Any:
         """transformers' generation configuration; derived from the model's where there is no file."""
         file = self.path / "generation_config.json"
-        if file.is_file():
+        if self.has_generation_config:
             check_generation(read_json(file), str(file))
             try:
                 return GenerationConfig.from_pretrained(self.path)
             except Exception as error:  # transformers validates with many exception types
-                raise CQError(f"{file}: invalid: {error}") from error
+                raise CQError(f"{file}: invalid: {' '.join(str(error).split())}") from error
         return GenerationConfig.from_model_config(self.config)
 
     def model(self) -> torch.nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from . import arch
 from .architecture import Keys, Linear, Norm, Vector, split_rope
 from .checkpoint import GGUF_NAMES, Checkpoint
 from .config_fields import check_gguf_keys
+from .source_tokenizer import SourceTokenizer, tokenizer_of_gguf
 from .weight_files import GgufSource, Source
 
 
@@ -89,4 +91,13 @@ class GgufCheckpoint(Checkpoint):
         unknown = [name for name in found if not is_known(name)]
         if unknown:
             warn(f"{self.path}: keys that this program does not know are left out: {', '.join(unknown)}")
-        return {name: field.contents() for name, field in found.items() if name not in unknown}
+        stored = self.source.reader.get_field(Key.TOKENIZER_JSON)
+        keys = {name: field.contents() for name, field in found.items() if name not in unknown}
+        return keys | ({Key.TOKENIZER_JSON: stored.contents()} if stored else {})
+
+    @cached_property
+    def tokenizer(self) -> SourceTokenizer:
+        """As the runner reads the file's keys; CQError if they describe none."""
+        fields = self.source.reader.fields.items()
+        keys = {name: field.contents() for name, field in fields if name.startswith("tokenizer.")}
+        return tokenizer_of_gguf(self.path, keys)

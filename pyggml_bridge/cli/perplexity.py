@@ -61,7 +61,7 @@ def _command() -> None:
     text = _read_text(Path(args.text))
     model = _load(args.file, args)
     tokenizer = Tokenizer.from_metadata(model.metadata)
-    tokens = np.asarray(tokenizer.encode(text, add_special=True), np.int32)
+    tokens = tokenizer.encode(text, add_special=True, parse_special=False)  # as llama-perplexity does
     chunks = chunks_of(tokens, args.ctx, args.chunks, tokenizer.bos_id if tokenizer.add_bos else None)
     first = next(chunks)  # a text that is too short fails before the base model is loaded
     base = _load_base(args.base, args) if args.base else None

@@ -168,7 +168,7 @@ class Session:
         if self._template is None:
             tokens = self._tokenizer.encode(message, add_special=True)
         else:
-            tokens = self._tokenizer.encode(self._template.render(self._messages), add_special=False)
+            tokens = self._template.encode(self._messages)
         text = ""
         events = generate(
             self._context, self._tokenizer, tokens.tolist(), self._sampler, self._max_tokens, self._stops,

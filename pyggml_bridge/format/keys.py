@@ -109,6 +109,8 @@ class Key(str, Enum):
 
     TOKENIZER_JSON = "tokenizer.huggingface.json", _STRING, "text of tokenizer.json, before all tokenizer.ggml keys"
     CHAT_TEMPLATE = "tokenizer.chat_template", _STRING, "Jinja template of a conversation"
+    NAMED_CHAT_TEMPLATE = "tokenizer.chat_template.<name>", _STRING, "another template, such as tool_use"
+    CHAT_TEMPLATES = "tokenizer.chat_templates", _ARRAY, "names of the other templates", _STRING
     TOKENIZER_MODEL = "tokenizer.ggml.model", _STRING, "kind of BPE: gpt2 or llama"
     TOKENIZER_PRE = "tokenizer.ggml.pre", _STRING, "pre-tokenizer, by llama.cpp's names"
     TOKENS = "tokenizer.ggml.tokens", _ARRAY, "text of every token", _STRING
@@ -148,13 +150,18 @@ _BY_NAME = {key.value: key for key in Key}
 
 def is_known(name: str) -> bool:
     """Whether the table has a key of this name, which is not one of an architecture's."""
-    return name in _BY_NAME
+    return _in_table(name) in _BY_NAME
+
+
+def _in_table(name: str) -> str:
+    """The name that the table has for a key, which is of no architecture."""
+    return Key.NAMED_CHAT_TEMPLATE.value if name.startswith(f"{Key.CHAT_TEMPLATE.value}.") else name
 
 
 def find_key(name: str, architecture: str = ARCHITECTURE) -> Key:
     """The key of this name in a file of this architecture; CQError if the table has none."""
     own = f"{architecture}."
-    known = f"{ARCHITECTURE}.{name.removeprefix(own)}" if name.startswith(own) else name
+    known = f"{ARCHITECTURE}.{name.removeprefix(own)}" if name.startswith(own) else _in_table(name)
     if known not in _BY_NAME:
         raise CQError(f"the key {name} is unknown: no type of its value stands in the table of keys")
     return _BY_NAME[known]
@@ -168,4 +175,4 @@ def add_keys(writer: GGUFWriter, architecture: str, keys: Mapping[str, Any]) -> 
     for name, value in keys.items():
         key = name if isinstance(name, Key) else find_key(name, architecture)
         if key.type is not _ARRAY or len(value):
-            writer.add_key_value(key.of(architecture), value, key.type, key.item)
+            writer.add_key_value(name.replace(ARCHITECTURE, architecture), value, key.type, key.item)
