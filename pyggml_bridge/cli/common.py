@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.machine import logical_cpus, require_threads
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -61,6 +62,19 @@ def check_cuda(args: argparse.Namespace) -> None:
         from pyggml_bridge.cuda.backend import require_device  # here: a start on the CPU need not wait for it
 
         require_device()
+
+
+def check_threads(n_threads: int | None) -> None:
+    """CQError unless this process can start so many threads; a warning if they are more than its processors."""
+    if n_threads is None:
+        return
+    require_threads(n_threads, "--threads")
+    n_cpus = logical_cpus()
+    if n_threads > n_cpus:
+        print(
+            f"warning: --threads {n_threads}: this process may use {n_cpus} processors, and more threads are slower",
+            file=sys.stderr,
+        )
 
 
 def run_main(command: Callable[[], None]) -> NoReturn:

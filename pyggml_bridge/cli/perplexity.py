@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyggml_bridge.cli.common import ArgumentParser, add_cuda_arguments, check_cuda, print_json, run_main
+from pyggml_bridge.cli.common import ArgumentParser, add_cuda_arguments, check_cuda, check_threads, print_json, run_main
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.measure.perplexity import Reference, RunnerReference, Statistics, chunks_of, mean_and_error, measure
@@ -47,8 +47,9 @@ def _arguments() -> argparse.Namespace:
 def _command() -> None:
     args = _arguments()
     check_cuda(args)
-    if args.ctx < 4 or (args.chunks is not None and args.chunks < 1) or (args.threads is not None and args.threads < 1):
-        raise CQError("-c must be at least 4, --chunks and --threads at least 1")
+    if args.ctx < 4 or (args.chunks is not None and args.chunks < 1):
+        raise CQError("-c must be at least 4, --chunks at least 1")
+    check_threads(args.threads)
     choose_isa(args.isa)
     text = _read_text(Path(args.text))
     model = _load(args.file, args)

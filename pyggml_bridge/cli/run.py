@@ -13,6 +13,7 @@ from pyggml_bridge.cli.common import (
     ArgumentParser,
     add_cuda_arguments,
     check_cuda,
+    check_threads,
     peak_memory_bytes,
     print_json,
     run_main,
@@ -96,7 +97,8 @@ def _check(args: argparse.Namespace) -> None:
         raise CQError("--raw and --system exclude each other")
     if args.max_tokens < -1:
         raise CQError(f"-n: {args.max_tokens} is neither a number of tokens nor -1")
-    for option, value, least in (("--ctx", args.ctx, 1), ("--threads", args.threads, 1), ("--seed", args.seed, 0)):
+    check_threads(args.threads)
+    for option, value, least in (("--ctx", args.ctx, 0), ("--seed", args.seed, -1)):
         if value is not None and value < least:
             raise CQError(f"{option}: {value} is below {least}")
     StopFilter(args.stop)
