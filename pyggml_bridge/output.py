@@ -30,6 +30,10 @@ def complete_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         publish(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # of a write, such as to a full disk
+            raise CQError(f"{path}: {error.strerror or error}") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ from pyggml_bridge.cli.common import (
     check_threads,
     peak_memory_bytes,
     print_json,
+    print_result,
     run_main,
 )
 from pyggml_bridge.errors import CQError
@@ -174,10 +175,10 @@ def _show_kernels(results: list[KernelResult], as_json: bool) -> None:
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    print("| " + " | ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)) + " |")
-    print("| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
-    for row in rows:
-        print("| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+    lines = [[column.ljust(width) for column, width in zip(columns, widths, strict=True)]]
+    lines.append(["-" * (width - 1) + ":" for width in widths])
+    lines += [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    print_result("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
 
 
 if __name__ == "__main__":
