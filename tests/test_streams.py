@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from codequant_converter.resume.work_folder import WorkFolder
 
 from pyggml_bridge.cli import common
 from pyggml_bridge.errors import CQError
@@ -126,7 +128,10 @@ def test_a_hangup_that_is_ignored_stays_ignored(model):
 
 
 def test_a_write_that_fails_names_the_file(tmp_path):
-    with pytest.raises(CQError, match=r"m\.gguf: No space left"), complete_file(tmp_path / "m.gguf") as part:
+    with (
+        pytest.raises(CQError, match=r"m\.gguf: could not be written: No space left"),
+        complete_file(tmp_path / "m.gguf") as part,
+    ):
         part.touch()
         with FULL.open("w") as full:
             full.write("x" * 100000)
@@ -170,3 +175,9 @@ def test_a_conversion_that_is_ended_leaves_nothing_or_its_work_folder(checkpoint
         assert process.returncode == 128 + number and err.splitlines()[-1] == f"error: ended by {number.name}"
         assert "Traceback" not in err
         assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_a_work_folder_on_a_full_disk_is_one_line(tmp_path):
+    (tmp_path / "rotation.part").symlink_to(FULL)
+    with pytest.raises(CQError, match=r"rotation\.part: could not be written"):
+        WorkFolder(tmp_path).save("rotation", {"rotation": torch.zeros(100_000)})

@@ -58,6 +58,12 @@ class ArgumentParser(argparse.ArgumentParser):
         """Raise CQError instead of printing the usage."""
         raise CQError(message)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """As argparse's, which drops a text `--`."""
+        if action.option_strings and _takes_text(action) and arg_strings == ["--"]:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)  # type: ignore[misc]
+
     def _joined(self, args: Sequence[str] | None) -> list[str]:
         """The words with `-p ---` as `--prompt=---`: argparse takes every word with a dash for an option."""
         words, joined = list(sys.argv[1:] if args is None else args), list[str]()
