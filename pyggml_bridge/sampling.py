@@ -147,9 +147,7 @@ def in_range_or_off(name: str, value: float) -> float:
 
 
 def _checked(name: str, value: float) -> float:
-    """A value that the user gave; CQError naming its option if it is out of range. A temperature below 0 is greedy."""
-    if name == "temp" and -np.inf < value < 0:
-        return _OFF[name]
+    """A value that the user gave; CQError naming its option if it is out of range."""
     low, high = _RANGES[name]
     if not _is_number(value) or not low <= value <= high or value == np.inf:
         bounds = f"at least {low:g}" if high == np.inf else f"between {low:g} and {high:g}"

@@ -165,8 +165,9 @@ class Session:
             raise CQError(f"{args.file}: no chat template in the file, which --chat and --system need")
         if self._template is None and not args.raw:
             print(f"{args.file} holds no chat template: continuing the prompt as it is", file=sys.stderr)
+        temperature = None if args.temp is None else max(args.temp, 0.0)  # llama.cpp is greedy below 0 too
         config = SamplingConfig.resolve(
-            model.metadata, temp=args.temp, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+            model.metadata, temp=temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
             repeat_penalty=args.repeat_penalty,
         )  # fmt: skip
         self._sampler = Sampler(config, None if args.seed == -1 else args.seed)
