@@ -10,7 +10,9 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 160)
+console = Console(
+    stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr and sys.stderr.isatty() else 160
+)
 
 
 def warn(message: str) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pyggml_bridge.cli.common import ArgumentParser
+from pyggml_bridge.cli.common import ArgumentParser, check_threads
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import BLOCK, MAX_COLS, Grouping
 from pyggml_bridge.format import CODEBOOK_ROWS as ROW_COUNTS
-from pyggml_bridge.native import default_threads
+from pyggml_bridge.machine import available_memory, default_threads
 
-from .estimate.memory import free_memory
 from .quantize.budget import DEFAULT_BPW, DEFAULT_EXPERTS_BPW
 from .quantize.fitting import DESCENT_ROWS
 from .settings import (
@@ -156,7 +155,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         threads=a.threads or default_threads(),
         overwrite=a.overwrite,
         check=not a.no_check,
-        max_memory=free_memory() if a.max_memory is None else int(a.max_memory * 1e9),
+        max_memory=available_memory() if a.max_memory is None else int(a.max_memory * 1e9),
         work_dir=a.work_dir,
         resume=a.resume,
         float_type=a.float_type,
@@ -180,8 +179,7 @@ def _check_ranges(a: argparse.Namespace) -> None:
         raise CQError(f"--group-size {a.group_size}: expected -1 or a multiple of {BLOCK} up to {MAX_COLS}")
     if a.calibration_tokens < 64:
         raise CQError(f"--calibration-tokens {a.calibration_tokens}: expected at least 64")
-    if a.threads is not None and not 1 <= a.threads <= 1024:
-        raise CQError(f"--threads {a.threads}: expected 1 .. 1024")
+    check_threads(a.threads)
     if a.max_memory is not None and not 0 < a.max_memory <= 1e6:
         raise CQError(f"--max-memory {a.max_memory:g}: expected gigabytes, more than 0")
     if not 0 <= a.descent_rounds <= 1000:

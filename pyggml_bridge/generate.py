@@ -26,6 +26,10 @@ class LanguageModel(Protocol):
         """Append tokens to the KV cache from `position` on; logits [n_outputs, vocab] of the last n_outputs."""
 
 
+class PromptTooLong(CQError):
+    """A prompt that has more tokens than the context holds."""
+
+
 class Context:
     """A model and the tokens that its KV cache holds."""
 
@@ -39,7 +43,7 @@ class Context:
 
         CQError for an empty sequence or one that is longer than the context.
         """
-        self._check_length(tokens)
+        self.check_length(len(tokens))
         kept = self.common_prefix(tokens)
         del self.tokens[kept:]  # an interrupted evaluation must not leave the cache described as fuller than it is
         logits = self.model.forward(np.array(tokens[kept:], np.int32), kept, 1)
@@ -51,7 +55,7 @@ class Context:
 
         CQError for an empty sequence, one that is longer than the context, or ids outside the vocabulary.
         """
-        self._check_length(tokens)
+        self.check_length(len(tokens))
         self.tokens.clear()
         logits = self.model.forward(np.array(tokens, np.int64), 0, len(tokens))
         self.tokens.extend(tokens)
@@ -68,11 +72,12 @@ class Context:
         limit = min(len(self.tokens), len(tokens) - 1)
         return next((i for i in range(limit) if self.tokens[i] != tokens[i]), limit)
 
-    def _check_length(self, tokens: Sequence[int]) -> None:
-        if not tokens:
+    def check_length(self, n_tokens: int) -> None:
+        """CQError, or PromptTooLong, unless a sequence of so many tokens can be evaluated."""
+        if not n_tokens:
             raise CQError("the prompt is empty")
-        if len(tokens) > self.model.n_ctx:
-            raise CQError(f"the prompt has {len(tokens)} tokens, the context holds {self.model.n_ctx} (--ctx)")
+        if n_tokens > self.model.n_ctx:
+            raise PromptTooLong(f"the prompt has {n_tokens} tokens, the context holds {self.model.n_ctx} (--ctx)")
 
 
 @dataclass(frozen=True)

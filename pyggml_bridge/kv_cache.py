@@ -8,6 +8,11 @@ from numpy.typing import NDArray
 from pyggml_bridge.errors import CQError
 
 
+def cache_bytes(n_layers: int, n_kv_heads: int, n_ctx: int, head_dim: int, *, has_values: bool) -> int:
+    """Bytes of a KVCache of these dimensions once all of its positions are used."""
+    return 2 * n_layers * n_kv_heads * n_ctx * head_dim * (2 if has_values else 1)
+
+
 class KVCache:
     """k, v: float16 bits as uint16 [n_layers, n_kv_heads, n_ctx, head_dim]; pages are committed as they are written."""
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from pyggml_bridge.backend import Backend
 from pyggml_bridge.cpu.backend import CPUBackend
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.machine import require_memory
 from pyggml_bridge.program import LongRope, Program
 from pyggml_bridge.reader import GGUFFile, Metadata
 
@@ -70,6 +71,8 @@ class Model:
         tokens = np.ascontiguousarray(tokens, np.int32)
         if self._long_rope:
             self._fit_rope(self._long_rope, tokens, position)
+        if n_outputs > self.n_batch:  # logits of a batch are counted with its buffers
+            require_memory(4 * n_outputs * self.vocab_size, f"logits of {n_outputs} tokens")
         logits = np.empty((n_outputs, self.vocab_size), np.float32)
         for start in range(0, n, self.n_batch):
             batch = tokens[start : start + self.n_batch]

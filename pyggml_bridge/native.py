@@ -12,7 +12,7 @@ from pyggml_bridge._native import ffi, lib
 from pyggml_bridge.errors import CQError
 
 __all__ = [
-    "aligned_empty", "available_isas", "choose_isa", "current_isa", "default_threads", "ffi", "isa_help", "known_isas",
+    "aligned_empty", "available_isas", "choose_isa", "current_isa", "ffi", "isa_help", "known_isas",
     "lib", "pointer",
 ]  # fmt: skip
 
@@ -71,16 +71,3 @@ def choose_isa(name: str | None) -> None:
     if status != lib.CQ_OK:
         shown = f"--isa {name}" if name is not None else f"CQ_ISA={os.environ.get('CQ_ISA')}"
         raise CQError(f"{shown}: unknown; this machine supports {', '.join(available_isas())}")
-
-
-def default_threads() -> int:
-    """Physical cores this process may use: hyper-threads share the units that the kernels saturate."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    siblings = set()
-    for cpu in allowed:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:  # noqa: PTH123
-                siblings.add(file.read().strip())
-        except OSError:
-            siblings.add(str(cpu))
-    return max(1, len(siblings))

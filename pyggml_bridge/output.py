@@ -30,6 +30,11 @@ def complete_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         publish(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # of a write, such as to a full disk
+            why = error.strerror or f"is the disk full? ({error})"  # numpy's tofile says only how much it wrote
+            raise CQError(f"{path}: could not be written: {why}") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -30,7 +30,17 @@ _RANGES = {
     "repeat_penalty": (np.nextafter(0.0, 1.0), np.inf),
     "repeat_last_n": (-1, np.inf),
 }
+# What leaves the step out; for the temperature, greedy.
+_OFF: dict[str, float] = {
+    "temp": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repeat_penalty": 1.0,
+    "repeat_last_n": 0,
+}
 _INTEGERS = frozenset({"top_k", "repeat_last_n"})
+_INT32_MAX = 2**31 - 1  # what the keys of integers hold
 
 
 @dataclass(frozen=True)
@@ -49,14 +59,20 @@ class SamplingConfig:
 
     @classmethod
     def resolve(cls, metadata: Metadata, **given: float | None) -> SamplingConfig:
-        """What the user gave, else what the file recommends, else llama.cpp's defaults; CQError if out of range."""
+        """What the user gave, else what the file recommends, else llama.cpp's defaults.
+
+        CQError if what the user gave is out of range, or what the file recommends is no number. A number of the file
+        that is out of range leaves its step out.
+        """
         chosen: dict[str, Any] = {}
         for name, key in _METADATA_KEYS.items():
-            option = f"--{name.replace('_', '-')}"
-            for source, value in ((key, metadata.get(key)), (option, given.get(name))):
-                if value is not None:
-                    _check_range(name, source, value)
-                    chosen[name] = int(value) if name in _INTEGERS else float(value)
+            value, recommended = given.get(name), metadata.get(key)
+            if value is not None:
+                chosen[name] = _checked(name, value)
+            elif recommended is not None:
+                if not _is_number(recommended):
+                    raise CQError(f"{key}: {recommended} is not a number")
+                chosen[name] = in_range_or_off(name, recommended)
         return cls(**chosen)
 
 
@@ -118,8 +134,31 @@ def _softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return weights / weights.sum()
 
 
-def _check_range(name: str, source: str, value: object) -> None:
+def in_range_or_off(name: str, value: float) -> float:
+    """A recommended value of SamplingConfig's field `name`, or what leaves the step out if the value is out of range.
+
+    transformers and servers write -1 for all tokens, and probabilities above 1.
+    """
     low, high = _RANGES[name]
-    if not isinstance(value, (int, float)) or not low <= value <= high or value == np.inf:
+    limit = min(high, _INT32_MAX) if name in _INTEGERS else high
+    if not low <= value <= limit or value == np.inf:
+        return _OFF[name]
+    return _typed(name, value)
+
+
+def _checked(name: str, value: float) -> float:
+    """A value that the user gave; CQError naming its option if it is out of range."""
+    low, high = _RANGES[name]
+    if not _is_number(value) or not low <= value <= high or value == np.inf:
         bounds = f"at least {low:g}" if high == np.inf else f"between {low:g} and {high:g}"
-        raise CQError(f"{source}: {value} is not {'above 0' if name == 'repeat_penalty' else bounds}")
+        option = f"--{name.replace('_', '-')}"
+        raise CQError(f"{option}: {value} is not {'above 0' if name == 'repeat_penalty' else bounds}")
+    return _typed(name, value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _typed(name: str, value: float) -> float:
+    return int(value) if name in _INTEGERS else float(value)

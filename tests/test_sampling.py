@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from codequant_converter.output.metadata import _sampling_keys
+from transformers import GenerationConfig
 
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.sampling import Sampler, SamplingConfig
@@ -125,7 +129,59 @@ def test_values_out_of_range_are_named(given, named):
         SamplingConfig.resolve({}, **given)
 
 
-@pytest.mark.parametrize("value", [-1.0, "hot", [1]])
+@pytest.mark.parametrize(
+    ("key", "value", "field", "off"),
+    [
+        ("temp", -1.0, "temp", 0.0),
+        ("top_k", -1, "top_k", 0),
+        ("top_k", 1 << 40, "top_k", 0),
+        ("top_p", 1.5, "top_p", 1.0),
+        ("top_p", -0.5, "top_p", 1.0),
+        ("min_p", -1.0, "min_p", 0.0),
+        ("min_p", 2.0, "min_p", 0.0),
+        ("min_p", float("nan"), "min_p", 0.0),
+        ("penalty_repeat", 0.0, "repeat_penalty", 1.0),
+        ("penalty_repeat", float("inf"), "repeat_penalty", 1.0),
+        ("penalty_last_n", -7, "repeat_last_n", 0),
+    ],
+)
+def test_numbers_of_a_file_that_are_out_of_range_leave_their_step_out(key, value, field, off):
+    config = SamplingConfig.resolve({f"general.sampling.{key}": value})
+    assert getattr(config, field) == off
+    assert config == SamplingConfig(**{field: off})
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "many", [1]])
+def test_the_command_line_wins_over_anything_in_the_file(value):
+    assert SamplingConfig.resolve({"general.sampling.top_k": value}, top_k=7).top_k == 7
+    with pytest.raises(CQError, match="--top-k"):
+        SamplingConfig.resolve({"general.sampling.top_k": value}, top_k=-1)
+
+
+@pytest.mark.parametrize("value", [True, "hot", [1]])
 def test_bad_recommendations_of_the_file_are_named(value):
     with pytest.raises(CQError, match=r"general\.sampling\.temp"):
         SamplingConfig.resolve({"general.sampling.temp": value})
+
+
+def stored(**generation_config: object) -> dict[str, object]:
+    """What the converter stores of a checkpoint with this generation_config.json."""
+    return _sampling_keys(SimpleNamespace(generation_config=GenerationConfig.from_dict(generation_config)))
+
+
+def test_the_converter_stores_the_repetition_penalty_of_the_whole_context():
+    penalty = {"general.sampling.penalty_repeat": 1.05, "general.sampling.penalty_last_n": -1}
+    assert stored(do_sample=True, temperature=0.7, repetition_penalty=1.05) == penalty | {"general.sampling.temp": 0.7}
+    assert stored(do_sample=False, temperature=0.7, repetition_penalty=1.05) == penalty
+    assert SamplingConfig.resolve(penalty).repeat_last_n == -1
+
+
+def test_the_converter_stores_off_for_values_that_llama_cpp_does_not_know(capsys):
+    odd = {"top_k": -1, "top_p": 1.5, "min_p": -0.1, "repetition_penalty": -2.0, "temperature": 0.5}
+    keys = stored(do_sample=True, **odd)
+    assert {key.rpartition(".")[2]: value for key, value in keys.items()} == {
+        "temp": 0.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "penalty_repeat": 1.0, "penalty_last_n": -1,
+    }  # fmt: skip
+    assert SamplingConfig.resolve(keys) == SamplingConfig(0.5, 0, 1.0, 0.0, 1.0, -1)
+    assert stored(do_sample=True, top_k="all", min_p=0.1) == {"general.sampling.min_p": 0.1}
+    assert "top_k is 'all'" in capsys.readouterr().err

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import sys
 from math import prod
-from pathlib import Path
 
 from pyggml_bridge.errors import CQError
 
@@ -126,12 +125,3 @@ def return_what_is_freed() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
         if mallopt:
             mallopt(M_MMAP_THRESHOLD, MAPPED)
-
-
-def free_memory() -> int:
-    """Bytes that the system can give without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        return 1 << 62

@@ -5,19 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from pyggml_bridge.format import FILE_TYPES, VERSION, Key
+from pyggml_bridge.sampling import in_range_or_off
 from pyggml_bridge.version import package_version
 
+from ..console import warn
 from ..quantize.plan import Plan
 from ..settings import TENSOR_TYPES, Settings
 from ..source.checkpoint import Checkpoint
 from ..source.tokenizer import tokenizer_keys
 
-SAMPLING = {  # by transformers' names
-    "temperature": Key.SAMPLING_TEMP,
-    "top_k": Key.SAMPLING_TOP_K,
-    "top_p": Key.SAMPLING_TOP_P,
-    "min_p": Key.SAMPLING_MIN_P,
+# transformers' name: the runner's name, the key. The second table counts in greedy decoding too.
+DRAWING = {
+    "temperature": ("temp", Key.SAMPLING_TEMP),
+    "top_k": ("top_k", Key.SAMPLING_TOP_K),
+    "top_p": ("top_p", Key.SAMPLING_TOP_P),
+    "min_p": ("min_p", Key.SAMPLING_MIN_P),
 }
+PENALTY = {"repetition_penalty": ("repeat_penalty", Key.SAMPLING_PENALTY_REPEAT)}
 
 
 def metadata(checkpoint: Checkpoint, settings: Settings, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
@@ -52,12 +56,18 @@ def _cq_keys(settings: Settings, plan: Plan, calibration_tokens: int) -> dict[st
 
 
 def _sampling_keys(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Sampling defaults that the generation config sets, where it asks for sampling at all."""
+    """Sampling defaults that the generation config sets; those of drawing where it asks for sampling at all.
+
+    Numbers that leave a step out in transformers or its servers become the one that does so in llama.cpp.
+    """
     config = checkpoint.generation_config
-    if not config.do_sample:
-        return {}
-    values = {key: getattr(config, field, None) for field, key in SAMPLING.items()}
-    found: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
-    if found.get(Key.SAMPLING_TOP_K, 0) < 0:  # what some servers call all tokens
-        found[Key.SAMPLING_TOP_K] = 0
+    found: dict[str, Any] = {}
+    for field, (name, key) in ((DRAWING if config.do_sample else {}) | PENALTY).items():
+        value = getattr(config, field, None)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[key] = in_range_or_off(name, value)
+        elif value is not None:
+            warn(f"generation_config.json: {field} is {value!r}, which is not a number: left out")
+    if Key.SAMPLING_PENALTY_REPEAT in found:
+        found[Key.SAMPLING_PENALTY_LAST_N] = -1  # transformers penalizes every token of the context
     return found

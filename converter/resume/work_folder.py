@@ -46,9 +46,12 @@ class WorkFolder:
         return self.path / "output.part"
 
     def save(self, name: str, value: Any) -> None:
-        """Put a value in the place of any earlier one of this name."""
+        """Put a value in the place of any earlier one of this name; CQError if the disk does not take it."""
         part = self.path / f"{name}.part"
-        torch.save(value, part)
+        try:
+            torch.save(value, part)
+        except RuntimeError as error:  # torch's own for a write that failed
+            raise CQError(f"{part}: could not be written: is the disk full?") from error
         part.replace(self._file(name))
 
     def load(self, name: str) -> Any:

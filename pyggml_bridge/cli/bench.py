@@ -15,18 +15,21 @@ from pyggml_bridge.cli.common import (
     ArgumentParser,
     add_cuda_arguments,
     check_cuda,
+    check_threads,
     peak_memory_bytes,
     print_json,
+    print_result,
     run_main,
 )
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import Key, cq_type
+from pyggml_bridge.machine import default_threads
 from pyggml_bridge.measure.bench import BenchResult, KernelResult, cpu_name, measure_kernels, measure_tests
 from pyggml_bridge.measure.sizes import tensor_sizes
 from pyggml_bridge.measure.synthetic import SHAPES, synthetic_bytes, write_synthetic
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import load_model
-from pyggml_bridge.native import choose_isa, default_threads, isa_help
+from pyggml_bridge.native import choose_isa, isa_help
 from pyggml_bridge.reader import GGUFFile
 from pyggml_bridge.weights import Weights
 
@@ -61,8 +64,9 @@ def _command() -> None:
     check_cuda(args)
     if args.cuda and args.kernels:
         raise CQError("--kernels measures the CPU's kernels: not with --cuda")
-    if min(args.n_prompt, args.n_gen, args.n_depth) < 0 or args.repetitions < 1 or (args.threads or 1) < 1:
-        raise CQError("-p, -n and -d must be at least 0, -r and -t at least 1")
+    if min(args.n_prompt, args.n_gen, args.n_depth) < 0 or args.repetitions < 1:
+        raise CQError("-p, -n and -d must be at least 0, -r at least 1")
+    check_threads(args.threads)
     choose_isa(args.isa)
     with _file(args) as file:
         args.file = file
@@ -171,10 +175,10 @@ def _show_kernels(results: list[KernelResult], as_json: bool) -> None:
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    print("| " + " | ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)) + " |")
-    print("| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
-    for row in rows:
-        print("| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+    lines = [[column.ljust(width) for column, width in zip(columns, widths, strict=True)]]
+    lines.append(["-" * (width - 1) + ":" for width in widths])
+    lines += [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    print_result("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
 
 
 if __name__ == "__main__":

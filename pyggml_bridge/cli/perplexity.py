@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from itertools import chain
@@ -11,7 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pyggml_bridge.cli.common import ArgumentParser, add_cuda_arguments, check_cuda, print_json, run_main
+from pyggml_bridge.cli.common import (
+    ArgumentParser,
+    add_cuda_arguments,
+    check_cuda,
+    check_threads,
+    print_json,
+    print_result,
+    run_main,
+)
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.measure.perplexity import (
@@ -55,8 +64,9 @@ def _arguments() -> argparse.Namespace:
 def _command() -> None:
     args = _arguments()
     check_cuda(args)
-    if args.ctx < 4 or (args.chunks is not None and args.chunks < 1) or (args.threads is not None and args.threads < 1):
-        raise CQError("-c must be at least 4, --chunks and --threads at least 1")
+    if args.ctx < 4 or (args.chunks is not None and args.chunks < 1):
+        raise CQError("-c must be at least 4, --chunks at least 1")
+    check_threads(args.threads)
     choose_isa(args.isa)
     text = _read_text(Path(args.text))
     model = _load(args.file, args)
@@ -76,7 +86,7 @@ def _command() -> None:
     if args.json:
         print_json(asdict(statistics.summary()))
     else:
-        _print_report(statistics)
+        print_result("\n".join(_report(statistics)))
 
 
 def _load(path: str, args: argparse.Namespace) -> Model:
@@ -111,38 +121,39 @@ def _load_base(base: str, args: argparse.Namespace) -> Base:
     raise CQError(f"--base {base}: no package provides a reference model")
 
 
-def _print_report(statistics: Statistics) -> None:
+def _report(statistics: Statistics) -> Iterator[str]:
+    """The lines of the report, as llama-perplexity has them."""
     ppl, error = statistics.perplexity()
     if not statistics.kld:
-        print(f"Final estimate: PPL = {ppl:.4f} +/- {error:.5f}")
+        yield f"Final estimate: PPL = {ppl:.4f} +/- {error:.5f}"
         return
     base_ppl, base_error = statistics.perplexity("base_nll")
     nll, base_nll = np.concatenate(statistics.nll), np.concatenate(statistics.base_nll)
     ratio, ratio_error = mean_and_error(nll - base_nll)
-    print("====== Perplexity statistics ======")
-    print(f"Mean PPL(Q)                   : {ppl:10.6f} ± {error:10.6f}")
-    print(f"Mean PPL(base)                : {base_ppl:10.6f} ± {base_error:10.6f}")
-    print(f"Cor(ln(PPL(Q)), ln(PPL(base))): {100 * np.corrcoef(nll, base_nll)[0, 1]:9.2f}%")
-    print(f"Mean ln(PPL(Q)/PPL(base))     : {ratio:10.6f} ± {ratio_error:10.6f}")
-    print(f"Mean PPL(Q)/PPL(base)         : {np.exp(ratio):10.6f} ± {np.exp(ratio) * ratio_error:10.6f}")
-    print(f"Mean PPL(Q)-PPL(base)         : {ppl - base_ppl:10.6f}")
+    yield "====== Perplexity statistics ======"
+    yield f"Mean PPL(Q)                   : {ppl:10.6f} ± {error:10.6f}"
+    yield f"Mean PPL(base)                : {base_ppl:10.6f} ± {base_error:10.6f}"
+    yield f"Cor(ln(PPL(Q)), ln(PPL(base))): {100 * np.corrcoef(nll, base_nll)[0, 1]:9.2f}%"
+    yield f"Mean ln(PPL(Q)/PPL(base))     : {ratio:10.6f} ± {ratio_error:10.6f}"
+    yield f"Mean PPL(Q)/PPL(base)         : {np.exp(ratio):10.6f} ± {np.exp(ratio) * ratio_error:10.6f}"
+    yield f"Mean PPL(Q)-PPL(base)         : {ppl - base_ppl:10.6f}"
     kld, delta_p = np.concatenate(statistics.kld), 100 * np.concatenate(statistics.delta_p)
-    print("\n====== KL divergence statistics ======")
+    yield "\n====== KL divergence statistics ======"
     mean, mean_error = mean_and_error(kld)
-    print(f"Mean    KLD: {mean:10.6f} ± {mean_error:10.6f}")
+    yield f"Mean    KLD: {mean:10.6f} ± {mean_error:10.6f}"
     for label, quantile in _QUANTILES:
-        print(f"{label} KLD: {np.quantile(kld, quantile):10.6f}")
-    print("\n====== Token probability statistics ======")
+        yield f"{label} KLD: {np.quantile(kld, quantile):10.6f}"
+    yield "\n====== Token probability statistics ======"
     mean, mean_error = mean_and_error(delta_p)
-    print(f"Mean    Δp: {mean:6.3f} ± {mean_error:5.3f} %")
+    yield f"Mean    Δp: {mean:6.3f} ± {mean_error:5.3f} %"
     for label, quantile in _QUANTILES:
-        print(f"{label} Δp: {np.quantile(delta_p, quantile):6.3f}%")
-    print(f"RMS Δp    : {np.sqrt(np.mean(delta_p**2)):6.3f} %")
+        yield f"{label} Δp: {np.quantile(delta_p, quantile):6.3f}%"
+    yield f"RMS Δp    : {np.sqrt(np.mean(delta_p**2)):6.3f} %"
     mean, mean_error = mean_and_error(np.concatenate(statistics.same_top).astype(np.float64))
-    print(f"Same top p: {100 * mean:6.3f} ± {100 * mean_error:5.3f} %")
+    yield f"Same top p: {100 * mean:6.3f} ± {100 * mean_error:5.3f} %"
     if statistics.routing_sets:
         share = 100 * statistics.routing_changes / statistics.routing_sets
-        print(f"Router top-k changed: {share:6.3f} %")
+        yield f"Router top-k changed: {share:6.3f} %"
 
 
 _QUANTILES = (

@@ -13,12 +13,13 @@ from pyggml_bridge.cli.common import (
     ArgumentParser,
     add_cuda_arguments,
     check_cuda,
+    check_threads,
     peak_memory_bytes,
     print_json,
     run_main,
 )
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.generate import Chunk, Context, Finish, StopFilter, generate
+from pyggml_bridge.generate import Chunk, Context, Finish, PromptTooLong, StopFilter, generate
 from pyggml_bridge.models import load_model
 from pyggml_bridge.native import choose_isa, isa_help
 from pyggml_bridge.sampling import Sampler, SamplingConfig
@@ -37,7 +38,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
     parser.add_argument("-f", "--prompt-file", metavar="FILE", type=Path, help="take the prompt from a UTF-8 file")
     parser.add_argument(
-        "-n", "--max-tokens", type=int, default=-1, metavar="N", help="at most N tokens (-1: until EOS)"
+        "-n",
+        "--max-tokens",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="at most N tokens (-1 and -2: until EOS or the end of the context)",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
@@ -52,9 +58,11 @@ def _arguments() -> argparse.Namespace:
     sampling.add_argument(
         "--repeat-penalty", type=float, metavar="X", help="penalty on the last 64 tokens, 1: none (1)"
     )
-    sampling.add_argument("--seed", type=int, metavar="N", help="same seed, same answer (default: random)")
+    sampling.add_argument("--seed", type=int, metavar="N", help="same seed, same answer (-1, the default: random)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--ctx", "-c", type=int, metavar="N", help="context size (the model's, at most 8192)")
+    machine.add_argument(
+        "--ctx", "-c", type=int, metavar="N", help="context size, 0: the model's (the model's, at most 8192)"
+    )
     machine.add_argument("--threads", "-t", type=int, metavar="N", help="threads (physical cores)")
     machine.add_argument("--isa", metavar="NAME", help=isa_help())
     add_cuda_arguments(machine)
@@ -65,7 +73,8 @@ def _command() -> None:
     args = _arguments()
     _check(args)
     prompt = _read_prompt(args)
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # whatever the locale says
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale says
     choose_isa(args.isa)
     started = time.perf_counter()
     session = Session(args)
@@ -73,7 +82,7 @@ def _command() -> None:
     print(f"loaded {args.file} in {load_seconds:.2f} s: {session.backend}, context {session.n_ctx}", file=sys.stderr)
     if args.chat:
         for message in _turns(prompt):
-            session.answer(message, shown=True)
+            session.converse(message)
         return
     assert prompt is not None  # _check
     text, finish = session.answer(prompt, shown=not args.json)
@@ -94,9 +103,10 @@ def _check(args: argparse.Namespace) -> None:
             raise CQError(f"--chat and {option} exclude each other")
     if args.raw and args.system is not None:
         raise CQError("--raw and --system exclude each other")
-    if args.max_tokens < -1:
-        raise CQError(f"-n: {args.max_tokens} is neither a number of tokens nor -1")
-    for option, value, least in (("--ctx", args.ctx, 1), ("--threads", args.threads, 1), ("--seed", args.seed, 0)):
+    if args.max_tokens < -2:
+        raise CQError(f"-n: {args.max_tokens} is neither a number of tokens nor -1 or -2")
+    check_threads(args.threads)
+    for option, value, least in (("--ctx", args.ctx, 0), ("--seed", args.seed, -1)):
         if value is not None and value < least:
             raise CQError(f"{option}: {value} is below {least}")
     StopFilter(args.stop)
@@ -118,8 +128,9 @@ def _read_prompt(args: argparse.Namespace) -> str | None:
 
 
 def _decode(source: str, data: bytes) -> str:
+    """Without what an editor adds to a text: a byte order mark, carriage returns, the last newline."""
     try:
-        return data.decode().removesuffix("\n")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise CQError(f"{source}: not UTF-8 text (byte {error.start})") from error
 
@@ -154,24 +165,65 @@ class Session:
             raise CQError(f"{args.file}: no chat template in the file, which --chat and --system need")
         if self._template is None and not args.raw:
             print(f"{args.file} holds no chat template: continuing the prompt as it is", file=sys.stderr)
+        temperature = None if args.temp is None else max(args.temp, 0.0)  # llama.cpp is greedy below 0 too
         config = SamplingConfig.resolve(
-            model.metadata, temp=args.temp, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+            model.metadata, temp=temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
             repeat_penalty=args.repeat_penalty,
         )  # fmt: skip
-        self._sampler = Sampler(config, args.seed)
-        self._max_tokens, self._stops = args.max_tokens, args.stop
+        self._sampler = Sampler(config, None if args.seed == -1 else args.seed)
+        self._max_tokens, self._stops = max(args.max_tokens, -1), args.stop
         self._messages: list[Message] = [] if args.system is None else [Message(role="system", content=args.system)]
+
+    def converse(self, message: str) -> None:
+        """Answer one message of a chat, which ends neither at a full context nor at a message that does not fit."""
+        before = list(self._messages)
+        try:
+            self._make_room(message)
+            self.answer(message, shown=True)
+        except PromptTooLong as error:
+            print(f"warning: the message is left out: {error}", file=sys.stderr)
+            self._messages = before
+
+    def _make_room(self, message: str) -> None:
+        """Forget the oldest turns if less than a quarter of the context would be left for the answer.
+
+        What stays takes at most half of the context, so that the next turns need not be computed anew. CQError if the
+        message does not fit even alone.
+        """
+        said, last = self._messages, Message(role="user", content=message)
+        n_kept = sum(entry["role"] == "system" for entry in said[:1])  # the system message stays
+        starts = [i for i in range(n_kept, len(said)) if said[i]["role"] == "user"]
+
+        def length(start: int) -> int:
+            return len(self._tokens([*said[:n_kept], *said[start:], last]))
+
+        most = self.n_ctx - self.n_ctx // 4
+        if length(n_kept) <= most:
+            return
+        fitting = [start for limit in (self.n_ctx // 2, most) for start in starts[1:] if length(start) <= limit]
+        start = fitting[0] if fitting else len(said)
+        self._context.check_length(length(start))
+        n_dropped = sum(first < start for first in starts)
+        if n_dropped:
+            print(f"the context is full: the oldest turns of the chat ({n_dropped}) are forgotten", file=sys.stderr)
+        self._messages = [*said[:n_kept], *said[start:]]
+
+    def _tokens(self, messages: list[Message]) -> list[int]:
+        """The prompt of a conversation, or the text of its one message where there is no template."""
+        if self._template is None:
+            tokens = self._tokenizer.encode(messages[-1]["content"], add_special=True)
+        else:
+            tokens = self._template.encode(messages)
+        ids: list[int] = tokens.tolist()
+        return ids
 
     def answer(self, message: str, shown: bool) -> tuple[str, Finish]:
         """Answer one message, streaming to standard output if shown."""
         self._messages.append(Message(role="user", content=message))
-        if self._template is None:
-            tokens = self._tokenizer.encode(message, add_special=True)
-        else:
-            tokens = self._template.encode(self._messages)
+        tokens = self._tokens(self._messages)
         text = ""
         events = generate(
-            self._context, self._tokenizer, tokens.tolist(), self._sampler, self._max_tokens, self._stops,
+            self._context, self._tokenizer, tokens, self._sampler, self._max_tokens, self._stops,
             at_start=self._template is not None,
         )  # fmt: skip
         for event in events:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pyggml_bridge.backend import Segments, finish, row_count
 from pyggml_bridge.cpu.program import CPUProgram
+from pyggml_bridge.machine import require_memory
 from pyggml_bridge.native import aligned_empty, current_isa, ffi, lib, pointer
 from pyggml_bridge.program import Program
 
@@ -17,7 +18,7 @@ class CPUBackend:
     """A program bound to buffers for batches of up to n_batch tokens."""
 
     def __init__(self, program: Program, n_batch: int, n_threads: int) -> None:
-        """Allocate buffers and lower the program."""
+        """Reserve buffers and lower the program; CQError, before one is written, if they do not fit in memory."""
         self.name = f"CPU ({current_isa()})"
         self.n_batch, self.n_threads = n_batch, n_threads
         self._program = CPUProgram(program, n_batch)
@@ -26,6 +27,8 @@ class CPUBackend:
             (ffi.new("cq_op[]", [op.struct for op in segment.work]), segment) for segment in self._program.segments
         ]
         scratch = max(lib.cq_scratch_bytes(ops, len(segment.work), n_threads) for ops, segment in self._segments)
+        sizes = f"{program.n_ctx} positions, batches of {n_batch} tokens and {n_threads} threads"
+        require_memory(self._program.nbytes + scratch, sizes)
         self._scratch = aligned_empty(scratch)
         self._step = ffi.new("cq_step *")
         self._step.n_threads = n_threads

@@ -21,14 +21,20 @@ class BufferPool:
         """No buffer yet."""
         self._free: dict[int, list[NDArray[np.uint8]]] = defaultdict(list)
         self._taken: dict[int, NDArray[np.uint8]] = {}  # by address
+        self.nbytes = 0  # of all buffers
 
     def take(self, dtype: Any, shape: tuple[int, int]) -> NDArray[Any]:
         """An array [*shape] of arbitrary contents that starts at a multiple of 64 bytes."""
         n_bytes = np.dtype(dtype).itemsize * shape[0] * shape[1]
         free = self._free[n_bytes]
-        buffer = free.pop() if free else aligned_empty(n_bytes)
+        buffer = free.pop() if free else self._allocate(n_bytes)
         self._taken[buffer.ctypes.data] = buffer
         return buffer.view(dtype).reshape(shape)
+
+    def _allocate(self, n_bytes: int) -> NDArray[np.uint8]:
+        """A new buffer, whose pages the system commits only as they are written."""
+        self.nbytes += n_bytes
+        return aligned_empty(n_bytes)
 
     def give_back(self, array: NDArray[Any]) -> None:
         """Let others have the memory of an array that was taken."""

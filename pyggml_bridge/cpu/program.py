@@ -111,6 +111,12 @@ class CPUProgram:
                     self._pool.give_back(array)
         return segments
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the KV cache and of all values, once they are all used."""
+        cache = sum(array.nbytes for array in (self._cache.k, self._cache.v) if array is not None)
+        return cache + self._pool.nbytes
+
     # ---- operations ----
 
     def _operation(self, step: Step) -> NativeOp:
