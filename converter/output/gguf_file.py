@@ -11,7 +11,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter
 from numpy.typing import NDArray
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import FileTensor, add_keys
+from pyggml_bridge.format import FileTensor, Keys, add_keys
 from pyggml_bridge.output import check_writable
 
 from ..quantize.plan import PlannedTensor
@@ -36,7 +36,7 @@ class OutputFile:
     """A GGUF file being written, tensor by tensor in the order of the plan."""
 
     def __init__(
-        self, path: Path, architecture: str, keys: dict[str, Any], tensors: list[PlannedTensor], n_written: int = 0
+        self, path: Path, architecture: str, keys: Keys, tensors: list[PlannedTensor], n_written: int = 0
     ) -> None:
         """Open `path`, which holds this header and so many tensors, or nothing yet; CQError if it does not."""
         header = _header(path.with_name(path.name + ".header"), architecture, keys, tensors)
@@ -84,7 +84,7 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
 
 
-def _header(path: Path, architecture: str, keys: dict[str, Any], tensors: list[PlannedTensor]) -> bytes:
+def _header(path: Path, architecture: str, keys: Keys, tensors: list[PlannedTensor]) -> bytes:
     """The file up to its first tensor, made in a file at `path`."""
     writer = GGUFWriter(path, architecture)
     add_keys(writer, architecture, keys)

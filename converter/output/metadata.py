@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pyggml_bridge.format import FILE_TYPES, VERSION, Key
+from pyggml_bridge.format import FILE_TYPES, VERSION, Key, Keys
 from pyggml_bridge.sampling import in_range_or_off
 from pyggml_bridge.version import package_version
 
@@ -24,10 +22,10 @@ DRAWING = {
 PENALTY = {"repetition_penalty": ("repeat_penalty", Key.SAMPLING_PENALTY_REPEAT)}
 
 
-def metadata(checkpoint: Checkpoint, settings: Settings, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
+def metadata(checkpoint: Checkpoint, settings: Settings, plan: Plan, calibration_tokens: int) -> Keys:
     """All keys but general.architecture; values are int, float, bool, str or a list of one of them."""
     arch = checkpoint.arch
-    keys: dict[str, Any] = {Key.GENERAL_TYPE: "model", Key.GENERAL_NAME: checkpoint.name}
+    keys: Keys = {Key.GENERAL_TYPE: "model", Key.GENERAL_NAME: checkpoint.name}
     if settings.float_type:
         keys[Key.GENERAL_FILE_TYPE] = int(FILE_TYPES[TENSOR_TYPES[settings.float_type]])
     keys |= {f"{arch.gguf_name}.{key}": value for key, value in arch.hparams(checkpoint.config).items()}
@@ -35,8 +33,8 @@ def metadata(checkpoint: Checkpoint, settings: Settings, plan: Plan, calibration
     return keys | _sampling_keys(checkpoint) | tokenizer_keys(checkpoint)
 
 
-def _cq_keys(settings: Settings, plan: Plan, calibration_tokens: int) -> dict[str, Any]:
-    keys: dict[str, Any] = {
+def _cq_keys(settings: Settings, plan: Plan, calibration_tokens: int) -> Keys:
+    keys: Keys = {
         Key.CQ_VERSION: VERSION,
         Key.CQ_BITS: plan.bits,
         Key.CQ_GROUP_SIZE: settings.grouping.group_size,
@@ -55,13 +53,13 @@ def _cq_keys(settings: Settings, plan: Plan, calibration_tokens: int) -> dict[st
     return keys
 
 
-def _sampling_keys(checkpoint: Checkpoint) -> dict[str, Any]:
+def _sampling_keys(checkpoint: Checkpoint) -> Keys:
     """Sampling defaults that the generation config sets; those of drawing where it asks for sampling at all.
 
     Numbers that leave a step out in transformers or its servers become the one that does so in llama.cpp.
     """
     config = checkpoint.generation_config
-    found: dict[str, Any] = {}
+    found: Keys = {}
     for field, (name, key) in ((DRAWING if config.do_sample else {}) | PENALTY).items():
         value = getattr(config, field, None)
         if isinstance(value, int | float) and not isinstance(value, bool):

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 Layer = dict[str, Tensor]
-KeyValue = int | float | str | list[int] | list[float] | list[str]  # bool is an int
-Keys = dict[str, KeyValue]  # GGUF metadata
 HParams = dict[str, int | float | str]  # GGUF metadata below `<architecture>.`
 
 

@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from pyggml_bridge.errors import CQError
+from pyggml_bridge.format import Keys
 
 from ..console import warn
 from . import arch
-from .architecture import Architecture, Keys, Layer, Linear, Norm, Vector
+from .architecture import Architecture, Layer, Linear, Norm, Vector
 from .config_fields import check_fields, check_generation, check_relations
 from .source_tokenizer import SourceTokenizer, read_tokenizer
 from .weight_files import SafetensorsSource, Source, read_json, refuse_pointers

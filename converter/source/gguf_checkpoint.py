@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import Key, is_known
+from pyggml_bridge.format import Key, Keys, is_known
 
 from ..console import warn
 from . import arch
-from .architecture import Keys, Linear, Norm, Vector, split_rope
+from .architecture import Linear, Norm, Vector, split_rope
 from .checkpoint import GGUF_NAMES, Checkpoint
 from .config_fields import check_gguf_keys
 from .source_tokenizer import SourceTokenizer, tokenizer_of_gguf

@@ -9,11 +9,10 @@ from typing import Any
 from gguf import TokenType
 
 from pyggml_bridge.errors import CQError
-from pyggml_bridge.format import Key
+from pyggml_bridge.format import Key, Keys
 from pyggml_bridge.tokenizer import is_ordinary_text
 
 from ..console import warn
-from .architecture import Keys
 from .checkpoint import Checkpoint
 from .pre_tokenizer import llama_cpp_name
 from .source_tokenizer import Json, SourceTokenizer

@@ -2,7 +2,7 @@
 
 from pyggml_bridge.format.activations import hadamard, quantize_activations
 from pyggml_bridge.format.clustered import Clustered, pack, unpack
-from pyggml_bridge.format.keys import ARCHITECTURE, VERSION, Key, add_keys, find_key, is_known
+from pyggml_bridge.format.keys import ARCHITECTURE, VERSION, Key, Keys, KeyValue, add_keys, find_key, is_known
 from pyggml_bridge.format.layout import (
     EMBEDDINGS_AND_HEAD,
     Companions,
@@ -39,6 +39,8 @@ __all__ = [
     "FileTensor",
     "Grouping",
     "Key",
+    "KeyValue",
+    "Keys",
     "TensorType",
     "add_keys",
     "cq_type",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import TypeAlias
 
 from gguf import GGUFValueType, GGUFWriter
 
 from pyggml_bridge.errors import CQError
 
 VERSION = 2
+KeyValue: TypeAlias = int | float | str | list[int] | list[float] | list[str]  # bool is an int
+Keys: TypeAlias = dict[str, KeyValue]
 ARCHITECTURE = "<architecture>"  # in a key's name: stands for the value of general.architecture
 
 _U8, _U32, _U64 = GGUFValueType.UINT8, GGUFValueType.UINT32, GGUFValueType.UINT64
@@ -167,12 +169,12 @@ def find_key(name: str, architecture: str = ARCHITECTURE) -> Key:
     return _BY_NAME[known]
 
 
-def add_keys(writer: GGUFWriter, architecture: str, keys: Mapping[str, Any]) -> None:
+def add_keys(writer: GGUFWriter, architecture: str, keys: Mapping[str, KeyValue]) -> None:
     """Add these to the header, each in its own type; names have the architecture, or its placeholder.
 
     An empty array is left out, as gguf-py cannot write one. CQError for an unknown key.
     """
     for name, value in keys.items():
         key = name if isinstance(name, Key) else find_key(name, architecture)
-        if key.type is not _ARRAY or len(value):
+        if not isinstance(value, list) or value:
             writer.add_key_value(name.replace(ARCHITECTURE, architecture), value, key.type, key.item)

@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 
-from pyggml_bridge.format import VERSION, CQType, FileTensor, Grouping, Key, add_keys, weight_tensors
+from pyggml_bridge.format import VERSION, CQType, FileTensor, Grouping, Key, Keys, add_keys, weight_tensors
 
 GROUPING, HADAMARD, HEAD = Grouping(-1, 64, 8), 64, CQType.CQ5  # as cq-convert sets them
 POOL_BYTES = 64 << 20  # random bytes, from which every tensor takes its own from another place
@@ -110,8 +110,8 @@ def write_synthetic(path: Path, shape: Shape, layers: int, cq: CQType = CQType.C
     writer.close()
 
 
-def _keys(s: Shape, layers: int, cq: CQType) -> dict[str, Any]:
-    keys: dict[str, Any] = {
+def _keys(s: Shape, layers: int, cq: CQType) -> Keys:
+    keys: Keys = {
         Key.GENERAL_NAME: "synthetic",
         Key.BLOCK_COUNT: layers,
         Key.CONTEXT_LENGTH: 32768,
@@ -141,10 +141,10 @@ def _keys(s: Shape, layers: int, cq: CQType) -> dict[str, Any]:
     return keys if s.jitter is None else keys | {Key.ROUTER_JITTER_NOISE: s.jitter}
 
 
-def _head_keys(s: Shape) -> dict[str, Any]:
+def _head_keys(s: Shape) -> Keys:
     if s.latent is None:
         kv_heads, key_length, value_length, n_rot = s.kv_heads, s.head_dim, s.head_dim, s.head_dim
-        latent: dict[str, Any] = {}
+        latent: Keys = {}
     else:
         rank, n_rot = s.latent.rank, s.latent.rope
         kv_heads, key_length, value_length = 1, rank + n_rot, rank
