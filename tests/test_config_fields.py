@@ -10,7 +10,6 @@ import pytest
 from codequant_converter.source.checkpoint import Checkpoint
 
 from pyggml_bridge.errors import CQError
-from tests.models import MODELS
 
 NUMBERS = (0, -1, 10**9, 10**30, 1.5, "96", True, [], {}, float("nan"), float("inf"))
 COUNTS = (
@@ -22,19 +21,6 @@ COUNTS = (
     "num_key_value_heads",
     "head_dim",
 )
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Directories by name of a tiny model, each saved once."""
-    folder = tmp_path_factory.mktemp("models")
-
-    def get(name: str) -> Path:
-        if not (folder / name).exists():
-            MODELS[name].save(folder / name)
-        return folder / name
-
-    return get
 
 
 @pytest.fixture

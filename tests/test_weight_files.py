@@ -20,24 +20,11 @@ from transformers import AutoModelForCausalLM
 
 from pyggml_bridge.errors import CQError
 from pyggml_bridge.reader import LFS_POINTER, GGUFFile
-from tests.models import MODELS, VOCAB
+from tests.models import VOCAB
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 POINTER = LFS_POINTER + b"v1\noid sha256:" + b"0" * 64 + b"\nsize 4096\n"
 TOKENS = np.arange(16, dtype=np.int32) * 37 % VOCAB
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Directories by name of a tiny model, each saved once."""
-    folder = tmp_path_factory.mktemp("models")
-
-    def get(name: str) -> Path:
-        if not (folder / name).exists():
-            MODELS[name].save(folder / name)
-        return folder / name
-
-    return get
 
 
 @pytest.fixture
