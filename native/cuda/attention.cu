@@ -30,11 +30,11 @@ enum {
 /* Two columns of a key or value in shared memory. */
 #if CQ_HEAD_DIM > 256
 typedef u32 cq_pair;
-CQ_DEVICE u32 pair_of(u32 halves) { return halves; }
+CQ_DEVICE u32 pair_of(u32 f16s) { return f16s; }
 CQ_DEVICE float2 floats_of(u32 pair) { return make_float2(lower(pair), upper(pair)); }
 #else
 typedef float2 cq_pair;
-CQ_DEVICE float2 pair_of(u32 halves) { return make_float2(lower(halves), upper(halves)); }
+CQ_DEVICE float2 pair_of(u32 f16s) { return make_float2(lower(f16s), upper(f16s)); }
 CQ_DEVICE float2 floats_of(const float2 &pair) { return pair; }
 #endif
 
@@ -61,9 +61,10 @@ struct cq_row_state {
     float max, sum, out[2 * CQ_PAIRS_EACH];
 };
 
-/* scores[row][i] of this thread's keys part, part + 8, ..; queries: of its first row, the next one CQ_BLOCK_ROWS on. */
+/* scores[row][i] of this thread's keys share, share + 8, ..; queries: of its first row, the next one CQ_BLOCK_ROWS on.
+ */
 CQ_DEVICE void score_tile(const float2 *queries, const cq_pair *keys, float (*scores)[CQ_KEYS_EACH]) {
-    const int part = threadIdx.x % CQ_SHARING;
+    const int share = threadIdx.x % CQ_SHARING;
 #pragma unroll 4
     for (int pair = 0; pair < CQ_PAIRS; pair++) {
         float2 query[CQ_ROWS_EACH];
@@ -71,7 +72,7 @@ CQ_DEVICE void score_tile(const float2 *queries, const cq_pair *keys, float (*sc
         for (int row = 0; row < CQ_ROWS_EACH; row++) query[row] = queries[row * CQ_BLOCK_ROWS * CQ_PITCH + pair];
 #pragma unroll
         for (int i = 0; i < CQ_KEYS_EACH; i++) {
-            const float2 key = floats_of(keys[(part + i * CQ_SHARING) * CQ_PITCH + pair]);
+            const float2 key = floats_of(keys[(share + i * CQ_SHARING) * CQ_PITCH + pair]);
 #pragma unroll
             for (int row = 0; row < CQ_ROWS_EACH; row++) scores[row][i] += query[row].x * key.x + query[row].y * key.y;
         }
@@ -81,11 +82,11 @@ CQ_DEVICE void score_tile(const float2 *queries, const cq_pair *keys, float (*sc
 /* A row's scores to probabilities p [CQ_KEYS]; first: the tile's first key. A key is visible if its distance to the
  * query, from it back, is in [0, window). */
 CQ_DEVICE void softmax_row(float *scores, int first, int window, float *p, cq_row_state &state) {
-    const int part = threadIdx.x % CQ_SHARING;
+    const int share = threadIdx.x % CQ_SHARING;
     float largest = state.max, sum = 0;
 #pragma unroll
     for (int i = 0; i < CQ_KEYS_EACH; i++) {
-        const int from_key = state.position - first - (part + i * CQ_SHARING);
+        const int from_key = state.position - first - (share + i * CQ_SHARING);
         if (from_key < 0 || from_key >= window) scores[i] = CQ_HIDDEN;
         largest = fmaxf(largest, scores[i]);
     }
@@ -93,7 +94,7 @@ CQ_DEVICE void softmax_row(float *scores, int first, int window, float *p, cq_ro
 #pragma unroll
     for (int i = 0; i < CQ_KEYS_EACH; i++) {
         const float probability = scores[i] == CQ_HIDDEN ? 0.0f : expf(scores[i] - largest);
-        p[part + i * CQ_SHARING] = probability;
+        p[share + i * CQ_SHARING] = probability;
         sum += probability;
     }
     const float shrink = expf(state.max - largest);
@@ -105,7 +106,7 @@ CQ_DEVICE void softmax_row(float *scores, int first, int window, float *p, cq_ro
 
 /* p: of the thread's first row. */
 CQ_DEVICE void add_values(const float *p, const cq_pair *values, cq_row_state *states) {
-    const int part = threadIdx.x % CQ_SHARING;
+    const int share = threadIdx.x % CQ_SHARING;
     for (int first = 0; first < CQ_KEYS; first += 4) {
         float4 weights[CQ_ROWS_EACH];
 #pragma unroll
@@ -115,7 +116,7 @@ CQ_DEVICE void add_values(const float *p, const cq_pair *values, cq_row_state *s
         for (int key = 0; key < 4; key++)
 #pragma unroll
             for (int i = 0; i < CQ_PAIRS_EACH; i++) {
-                const int pair = part + i * CQ_SHARING;
+                const int pair = share + i * CQ_SHARING;
                 if (pair >= CQ_PAIRS) continue;
                 const float2 value = floats_of(values[(first + key) * CQ_PITCH + pair]);
 #pragma unroll
@@ -131,13 +132,13 @@ CQ_DEVICE void add_values(const float *p, const cq_pair *values, cq_row_state *s
 CQ_DEVICE void store_row(const cq_attention &op, const cq_row_state &state, long long row) {
     float *to = result_row(op, row, CQ_HEAD_DIM);
     const float scale = gridDim.z > 1 ? 1.0f : 1.0f / state.sum;
-    const int part = threadIdx.x % CQ_SHARING;
+    const int share = threadIdx.x % CQ_SHARING;
 #pragma unroll
     for (int i = 0; i < 2 * CQ_PAIRS_EACH; i++) {
-        const int column = 2 * (part + i / 2 * CQ_SHARING) + i % 2;
+        const int column = 2 * (share + i / 2 * CQ_SHARING) + i % 2;
         if (column < CQ_HEAD_DIM) to[column] = state.out[i] * scale;
     }
-    if (gridDim.z > 1 && part == 0) to[CQ_HEAD_DIM] = state.max, to[CQ_HEAD_DIM + 1] = state.sum;
+    if (gridDim.z > 1 && share == 0) to[CQ_HEAD_DIM] = state.max, to[CQ_HEAD_DIM + 1] = state.sum;
 }
 
 extern "C" __global__ void __launch_bounds__(CQ_THREADS) attention(const cq_attention op) {

@@ -2,11 +2,11 @@
  *
  *     out[h] = sum over visible keys j of softmax(scale * q[h] . k[j]) v[j]
  *
- * Keys and values are read once, eight halves a load, and little is computed with them: what counts is how much is on
- * its way at once. So the keys are dealt to the splits in tiles of 32, and a tile's values are asked for together with
- * its keys. Four lanes share a key and multiply it with all heads of the block, which share its key-value head; a warp
- * makes the probabilities of every fourth head; then CQ_LANES threads have eight columns of the values each, and every
- * CQ_GROUPS-th key, whose sums are joined at the end. attention_merge joins the splits.
+ * Keys and values are read once, eight F16 values a load, and little is computed with them: what counts is how much is
+ * on its way at once. So the keys are dealt to the splits in tiles of 32, and a tile's values are asked for together
+ * with its keys. Four lanes share a key and multiply it with all heads of the block, which share its key-value head; a
+ * warp makes the probabilities of every fourth head; then CQ_LANES threads have eight columns of the values each, and
+ * every CQ_GROUPS-th key, whose sums are joined at the end. attention_merge joins the splits.
  *
  * Grid: (heads that share a key-value head / CQ_HEADS, n_kv_heads, splits), 128 threads. Sums are float32. */
 #include "attention.cuh"
@@ -62,8 +62,8 @@ CQ_DEVICE void load_values(const u16 *const v, int first, int end, int chunk, ui
 /* scores[h] += the products of this thread's loads of a key with the queries of head h; the tile's first values are on
  * their way meanwhile. */
 CQ_DEVICE void multiply_key(const u16 *key, const float *queries, float *scores) {
-    const int part = threadIdx.x % CQ_SHARING;
-    for (int chunk = part; chunk < CQ_EIGHTS; chunk += CQ_AHEAD * CQ_SHARING) {
+    const int share = threadIdx.x % CQ_SHARING;
+    for (int chunk = share; chunk < CQ_EIGHTS; chunk += CQ_AHEAD * CQ_SHARING) {
         uint4 eights[CQ_AHEAD];
 #pragma unroll
         for (int i = 0; i < CQ_AHEAD; i++) eights[i] = load_eight(key, chunk + i * CQ_SHARING);

@@ -5,7 +5,7 @@
  * Each step decodes 128 x 64 weights to int8 in shared memory, two threads a row (codebook.cuh), beside 64 x 64
  * activations, and multiplies them on the integer tensor cores; CQ_DP4A: with dp4a, for chips without. Both arrays are
  * double: while one step is multiplied, the next one's activations are copied (cp.async) and its indices are on
- * their way to registers. Rows of shared memory are 80 bytes apart, so that eight rows' 16-byte parts lie in different
+ * their way to registers. Rows of shared memory are 80 bytes apart, so that eight rows' 16-byte pieces lie in different
  * banks. Eight warps multiply 32 x 32 each.
  *
  * One launch serves all experts of a layer: block (x, y) takes tile x of the items (common.cuh) and rows 128 y ..
@@ -28,8 +28,8 @@ enum {
     CQ_PITCH = 80,
     CQ_WARP_ROWS = 32,
     CQ_WARP_TOKENS = 32,
-    CQ_ROW_PARTS = 2,
-    CQ_TOKEN_PARTS = 4, /* of 16 x 8, in a warp's tile */
+    CQ_ROW_TILES = 2,
+    CQ_TOKEN_TILES = 4, /* of 16 x 8, in a warp's tile */
 };
 
 /* One step in shared memory. */
@@ -46,14 +46,14 @@ CQ_DEVICE cq_stage stage_of(const cq_stage &first, int step) {
             first.weight_scales + i * 2 * CQ_TILE_ROWS, first.token_scales + i * 2 * CQ_TILE_TOKENS};
 }
 
-/* What a thread of a warp sums: element e of parts m, n is d[e] of matrix_multiply. */
+/* What a thread of a warp sums: element e of tiles m, n is d[e] of matrix_multiply. */
 #if CQ_TYPE == 8
 typedef float cq_sum;
 #else
 typedef int cq_sum;
 #endif
 struct cq_sums {
-    cq_sum of[CQ_ROW_PARTS][CQ_TOKEN_PARTS][4];
+    cq_sum of[CQ_ROW_TILES][CQ_TOKEN_TILES][4];
 };
 
 /* ---- half a row of a step: loaded to registers, later stored to shared memory ---- */
@@ -138,7 +138,7 @@ CQ_DEVICE void store_weights(const cq_source &s, const cq_fetched &f, int row, c
 
 /* ---- activations ---- */
 
-/* A thread copies one 16-byte part of one token; tokens past the tile's end and columns past the row's are zero. */
+/* A thread copies one 16-byte piece of one token; tokens past the tile's end and columns past the row's are zero. */
 CQ_DEVICE void copy_tokens(const cq_linear &op, int in, int step, const cq_stage &stage) {
     const int token = threadIdx.x / 4, column = step * CQ_STEP + threadIdx.x % 4 * 16;
     const bool valid = in >= 0 && column < op.w.n_cols;
@@ -154,41 +154,41 @@ CQ_DEVICE void copy_tokens(const cq_linear &op, int in, int step, const cq_stage
 /* ---- the multiplication of one step ---- */
 
 /* acc of 32 columns from column k on: 32 rows from `row` on times 32 tokens from `token` on. */
-CQ_DEVICE void multiply(const cq_stage &stage, int row, int token, int k, int (*acc)[CQ_TOKEN_PARTS][4]) {
+CQ_DEVICE void multiply(const cq_stage &stage, int row, int token, int k, int (*acc)[CQ_TOKEN_TILES][4]) {
     const int lane = threadIdx.x % 32;
 #ifdef CQ_DP4A
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int word = 0; word < 8; word++) {
-        u32 w[4], x[2 * CQ_TOKEN_PARTS];
+        u32 w[4], x[2 * CQ_TOKEN_TILES];
 #pragma unroll
         for (int i = 0; i < 4; i++) w[i] = *(const u32 *)(stage.weights + (row + 8 * i + g) * CQ_PITCH + k + 4 * word);
 #pragma unroll
-        for (int i = 0; i < 2 * CQ_TOKEN_PARTS; i++)
+        for (int i = 0; i < 2 * CQ_TOKEN_TILES; i++)
             x[i] = *(const u32 *)(stage.tokens + (token + i / 2 * 8 + 2 * t + i % 2) * CQ_PITCH + k + 4 * word);
 #pragma unroll
-        for (int i = 0; i < 16 * CQ_ROW_PARTS; i++) {
+        for (int i = 0; i < 16 * CQ_ROW_TILES; i++) {
             const int m = i / 16, n = i / 4 % 4, e = i % 4;
             acc[m][n][e] = dot_signed(w[2 * m + e / 2], x[2 * n + e % 2], acc[m][n][e]);
         }
     }
 #else
-    u32 a[CQ_ROW_PARTS][4], b[CQ_TOKEN_PARTS / 2][4];
+    u32 a[CQ_ROW_TILES][4], b[CQ_TOKEN_TILES / 2][4];
 #pragma unroll
-    for (int m = 0; m < CQ_ROW_PARTS; m++) /* rows 0-7 and 8-15, then the same 16 bytes on */
+    for (int m = 0; m < CQ_ROW_TILES; m++) /* rows 0-7 and 8-15, then the same 16 bytes on */
         load_matrices(a[m], stage.weights + (row + 16 * m + lane % 16) * CQ_PITCH + k + lane / 16 * 16);
 #pragma unroll
-    for (int n = 0; n < CQ_TOKEN_PARTS / 2; n++) /* both halves of tokens 0-7, then of 8-15 */
+    for (int n = 0; n < CQ_TOKEN_TILES / 2; n++) /* both halves of tokens 0-7, then of 8-15 */
         load_matrices(b[n],
                       stage.tokens + (token + 16 * n + lane / 16 * 8 + lane % 8) * CQ_PITCH + k + lane / 8 % 2 * 16);
 #pragma unroll
-    for (int m = 0; m < CQ_ROW_PARTS; m++)
+    for (int m = 0; m < CQ_ROW_TILES; m++)
 #pragma unroll
-        for (int n = 0; n < CQ_TOKEN_PARTS; n++) matrix_multiply(acc[m][n], a[m], b[n / 2] + n % 2 * 2);
+        for (int n = 0; n < CQ_TOKEN_TILES; n++) matrix_multiply(acc[m][n], a[m], b[n / 2] + n % 2 * 2);
 #endif
 }
 
-/* Row and token, in the warp's tile, of element e of parts m, n. */
+/* Row and token, in the warp's tile, of element e of tiles m, n. */
 CQ_DEVICE int row_of(int m, int e) { return 16 * m + threadIdx.x % 32 / 4 + e / 2 * 8; }
 CQ_DEVICE int token_of(int n, int e) { return 8 * n + threadIdx.x % 4 * 2 + e % 2; }
 
@@ -196,10 +196,10 @@ CQ_DEVICE void multiply_step(const cq_stage &stage, int row, int token, cq_sums 
 #if CQ_TYPE == 8
 #pragma unroll
     for (int block = 0; block < 2; block++) {
-        int acc[CQ_ROW_PARTS][CQ_TOKEN_PARTS][4] = {};
+        int acc[CQ_ROW_TILES][CQ_TOKEN_TILES][4] = {};
         multiply(stage, row, token, block * CQ_Q8_0_COLS, acc);
 #pragma unroll
-        for (int i = 0; i < 16 * CQ_ROW_PARTS; i++) {
+        for (int i = 0; i < 16 * CQ_ROW_TILES; i++) {
             const int m = i / 16, n = i / 4 % 4, e = i % 4;
             const float scale = stage.weight_scales[2 * (row + row_of(m, e)) + block] *
                                 stage.token_scales[2 * (token + token_of(n, e)) + block];
@@ -215,13 +215,13 @@ CQ_DEVICE void multiply_step(const cq_stage &stage, int row, int token, cq_sums 
 CQ_DEVICE void store_tile(const cq_linear &op, const cq_tile &tile, int first_row, int first_token,
                           const cq_sums &sums) {
 #pragma unroll
-    for (int i = 0; i < 2 * CQ_TOKEN_PARTS; i++) {
+    for (int i = 0; i < 2 * CQ_TOKEN_TILES; i++) {
         const int n = i / 2, item = tile.first + first_token + token_of(n, i % 2);
         if (item >= tile.last) continue;
         const int to = output_row(op, tile, item);
         const float token_scale = CQ_IS_Q8_0 ? 1.0f : op.scales[input_row(op, to)];
 #pragma unroll
-        for (int j = 0; j < 2 * CQ_ROW_PARTS; j++) {
+        for (int j = 0; j < 2 * CQ_ROW_TILES; j++) {
             const int m = j / 2, e = j % 2 * 2 + i % 2, row = first_row + row_of(m, e);
             if (row >= op.w.n_rows) continue;
             if constexpr (CQ_IS_Q8_0)

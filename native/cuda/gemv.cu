@@ -2,16 +2,16 @@
  *
  *     out[item][row] = scales[row] * x_scale * sum over columns of W8[row][column] * q[item][column]
  *
- * `lanes` neighbouring lanes share CQ_GEMV_ROWS rows, so sets of rows that share codebooks never straddle; each takes
- * every lanes-th half block of columns (codebook.cuh) of all of them. Its part of q stays in registers, permuted to the
- * order in which a byte permute delivers weights. Per row: the codebook, scaled by the group's scale, as a table in
+ * `team` neighbouring threads share CQ_GEMV_ROWS rows, so sets of rows that share codebooks never straddle; each takes
+ * every team-th half block of columns (codebook.cuh) of all of them. Its columns of q stay in registers, permuted to
+ * the order in which a byte permute delivers weights. Per row: the codebook, scaled by the group's scale, as a table in
  * registers; four look-ups per byte permute (three permutes for 16 entries); dp4a. Memory is read once: 16 bytes per
- * lane where blocks allow it, all rows' indices ahead of their use. A trellis reads its set's last two rows again, from
- * the first-level cache.
+ * thread where blocks allow it, all rows' indices ahead of their use. A trellis reads its set's last two rows again,
+ * from the first-level cache.
  *
  * The sum uses offset weights u8 <= 255 and subtracts g * sum(q): |sum| <= 255 * 127 * 65536 < 2^31.
  *
- * Grid: (n_rows / (CQ_GEMV_ROWS * 128 / lanes), items, matrices), 128 threads. */
+ * Grid: (n_rows / (CQ_GEMV_ROWS * 128 / team), items, matrices), 128 threads. */
 #include "codebook.cuh"
 
 enum { CQ_GEMV_THREADS = 128, CQ_GEMV_ROWS = 8, CQ_GEMV_AHEAD = CQ_TYPE == CQ_CQ5 ? 4 : 8 };
@@ -65,39 +65,39 @@ CQ_DEVICE void add_half(const cq_reader &r, int first_row, int block, int half, 
     }
 }
 
-/* Of lane i < CQ_GEMV_ROWS the sum of row i over the `lanes` lanes that share rows: within warps, then over them. All
- * threads call it. */
-CQ_DEVICE int sum_of_row(const int *sums, int lanes, int *shared) {
-    const int lane = threadIdx.x % min_int(lanes, 32), warp = threadIdx.x / 32;
+/* Of member i < CQ_GEMV_ROWS the sum of row i over the `team` threads that share rows: within warps, then over them.
+ * All threads call it. */
+CQ_DEVICE int sum_of_row(const int *sums, int team, int *shared) {
+    const int member = threadIdx.x % min_int(team, 32), warp = threadIdx.x / 32;
     int mine = 0;
 #pragma unroll
     for (int i = 0; i < CQ_GEMV_ROWS; i++) {
-        const int sum = sum_lanes(sums[i], min_int(lanes, 32));
-        mine = lane == i ? sum : mine;
+        const int sum = sum_lanes(sums[i], min_int(team, 32));
+        mine = member == i ? sum : mine;
     }
-    if (lanes <= 32) return mine;
-    if (lane < CQ_GEMV_ROWS) shared[warp * CQ_GEMV_ROWS + lane] = mine;
+    if (team <= 32) return mine;
+    if (member < CQ_GEMV_ROWS) shared[warp * CQ_GEMV_ROWS + member] = mine;
     __syncthreads();
-    const int first = warp / (lanes / 32) * (lanes / 32); /* warp of the group */
+    const int first = warp / (team / 32) * (team / 32); /* warp of the group */
     mine = 0;
-    for (int i = 0; i < lanes / 32; i++) mine += shared[(first + i) * CQ_GEMV_ROWS + lane % CQ_GEMV_ROWS];
+    for (int i = 0; i < team / 32; i++) mine += shared[(first + i) * CQ_GEMV_ROWS + member % CQ_GEMV_ROWS];
     return mine;
 }
 
-/* lanes: 8 to 128, so that lane i of a group stores row i. Three blocks at once on a multiprocessor: 168 registers.
+/* team: 8 to 128, so that member i of a team stores row i. Three blocks at once on a multiprocessor: 168 registers.
  */
-extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS, 3) gemv(const cq_linears ops, int lanes) {
+extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS, 3) gemv(const cq_linears ops, int team) {
     CQ_SHARED(int, shared, CQ_GEMV_THREADS / 32 * CQ_GEMV_ROWS);
     const cq_linear &op = ops.of[blockIdx.z];
-    const int group = (blockIdx.x * CQ_GEMV_THREADS + threadIdx.x) / lanes, lane = threadIdx.x % lanes;
+    const int group = (blockIdx.x * CQ_GEMV_THREADS + threadIdx.x) / team, member = threadIdx.x % team;
     const int first_row = group * CQ_GEMV_ROWS, item = blockIdx.y, expert = matrix_of(op, item);
-    if (expert < 0 || (int)blockIdx.x * CQ_GEMV_THREADS / lanes * CQ_GEMV_ROWS >= op.w.n_rows) return;
+    if (expert < 0 || (int)blockIdx.x * CQ_GEMV_THREADS / team * CQ_GEMV_ROWS >= op.w.n_rows) return;
     const cq_reader r = reader_of(op.w, expert);
     const i8 *q = op.q + (long long)input_row(op, item) * op.w.n_cols;
     int sums[CQ_GEMV_ROWS] = {0};
-    for (int half = lane; half < op.w.n_cols / 32; half += lanes) add_half(r, first_row, half / 2, half % 2, q, sums);
-    const int sum = sum_of_row(sums, lanes, shared), row = first_row + lane;
-    if (lane >= CQ_GEMV_ROWS || row >= op.w.n_rows) return;
+    for (int half = member; half < op.w.n_cols / 32; half += team) add_half(r, first_row, half / 2, half % 2, q, sums);
+    const int sum = sum_of_row(sums, team, shared), row = first_row + member;
+    if (member >= CQ_GEMV_ROWS || row >= op.w.n_rows) return;
     /* The expert anew: kept in a register through the loop it makes CQ5 spill. */
     const int of = matrix_of(op, blockIdx.y);
     store_integer(op, sum, op.scales[input_row(op, blockIdx.y)], blockIdx.y, row, (long long)of * op.w.n_rows + row);

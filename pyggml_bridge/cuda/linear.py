@@ -156,12 +156,12 @@ def gemv(w: DeviceMatrix, operands: Operands, *others: Layer, n_processors: int 
     """
     if not is_clustered(w.type):
         grid = (ceil_div(w.n_rows, 4), operands.n_items, 1)
-        return Launch(linear_module("plain.cu", w.type), "plain_gemv", grid, 128, (operands.struct(w),))
+        return Launch(linear_module("stock.cu", w.type), "stock_gemv", grid, 128, (operands.struct(w),))
     layers, most_rows = _layers(w, operands, *others)
     n_rows = w.n_rows + sum(matrix.n_rows for matrix, _ in others)
-    lanes = gemv_lanes(w.n_cols, ceil_div(n_rows, 8) * operands.n_items, n_processors)
-    grid = (ceil_div(most_rows, 8 * (128 // lanes)), operands.n_items, 1 + len(others))
-    return Launch(linear_module("gemv.cu", w.type), "gemv", grid, 128, (layers, np.int32(lanes)))
+    team = gemv_team(w.n_cols, ceil_div(n_rows, 8) * operands.n_items, n_processors)
+    grid = (ceil_div(most_rows, 8 * (128 // team)), operands.n_items, 1 + len(others))
+    return Launch(linear_module("gemv.cu", w.type), "gemv", grid, 128, (layers, np.int32(team)))
 
 
 def _layers(w: DeviceMatrix, operands: Operands, *others: Layer) -> tuple[NDArray[Any], int]:
@@ -172,7 +172,7 @@ def _layers(w: DeviceMatrix, operands: Operands, *others: Layer) -> tuple[NDArra
     return out, max(matrix.n_rows for matrix, _ in layers)
 
 
-def gemv_lanes(n_cols: int, n_groups: int, n_processors: int) -> int:
+def gemv_team(n_cols: int, n_groups: int, n_processors: int) -> int:
     """Threads that share eight rows of the weight, for n_groups groups of eight rows: those that should end first.
 
     In an iteration of the GEMV's loop each of these threads has 32 columns of its rows. For most of an iteration a warp
@@ -180,9 +180,9 @@ def gemv_lanes(n_cols: int, n_groups: int, n_processors: int) -> int:
     """
     n_pieces = n_cols // 32
 
-    def time(lanes: int) -> float:
-        warps = n_groups * lanes / 32 / (4 * n_processors)
-        return ceil_div(n_pieces, lanes) * max(2.5, warps)
+    def time(team: int) -> float:
+        warps = n_groups * team / 32 / (4 * n_processors)
+        return ceil_div(n_pieces, team) * max(2.5, warps)
 
     return min((32, 16, 8, 64, 128), key=time)
 
@@ -191,7 +191,7 @@ def gemm(w: DeviceMatrix, operands: Operands, *others: Layer, tensor_cores: bool
     """The launch over tiles of rows; with a routing, group() must have run. others: as gemv's."""
     if w.type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
         grid = (operands.n_tiles, ceil_div(w.n_rows, 32), 2)
-        return Launch(linear_module("plain.cu", w.type), "plain_gemm", grid, 256, (operands.struct(w),))
+        return Launch(linear_module("stock.cu", w.type), "stock_gemm", grid, 256, (operands.struct(w),))
     module = linear_module("gemm.cu", w.type, tensor_cores=tensor_cores)
     layers, most_rows = _layers(w, operands, *others)
     return Launch(module, "gemm", (operands.n_tiles, ceil_div(most_rows, 128), 1 + len(others)), 256, (layers,))

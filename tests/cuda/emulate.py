@@ -100,7 +100,7 @@ def _header() -> Path:
 
 
 def _absent(module: Module, kernel: str) -> bool:
-    return kernel == "plain_gemm" and ("CQ_TYPE", 8) in module.defines
+    return kernel == "stock_gemm" and ("CQ_TYPE", 8) in module.defines
 
 
 def run(launch: Launch, seed: int = 0) -> None:

@@ -45,7 +45,7 @@ def modules() -> Iterator[Module]:
     for kind in (*CQType, Q8_0):
         yield linear_module("gemm.cu", kind)
     for kind in (F32, F16, Q8_0):
-        yield linear_module("plain.cu", kind)
+        yield linear_module("stock.cu", kind)
     yield from (ROWS, AROUND_ATTENTION, ROUTE)
     yield from (Module("attention.cu", (("CQ_HEAD_DIM", width),)) for width in (64, 128))
     yield from (decode_module(width, 8) for width in (64, 128))

@@ -61,9 +61,9 @@ def test_launches_of_a_layer_with_experts(tmp_path: Path) -> None:
     write_tiny(tmp_path / "tiny.gguf", Tiny(n_layers=2, n_experts=6, hadamard=32, ffn=64))
     planned = CUDAProgram(build(Weights(GGUFFile(tmp_path / "tiny.gguf")), 64), 8, DeviceInfo(4))
     layer = ["gemv", "prepare_heads", "attention_decode", "attention_merge", "quantize", "gemv"]
-    layer += ["rms_norm", "plain_gemv", "route", "gemv", "swiglu_quantize", "gemv"]
+    layer += ["rms_norm", "stock_gemv", "route", "gemv", "swiglu_quantize", "gemv"]
     kernels = [launch.kernel for launch in planned.launches(0, 1, 1)]
-    last = ["combine", "select_rows", "rms_norm", "plain_gemv"]
+    last = ["combine", "select_rows", "rms_norm", "stock_gemv"]
     assert kernels == ["embed", "rms_norm", *layer, "combine_norm", *layer, *last]
     few = [launch.kernel for launch in planned.launches(0, 8, 1)]
     assert len(few) == len(kernels) and few.count("group") == few.count("attention") == 2

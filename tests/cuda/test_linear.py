@@ -154,24 +154,24 @@ def test_layers_of_one_launch(heights: tuple[int, ...], tokens: int, cq: CQType)
 
 
 @pytest.mark.parametrize("cq", CQType)
-@pytest.mark.parametrize("lanes", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("team", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize(("rows", "cols"), [(33, 576), (140, 64), (16, 4160)])
-def test_any_number_of_lanes_gives_the_integers(rows: int, cols: int, lanes: int, cq: CQType) -> None:
+def test_any_size_of_a_team_gives_the_integers(rows: int, cols: int, team: int, cq: CQType) -> None:
     rng, memory = np.random.default_rng(cols), Memory()
     w, x = random_clustered(rng, cq, rows, cols, scale_cols=64, codebook_rows=8), activations(rng, 2, cols)
     out = memory.full((2, rows), CANARY, np.int32)
     operands = cl.Operands(2, out.ctypes.data, q=memory.at(x), scales=memory.at(np.ones(2, np.float32)))
     launch = cl.gemv(replace(memory.matrix(w), scales=0), operands)
-    grid = (cl.ceil_div(rows, 8 * (128 // lanes)), 2, 1)
-    run(replace(launch, grid=grid, args=(launch.args[0], np.int32(lanes))), seed=lanes)
+    grid = (cl.ceil_div(rows, 8 * (128 // team)), 2, 1)
+    run(replace(launch, grid=grid, args=(launch.args[0], np.int32(team))), seed=team)
     np.testing.assert_array_equal(out, wanted(w, x))
 
 
-def test_more_lanes_share_rows_where_processors_would_idle() -> None:
+def test_larger_teams_share_rows_where_processors_would_idle() -> None:
     """Of an H100: q, k and v of Qwen3-30B-A3B, its attention output, gate and up, down, output; few and wide rows."""
     shapes = [(2048, 5120), (4096, 2048), (2048, 12288), (768, 16384), (2048, 151936), (64, 64), (32768, 8)]
-    assert [cl.gemv_lanes(cols, rows // 8, 132) for cols, rows in shapes] == [64, 128, 32, 32, 32, 32, 128]
-    assert cl.gemv_lanes(768, 2048, 1) == 8 and cl.gemv_lanes(2048, 1 << 20, 1) == 32
+    assert [cl.gemv_team(cols, rows // 8, 132) for cols, rows in shapes] == [64, 128, 32, 32, 32, 32, 128]
+    assert cl.gemv_team(768, 2048, 1) == 8 and cl.gemv_team(2048, 1 << 20, 1) == 32
 
 
 def experts_case(rng: np.random.Generator, n_tokens: int, gather: bool) -> tuple[Clustered, np.ndarray, np.ndarray]:

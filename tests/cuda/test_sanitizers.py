@@ -24,7 +24,7 @@ CASES = (
     "test_rows.py::test_swiglu_with_its_quantized_form",
     "test_rows.py::test_heads_on_their_way_to_attention",
     "test_linear.py::test_layers_of_one_launch[heights0-67-17213]",
-    "test_linear.py::test_any_number_of_lanes_gives_the_integers[33-576-64-17213]",
+    "test_linear.py::test_any_size_of_a_team_gives_the_integers[33-576-64-17213]",
     "test_rows.py::test_swiglu",
     "test_rows.py::test_combine_and_select",
     "test_rows.py::test_copy_columns",

@@ -13,10 +13,10 @@ from tests.cuda import table
 def live() -> list[tuple[Module, int]]:
     """Every source for every target, and every type on the way."""
     found = [(linear_module("gemm.cu", CQType.CQ4, tensor_cores=False), 75)]
-    for sm, cq, plain in zip(table.TARGETS, CQType, 3 * (table.F32, table.F16, table.Q8_0), strict=False):
+    for sm, cq, stock in zip(table.TARGETS, CQType, 3 * (table.F32, table.F16, table.Q8_0), strict=False):
         attention = Module("attention.cu", (("CQ_HEAD_DIM", 64 if cq.trellis else 128),))
         decode = decode_module(64 if cq.trellis else 128, 8)
-        linears = (linear_module("gemv.cu", cq), linear_module("gemm.cu", cq), linear_module("plain.cu", plain))
+        linears = (linear_module("gemv.cu", cq), linear_module("gemm.cu", cq), linear_module("stock.cu", stock))
         found += [(module, sm) for module in (*linears, ROUTE, ROWS, AROUND_ATTENTION, attention, decode, table.LATENT)]
     return found
 
@@ -33,7 +33,7 @@ def test_every_kernel_is_there_for_every_target() -> None:
         assert {("route", "", "", sm), ("group", "", "", sm), ("gemm", "Q8_0", "", sm)} <= rows
         assert ("attention_decode", "head_dim 128", "", sm) in rows
         assert {("attention", "head_dim 128", "", sm), ("latent_attention", "head_dim 576", "", sm)} <= rows
-        assert {("plain_gemv", kind, "", sm) for kind in ("F32", "F16", "Q8_0")} <= rows
+        assert {("stock_gemv", kind, "", sm) for kind in ("F32", "F16", "Q8_0")} <= rows
     assert len(rows) == len(table.recorded())
 
 

@@ -2,8 +2,8 @@
  *
  *     out[item][row] = sum over columns of W[row][column] * x[item][column]
  *
- * plain_gemv: a warp a row and item, lanes side by side in the row; Q8_0 eight lanes a block of 32, four weights each,
- * int32 within the four, float beyond. plain_gemm (F32 and F16; gemm.cu has Q8_0): float tiles of 32 rows by 32 items,
+ * stock_gemv: a warp a row and item, lanes side by side in the row; Q8_0 eight lanes a block of 32, four weights each,
+ * int32 within the four, float beyond. stock_gemm (F32 and F16; gemm.cu has Q8_0): float tiles of 32 rows by 32 items,
  * as a router's few rows would fill few multiprocessors otherwise, in steps of 32 columns, 4 x 4 sums a thread. Sums of
  * floats: the order differs from the CPU's, so results do in the last places. */
 #include "common.cuh"
@@ -76,7 +76,7 @@ CQ_DEVICE float dot_row(const cq_linear &op, const u8 *row, int in, int lane) {
 #endif
 
 /* Grid: (n_rows / 4, items), 128 threads. */
-extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS) plain_gemv(const cq_linear op) {
+extern "C" __global__ void __launch_bounds__(CQ_GEMV_THREADS) stock_gemv(const cq_linear op) {
     const int row = blockIdx.x * (CQ_GEMV_THREADS / 32) + threadIdx.x / 32, item = blockIdx.y, lane = threadIdx.x % 32;
     if (row >= op.w.n_rows) return; /* a whole warp */
     const int expert = matrix_of(op, item);
@@ -134,7 +134,7 @@ CQ_DEVICE void multiply_columns(const float *weights, const float *items, int qu
 /* Grid: (tiles, n_rows / 32, 2: halves of a tile), 256 threads. A quarter of the threads sums a quarter of each step's
  * columns: of rows 4 (thread % 8) .. + 3 and items 4 (thread / 8 % 8) .. + 3. While one step is multiplied, the next
  * one is on its way to registers, and then to the other half of shared memory. */
-extern "C" __global__ void __launch_bounds__(CQ_GEMM_THREADS, 2) plain_gemm(const cq_linear op) {
+extern "C" __global__ void __launch_bounds__(CQ_GEMM_THREADS, 2) stock_gemm(const cq_linear op) {
     CQ_SHARED(float, shared,
               4 * CQ_STEP * CQ_TILE_ROWS); /* [2] weights and items of a step; at last the quarters' sums */
     const cq_tile tile = tile_at(op, blockIdx.x);
