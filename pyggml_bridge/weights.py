@@ -62,6 +62,7 @@ class Weights:
     def __init__(self, file: GGUFFile) -> None:
         """Check the file-wide CQ keys."""
         self.file = file
+        self._read: set[str] = set()
         self.is_clustered = any(cq_type(tensor.type) for tensor in file.tensors.values())
         version = file.get(Key.CQ_VERSION, int, VERSION if not self.is_clustered else ...)
         if version != VERSION:
@@ -106,11 +107,19 @@ class Weights:
         """Whether the file has this tensor."""
         return name in self.file.tensors
 
+    def require_all_read(self) -> None:
+        """CQError if the file has tensors that were not asked for: a model that uses them computes something else."""
+        unread = [name for name in self.file.tensors if name not in self._read]
+        if unread:
+            more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+            raise CQError(f"{self.file.path}: the architecture has no tensor {', '.join(unread[:3])}{more}")
+
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of this name and shape."""
         tensor = self.file.tensors.get(name)
         if tensor is None:
             raise CQError(f"{self.file.path}: tensor {name} is missing")
+        self._read.add(name)
         if tensor.shape != shape:
             raise CQError(f"{self.file.path}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
         return tensor

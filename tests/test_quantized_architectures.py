@@ -6,6 +6,7 @@ by one that transforms and quantizes its inputs as docs/format.md says and multi
 
 from __future__ import annotations
 
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,13 @@ from .models import MODELS, VOCAB
 # Three or more of each architecture. An activation that lies where int8 rounds, two experts that all but tie, or a
 # token beside SparseMixer's thresholds, where a routing weight jumps, can fall on the other side in other orders of
 # summation, and processors sum in different orders. Wrong arithmetic would show with any tokens, so one sequence
-# without such an accident is enough: each takes every STEPS[i]-th token of the vocabulary (mixtral-top-1 has none).
+# without such an accident is enough: each takes every step-th token of the vocabulary. mixtral-top-1 has none among 47.
 NAMES = [name for name in MODELS if name != "mixtral-top-1"]
-STEPS = (37, 29, 11, 41, 53)
+STEPS = [step for step in (37, 29, *range(5, VOCAB // 2)) if gcd(step, VOCAB) == 1]
 N_TOKENS = 64
 FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
 Q8_0_COLS = 32
 BOUND = 1e-4  # mean KLD, nats
-NUDGES = (2**-23, -(2**-23), 2**-22)  # relative; the first is float32's last bit
 ROUTED_ALIKE = 0.99  # of all choices: two experts may be all but tied
 
 
@@ -160,11 +160,9 @@ class FileModel:
         return module
 
     @torch.no_grad()
-    def logits(self, tokens: np.ndarray, nudge: float = 0.0) -> Tensor:
-        """[n, vocab]. nudge: the embeddings times 1 + this, with signs of a seed: what other roundings would do."""
+    def logits(self, tokens: np.ndarray) -> Tensor:
         shape = (self.checkpoint.config.vocab_size, self.checkpoint.config.hidden_size)
         hidden = self.matrices(GGUF_NAMES[EMBEDDING], shape)[0][torch.from_numpy(tokens).long()][None].clone()
-        hidden *= 1 + nudge * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).sign()
         for index in range(self.checkpoint.config.num_hidden_layers):
             self.stream.forward(self.layer(index), hidden)
         norm = self.vector(GGUF_NAMES[FINAL_NORM])
@@ -184,14 +182,14 @@ def test_the_runner_computes_what_transformers_computes_with_the_files_weights(n
     runner = load_model(str(out), n_ctx=N_TOKENS, n_threads=1)
     clustered = [t for t in model.weights.file.tensors.values() if t.type.name.startswith("CQ")]
     assert len(clustered) >= 3
+    found = []
     for tokens in (np.arange(N_TOKENS, dtype=np.int32) * step % VOCAB for step in STEPS):
         model.chosen.clear()
         kld, routed_alike = compare(runner, model, tokens)
         if kld <= BOUND and routed_alike >= ROUTED_ALIKE:
             return
-    # No sequence is free of accidents: a last bit of its embeddings must move so sensitive a model further.
-    original, nudged = model.logits(tokens), (model.logits(tokens, nudge) for nudge in NUDGES)
-    assert kld <= max(mean_kld(original, logits) for logits in nudged) and routed_alike >= ROUTED_ALIKE
+        found.append(kld)
+    pytest.fail(f"no sequence keeps the bounds, the least mean KLD is {min(found)}")
 
 
 def mean_kld(p: Tensor, q: Tensor) -> float:

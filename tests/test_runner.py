@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pyggml_bridge.errors import CQError
 from pyggml_bridge.format import CQType
 from pyggml_bridge.model import Model
 from pyggml_bridge.models import load_model
 from pyggml_bridge.native import available_isas, choose_isa
-from tests.tiny_gguf import Tiny, write_tiny
+from tests.tiny_gguf import Tiny, TinyFile, write_tiny
 from tests.torch_oracle import TorchOracle
 
 N_SEQUENCE = 500
@@ -134,3 +135,17 @@ def test_router_picks_the_oracles_experts(case):
         for ids, want in zip(model.routing_ids, oracle.experts, strict=True)
     ]
     assert np.mean(same) > 0.995  # near ties may fall either way
+
+
+def test_tensors_that_the_architecture_does_not_have_are_refused(tmp_path, monkeypatch):
+    """They would change what the model computes, such as norms of queries in a file that says llama."""
+    output = TinyFile.output
+
+    def with_norm(file: TinyFile) -> None:
+        file.norm("blk.0.attn_q_norm.weight", file.t.head_dim)
+        output(file)
+
+    monkeypatch.setattr(TinyFile, "output", with_norm)
+    write_tiny(tmp_path / "m.gguf", Tiny())
+    with pytest.raises(CQError, match=r"no tensor blk\.0\.attn_q_norm\.weight"):
+        load_model(tmp_path / "m.gguf")

@@ -133,7 +133,8 @@ def test_a_sentencepiece_model_alone_names_what_reads_it(tmp_path, monkeypatch):
 
 def test_a_sentencepiece_model_alone(tmp_path):
     """transformers converts it; if that is not the same tokenizer, this is an error."""
-    library = pytest.importorskip("sentencepiece")
+    import sentencepiece as library
+
     (tmp_path / "text.txt").write_text(TEXT * 20)
     folder = save(tmp_path / "m", vocab_size=ROWS)
     library.SentencePieceTrainer.train(

@@ -55,6 +55,7 @@ def load_model(
     _require_context(weights, n_ctx, cuda)
     build = importlib.import_module(f"{__name__}.{arch}").build
     program = build(weights, n_ctx)
+    weights.require_all_read()
     return Model(file, program, min(n_batch, n_ctx), n_threads, cuda=cuda, gpu_layers=gpu_layers)
 
 
