@@ -45,7 +45,6 @@ class Memory:
 
     def __init__(self) -> None:
         """Nothing yet."""
-        """Nothing yet."""
         self.buffers: list[Buffer] = []
         self._free: dict[int, list[Buffer]] = defaultdict(list)
         self._hosted: dict[tuple[int, int], Buffer] = {}
